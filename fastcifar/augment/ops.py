@@ -1,0 +1,125 @@
+"""What a recipe may write in ``augment``: one frozen, checked model per operation, and the text form ``crop(4)``."""
+
+import ast
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fastcifar.errors import UserError, nearest
+
+
+class Op(BaseModel):
+    """One augmentation with its settings. ``str(op)`` is the form in which a recipe writes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def __str__(self) -> str:
+        given = [f"{k}={v}" for k, v in self.model_dump(exclude={"name"}, exclude_defaults=True).items()]
+        return f"{self.name}({', '.join(given)})" if given else self.name  # type: ignore[attr-defined]
+
+
+class Crop(Op):
+    """Zero-pad every side by ``padding_px`` and cut a window of the old size at a uniform offset."""
+
+    name: Literal["crop"] = "crop"
+    padding_px: int = Field(4, ge=0, le=64)
+
+
+class Flip(Op):
+    """Mirror left to right with probability ``p``."""
+
+    name: Literal["flip"] = "flip"
+    p: float = Field(0.5, ge=0, le=1)
+
+
+class Rotate(Op):
+    """Turn by a uniform angle in +-``degrees`` (nearest neighbour, zero fill)."""
+
+    name: Literal["rotate"] = "rotate"
+    degrees: float = Field(15.0, ge=0, le=180)
+
+
+class Cutout(Op):
+    """With probability ``p``, set ``holes`` squares of ``size_px`` to black, centred uniformly, clipped at the border.
+
+    DeVries & Taylor, 2017, "Improved regularization of convolutional neural networks with cutout".
+    """
+
+    name: Literal["cutout"] = "cutout"
+    size_px: int = Field(16, ge=1, le=256)
+    p: float = Field(1.0, ge=0, le=1)
+    holes: int = Field(1, ge=1, le=4)
+
+
+class AutoAugment(Op):
+    """The CIFAR-10 policy of Cubuk et al., 2019: one of 25 sub-policies of two operations per sample."""
+
+    name: Literal["autoaugment"] = "autoaugment"
+
+
+class RandAugment(Op):
+    """``num_ops`` operations of one common magnitude (Cubuk et al., 2020)."""
+
+    name: Literal["randaugment"] = "randaugment"
+    num_ops: int = Field(2, ge=1, le=4)
+    magnitude: int = Field(9, ge=0, le=30)
+
+
+class TrivialAugmentWide(Op):
+    """One operation of uniform magnitude per sample (Mueller & Hutter, 2021)."""
+
+    name: Literal["trivialaugment"] = "trivialaugment"
+
+
+OPS: dict[str, type[Op]] = {
+    "crop": Crop,
+    "flip": Flip,
+    "rotate": Rotate,
+    "cutout": Cutout,
+    "autoaugment": AutoAugment,
+    "randaugment": RandAugment,
+    "trivialaugment": TrivialAugmentWide,
+}
+
+
+def parse_op(text: str) -> Op:
+    """Read one operation such as ``"flip"``, ``"crop(4)"`` or ``"cutout(16, p=0.5)"``.
+
+    Positional arguments fill the fields in their order.
+
+    Raises:
+        UserError: not of that form, an unknown operation or setting, or a value out of range.
+    """
+    name, args, kwargs = _split_call(text)
+    if name not in OPS:
+        raise UserError(f'unknown augmentation "{name}"{nearest(name, OPS)}; allowed: {", ".join(OPS)}')
+    kind = OPS[name]
+    fields = [f for f in kind.model_fields if f != "name"]
+    if len(args) > len(fields):
+        raise UserError(f'"{text}": {name} takes at most {len(fields)} values ({", ".join(fields) or "none"})')
+    given = dict(zip(fields, args, strict=False))
+    for key, value in kwargs.items():
+        if key not in fields or key in given:
+            problem = "is given twice" if key in given else f"is not a setting{nearest(key, fields)}"
+            raise UserError(f'"{text}": "{key}" {problem}; allowed: {", ".join(fields) or "none"}')
+        given[key] = value
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f'"{text}": {first["loc"][0]}: {first["msg"]}') from None
+
+
+def _split_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """Split ``name(1, key=2)`` into its name, positional and keyword values (literals only)."""
+    problem = UserError(f'"{text}" is not of the form "name" or "name(value, key=value)"')
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        if isinstance(tree, ast.Name):
+            return tree.id, [], {}
+        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
+            raise problem
+        args = [ast.literal_eval(a) for a in tree.args]
+        return tree.func.id, args, {k.arg or "**": ast.literal_eval(k.value) for k in tree.keywords}
+    except (SyntaxError, ValueError):
+        raise problem from None
