@@ -1,0 +1,1 @@
+"""The commands of `fastcifar`, one module each; heavy imports happen inside the functions."""
