@@ -1,0 +1,53 @@
+"""Every architecture of the ladder: plain modules in one explicit table, channels-last, fp32.
+
+`build_model` is the way in. All networks map images (B, 3, S, S) to logits (B, K).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastcifar.models import deep_baseline, lenet
+from fastcifar.recipe.models import ModelBase
+
+Builder = Callable[[Any, int, int], nn.Module]
+
+MODELS: dict[str, Builder] = {
+    "lenet5": lenet.build,
+    "deep_baseline": deep_baseline.build,
+    "deep_baseline_bn": deep_baseline.build,
+}
+"""A model's name in a recipe -> (config, num_classes, image_px) -> the network with torch's default weights."""
+
+
+def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32, seed: int) -> nn.Module:
+    """Build and initialize a network: fp32 on the CPU, channels-last, in training mode.
+
+    The weights depend on nothing but the arguments, and the caller's random state is left as it was.
+
+    Args:
+        config: a model config of `fastcifar.recipe.models`.
+        num_classes: number of logits.
+        image_px: side of the square input images.
+        seed: 0..2**63-1.
+    """
+    name: str = config.name  # type: ignore[attr-defined]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MODELS[name](config, num_classes, image_px)
+        if config.init == "kaiming_normal_fan_out":
+            kaiming_normal_fan_out(model)
+    return model.to(memory_format=torch.channels_last)
+
+
+def kaiming_normal_fan_out(model: nn.Module) -> None:
+    """Draw Conv2d and Linear weights from N(0, 2 / fan_out) and reset biases and BatchNorm (He et al., 2015)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d) and module.bias is not None:
+            nn.init.zeros_(module.bias)
