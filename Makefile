@@ -1,0 +1,53 @@
+# `make run` trains the smoke recipe, `make test` runs every check; both make .venv first (scripts/setup.sh).
+# Needs Python 3.11 or newer, make and a C++ compiler. Another interpreter: make PYTHON=/path/to/python3 run
+
+PYTHON ?= python3
+WORKERS ?= 2
+PIECE ?=
+BIN := .venv/bin
+
+.PHONY: help environment run test lint doctor bench tables gpu gpu-pack clean
+
+help:
+	@echo "make run       make .venv, then train the smoke recipe on drawn data (no download)"
+	@echo "make test      make .venv, then ruff, mypy and pytest (WORKERS=$(WORKERS) processes)"
+	@echo "make doctor    say what works here, what is missing and its cure"
+	@echo "make bench     run all benchmarks and put the results into benchmarks/results/"
+	@echo "make tables    write the tables of README.md and benchmarks/README.md from those results"
+	@echo "make gpu       on a machine with a GPU: tests, benchmarks and the ladder, in pieces (PIECE=K for one)"
+	@echo "make gpu-pack  what a GPU machine without a network needs, in parts under 60 MB, into gpu-pack/"
+	@echo "make clean     remove .venv and what tools left behind (not runs/ and not data/)"
+
+environment:
+	@PYTHON="$(PYTHON)" bash scripts/setup.sh
+
+run: environment
+	$(BIN)/fastcifar run smoke
+
+lint: environment
+	$(BIN)/ruff check fastcifar tests benchmarks scripts
+	$(BIN)/mypy
+
+# One thread per process: two processes share two cores; tests that want more set it themselves.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+
+doctor: environment
+	$(BIN)/fastcifar doctor
+
+bench: environment
+	$(BIN)/fastcifar bench all
+
+tables: environment
+	$(BIN)/python -m fastcifar.tables
+
+# No environment here: a GPU machine without a network brings its own Python, or unpacks gpu-pack/ first.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu.py $(if $(PIECE),--piece $(PIECE))
+
+gpu-pack: environment
+	$(BIN)/python scripts/gpu_pack.py
+
+clean:
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	find fastcifar tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
