@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from fastcifar.errors import UserError, nearest
-from fastcifar.recipe.models import PRESETS, CombineRecipe, Recipe
+from fastcifar.recipe.explain import explain
+from fastcifar.recipe.models import CombineRecipe, Recipe
 
 
 def recipes_folder() -> Path:
@@ -18,8 +19,12 @@ def recipes_folder() -> Path:
 
 
 def shipped_recipes() -> list[Path]:
-    """Return the files of the shipped ladder, smoke and beyond recipes, sorted by folder and name."""
-    return sorted(recipes_folder().rglob("*.toml"), key=lambda p: (p.parent != recipes_folder(), p))
+    """Return the files of the shipped ladder, smoke and beyond recipes, sorted by folder and name.
+
+    A file whose name starts with ``_`` is a part that recipes extend, not a recipe.
+    """
+    files = [p for p in recipes_folder().rglob("*.toml") if not p.name.startswith("_")]
+    return sorted(files, key=lambda p: (p.parent != recipes_folder(), p))
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -59,30 +64,55 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe | Com
         _override(table, text)
     table.setdefault("name", path.stem)
     kind = CombineRecipe if "combine" in table else Recipe
+    table = {k: v for k, v in table.items() if not (v is False and k in OPTIONAL_TABLES)}
     try:
         return kind.model_validate(table)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(path, kind, e) for e in error.errors())) from None
+        raise UserError("\n".join(explain(path, kind, e) for e in error.errors())) from None
 
 
 def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """Return the file's table laid over those that it extends."""
+    """Return the file's table laid over those that it extends, the first of them lowest."""
     if path.resolve() in seen:
-        raise UserError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}")
+        raise UserError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in (*seen, path))}")
+    table = _read_file(path)
+    result: dict[str, Any] = {}
+    for base in _bases(path, table.pop("extends", [])):
+        result = _merge(result, _read_extended(base, (*seen, path.resolve())))
+    return _merge(result, table)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """Return one file's table, with ``augment = [...]`` written out as the table that it stands for."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as TOML: {error}") from None
-    if "extends" not in table:
-        return table
-    base = table.pop("extends")
-    if not isinstance(base, str) or not (path.parent / base).is_file():
-        raise UserError(f"{path}: extends: there is no file {base!r} beside it")
-    return _merge(_read_extended(path.parent / base, (*seen, path.resolve())), table)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: is not valid TOML: {error}") from None
+    if isinstance(table.get("augment"), list):
+        table["augment"] = {"ops": table["augment"]}
+    return table
+
+
+def _bases(path: Path, extends: Any) -> list[Path]:
+    """Return the files that ``extends`` (a path beside the file, or a list of them) names."""
+    names = [extends] if isinstance(extends, str) else extends
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{path}: extends: {extends!r} is neither a file name nor a list of them')
+    for name in names:
+        if not (path.parent / name).is_file():
+            there = [p.name for p in (path.parent / name).parent.glob("*.toml")]
+            raise UserError(f'{path}: extends: there is no file "{name}" beside it{nearest(Path(name).name, there)}')
+    return [path.parent / name for name in names]
 
 
 # What belongs to a file itself and is not handed down to those that extend it.
 OWN_KEYS = ("name", "title", "published", "target")
+# Where ``false`` means that there is none.
+OPTIONAL_TABLES = ("mix", "asam", "ema", "published")
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], top: bool = True) -> dict[str, Any]:
@@ -92,7 +122,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any], top: bool = True) -> dict
         old = result.get(key)
         if value is False and isinstance(old, dict):
             del result[key]
-        elif isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) == old.get("name"):
+        elif isinstance(value, dict) and isinstance(old, dict) and value.get("name") in (None, old.get("name")):
             result[key] = _merge(old, value, top=False)
         else:
             result[key] = value
@@ -102,80 +132,42 @@ def _merge(base: dict[str, Any], over: dict[str, Any], top: bool = True) -> dict
 def _override(table: dict[str, Any], text: str) -> None:
     """Apply one ``key.path=value``."""
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    path = [part.strip() for part in key.split(".")]
+    if not equals or not all(path):
         raise UserError(f'--set {text}: expected key=value, for example "train.epochs=2"')
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    over: dict[str, Any] = {}
-    *parents, last = key.strip().split(".")
-    inner = over
-    for parent in parents:
-        inner = inner.setdefault(parent, {})
-    inner[last] = parsed
+    over = _parse_value(text, value.strip())
+    for i, part in reversed(list(enumerate(path))):
+        over = {"ops": over} if i == 0 and part == "augment" and isinstance(over, list) else over
+        over = {part: over}
+    for i in range(1, len(path)):
+        _need_table(table, path[:i], text)
     merged = _merge(table, over, top=False)
     table.clear()
     table.update(merged)
 
 
-# ------------------------------------------------------------------------------------------------------------- errors
+def _parse_value(text: str, value: str) -> Any:
+    """Read a TOML value; a bare word is a string."""
+    if not value:
+        raise UserError(f"--set {text}: there is no value after the equals sign")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        if value[0] in "[{'\"":
+            raise UserError(f"--set {text}: {value} is not a valid TOML value") from None
+        return value
+    return parsed["value"]
 
 
-def _explain(path: Path, kind: type[BaseModel], error: Any) -> str:
-    """Turn one pydantic error into ``file: key.path: what was wrong; what is allowed``."""
-    where = [str(part) for part in error["loc"]]
-    message = error["msg"].removeprefix("Value error, ")
-    context = error.get("ctx", {})
-    if error["type"] == "extra_forbidden":
-        allowed = _allowed_keys(kind, where[:-1])
-        message = f"unknown key{nearest(where[-1], allowed)}; allowed: {', '.join(allowed)}"
-    elif error["type"] == "missing":
-        message = "is missing"
-    elif error["type"] == "union_tag_invalid":
-        names = [t.strip(" '") for t in context["expected_tags"].split(",")]
-        names += list(PRESETS) if where == ["model"] else []
-        where.append("name")
-        message = f'unknown name "{context["tag"]}"{nearest(context["tag"], names)}; allowed: {", ".join(names)}'
-    elif error["type"] == "union_tag_not_found":
-        where.append("name")
-        message = "is missing"
-    elif error["type"] == "literal_error":
-        names = [t.strip(" '") for t in context["expected"].replace(" or ", ", ").split(",")]
-        message = f"{error['input']!r} is not allowed{nearest(str(error['input']), names)}; allowed: {', '.join(names)}"
-    else:
-        message = f"{error['input']!r}: {message}" if where else message
-    return f"{path}: {_key_path(where)}{message}"
-
-
-def _key_path(where: list[str]) -> str:
-    """Join a location, leaving out the tags that pydantic adds for discriminated unions."""
-    tagged = ("model", "optimizer")
-    kept = [part for i, part in enumerate(where) if not (i == 1 and where[0] in tagged and part != "name" and len(where) > 2)]
-    return f"{'.'.join(kept)}: " if kept else ""
-
-
-def _allowed_keys(kind: type[BaseModel], where: list[str]) -> list[str]:
-    """Return the keys of the table at ``where``, following nested models and union tags."""
-    current: Any = kind
-    for part in where:
-        current = _step_into(current, part)
-    return list(current.model_fields) if hasattr(current, "model_fields") else []
-
-
-def _step_into(current: Any, part: str) -> Any:
-    """Return the model below ``current`` that ``part`` (a key, or a union's tag) leads to."""
-    if hasattr(current, "model_fields"):
-        return current.model_fields[part].annotation if part in current.model_fields else None
-    for option in getattr(current, "__args__", ()):
-        if not hasattr(option, "model_fields"):
-            continue
-        tag = option.model_fields.get("name")
-        if tag is not None and part in getattr(tag.annotation, "__args__", ()):
-            return option
-        if part in option.model_fields:
-            return option.model_fields[part].annotation
-    return None
+def _need_table(table: dict[str, Any], path: list[str], text: str) -> None:
+    """Refuse to write below a plain value, as ``seed.x=1`` would."""
+    current: Any = table
+    for part in path:
+        current = current.get(part, {})
+        if not isinstance(current, dict):
+            if current is False:
+                return
+            raise UserError(f"--set {text}: {'.'.join(path)} is a value ({current!r}), not a table with keys")
 
 
 # -------------------------------------------------------------------------------------------------------------- write

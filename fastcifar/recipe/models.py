@@ -39,10 +39,11 @@ class LoaderConfig(Section):
 class DataConfig(Section):
     """Which images. ``holdout`` training images are set aside (stratified) to choose epochs and weights on.
 
+    ``cifar10-or-synthetic`` takes drawn images where CIFAR-10 is not found, for smoke tests only.
     ``subset`` and ``test_subset`` keep only the first images of each class (0 keeps all), for smoke tests.
     """
 
-    source: Literal["cifar10", "cifar100", "folder", "synthetic"] = "cifar10"
+    source: Literal["cifar10", "cifar100", "folder", "synthetic", "cifar10-or-synthetic"] = "cifar10"
     loader: LoaderConfig = LoaderConfig()
     holdout: int = Field(0, ge=0)
     subset: int = Field(0, ge=0)
