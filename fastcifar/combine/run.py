@@ -1,0 +1,190 @@
+"""Carry out a combination recipe and record it as a run directory, so that tables and reports treat it as a run."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastcifar.combine import ensemble
+from fastcifar.combine.members import Scores, available, collect, source_of
+from fastcifar.errors import UserError
+from fastcifar.recipe.models import CombineConfig, CombineRecipe
+from fastcifar.record import Run
+
+# The logarithm of a class without votes stays finite, in float32 too.
+TINY = float(np.finfo(np.float32).tiny)
+PROTOCOLS = {
+    "last": "members at their last epoch",
+    "best": "members at their best epochs on the test set, as published",
+    "selected": "members at the epochs chosen on their holdout",
+}
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One combined prediction of the test images.
+
+    Attributes:
+        log_probabilities: float64 (N, K).
+        figures: ``accuracy`` in percent, ``loss`` in nats, ``protocol`` in words.
+        details: what was fitted or chosen.
+    """
+
+    log_probabilities: np.ndarray
+    figures: dict[str, Any]
+    details: dict[str, Any]
+
+
+def run_combine(
+    recipe: CombineRecipe, members: Mapping[str, Run], folder: Path | None = None, *, tta: bool = False
+) -> dict[str, Any]:
+    """Combine runs as a recipe says, write the result as a run directory and return its summary.
+
+    Args:
+        recipe: its ``combine.members`` are keys of ``members``.
+        members: finished runs by recipe name.
+        folder: where to write; None writes beside the first member, under the recipe's name.
+        tta: combine the logits under test-time augmentation.
+
+    Raises:
+        UserError: a member is missing, lacks the logits that the protocol needs, or does not match the others.
+    """
+    start = time.perf_counter()
+    chosen = _in_order(recipe, members)
+    results = combine(recipe.combine, chosen, tta=tta)
+    target = folder or next(iter(chosen.values())).folder.parent / recipe.name
+    return _record(recipe, chosen, results, target, time.perf_counter() - start)
+
+
+def _in_order(recipe: CombineRecipe, members: Mapping[str, Run]) -> dict[str, Run]:
+    missing = [name for name in recipe.combine.members if name not in members]
+    if missing:
+        raise UserError(
+            f"{recipe.name}: combine.members: there is no run of {', '.join(missing)}; train it first "
+            f"(`fastcifar run {missing[0]}`)"
+        )
+    return {name: members[name] for name in recipe.combine.members}
+
+
+def combine(config: CombineConfig, members: Mapping[str, Run], *, tta: bool = False) -> dict[str, Combined]:
+    """Return the combined predictions under ``last``, ``best`` and ``selected``, as far as there are such.
+
+    Voting gives one for each kind of epoch that all members have. Published stacking gives ``last`` and ``best``,
+    honest stacking ``last`` and ``selected``, which are the same single look at the test set.
+    """
+    if config.how == "stacking":
+        return _stack(config, members, tta)
+    return {which: _vote(config, members, which, tta) for which in _kinds(members, tta)}
+
+
+def _kinds(members: Mapping[str, Run], tta: bool) -> list[str]:
+    """Return the kinds of epochs that all members have; reading the missing ``last`` gives the error to show."""
+    found = available(members, "test", tta)
+    if not found:
+        collect(members, "test", "last", tta)
+    return found
+
+
+def _vote(config: CombineConfig, members: Mapping[str, Run], which: str, tta: bool) -> Combined:
+    test = collect(members, "test", which, tta)
+    probabilities = ensemble.softmax(test.logits)
+    weights, details = _weights(config, members, which)
+    vote = ensemble.hard_vote if config.how == "hard" else ensemble.soft_vote
+    return _combined(np.log(np.maximum(vote(probabilities, weights), TINY)), test, PROTOCOLS[which], details)
+
+
+def _weights(
+    config: CombineConfig, members: Mapping[str, Run], which: str
+) -> tuple[list[float] | None, dict[str, Any]]:
+    """Return the members' weights: none, the given ones, or those fitted on the holdout."""
+    if config.weights is not None or config.how != "weighted":
+        given = config.weights
+        return given, {"weights": given} if given is not None else {}
+    holdout = collect(members, "holdout", which)
+    fitted = ensemble.fit_weights(ensemble.softmax(holdout.logits), holdout.labels, config.meta_seed)
+    weights = [float(w) for w in fitted.weights]
+    return weights, {
+        "weights": weights,
+        "fitted_on": "holdout, five-fold cross-validation",
+        "shrinkage": fitted.shrinkage,
+        "cv_loss": fitted.cv_loss,
+        "cv_accuracy": fitted.cv_accuracy,
+        "equal_weights_cv_loss": fitted.equal_loss,
+    }
+
+
+def _stack(config: CombineConfig, members: Mapping[str, Run], tta: bool) -> dict[str, Combined]:
+    from fastcifar.combine import stacking
+
+    if config.protocol == "published":
+        test = collect(members, "test", "best", tta)
+        train = collect(members, "train", "best")
+        stacked = stacking.stack_published(train, test, config.meta, config.meta_seed)
+        counts = "best"
+    else:
+        test = collect(members, "test", "selected", tta)
+        holdout = collect(members, "holdout", "selected")
+        stacked = stacking.stack_honest(holdout, test, config.meta, config.meta_seed)
+        counts = "selected"
+    protocol = stacked.details["protocol"]
+    return {
+        "last": _combined(ensemble.log_softmax(stacked.last_logits), test, protocol, stacked.details),
+        counts: _combined(ensemble.log_softmax(stacked.logits), test, protocol, stacked.details),
+    }
+
+
+def _combined(log_probabilities: np.ndarray, test: Scores, protocol: str, details: dict[str, Any]) -> Combined:
+    chosen = log_probabilities[np.arange(len(test.labels)), test.labels]
+    right = log_probabilities.argmax(-1) == test.labels
+    figures = {"accuracy": 100 * float(right.mean()), "loss": -float(chosen.mean()), "protocol": protocol}
+    return Combined(log_probabilities, figures, details)
+
+
+def _record(
+    recipe: CombineRecipe, members: Mapping[str, Run], results: dict[str, Combined], folder: Path, seconds: float
+) -> dict[str, Any]:
+    """Write the run directory: recipe, environment, logits, and last of all the summary."""
+    from fastcifar.environment import describe
+
+    environment = describe()
+    run = Run.create(folder, recipe, environment)
+    first = next(iter(members.values()))
+    arrays = {f"test/{which}/raw": result.log_probabilities.astype(np.float32) for which, result in results.items()}
+    run.write_logits({**arrays, "test/labels": first.logits("test/labels")})
+    run.write_summary(_summary(recipe, members, results, environment, seconds))
+    return run.summary
+
+
+def _summary(
+    recipe: CombineRecipe, members: Mapping[str, Run], results: dict[str, Combined], environment: dict[str, Any],
+    seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    figures = {which: results[which].figures if which in results else None for which in PROTOCOLS}
+    return {
+        "name": recipe.name,
+        "status": "finished",
+        "how": recipe.combine.how,
+        "members": [{"name": name, "run": str(run.folder), **_figures(run)} for name, run in members.items()],
+        "epochs": 0,
+        "epochs_done": 0,
+        "weights": "raw",
+        **figures,
+        "tta": None,
+        "combined": {which: result.details for which, result in results.items()},
+        "clocks": {"total_s": seconds, "training_s": seconds, "compilation_s": 0.0},
+        "images_per_s": None,
+        "seed": recipe.combine.meta_seed,
+        "source": source_of(next(iter(members.values()))),
+        "loader": None,
+        "environment": environment,
+        "git": environment.get("git"),
+    }
+
+
+def _figures(run: Run) -> dict[str, float | None]:
+    """Return a member's own accuracies in percent."""
+    entries = {which: run.summary.get(which) for which in PROTOCOLS}
+    return {which: entry["accuracy"] if entry else None for which, entry in entries.items()}
