@@ -1,0 +1,1 @@
+"""Training: the run, the step, evaluation, checkpoints, clocks."""

@@ -331,10 +331,14 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """How often a checkpoint is written (the last epoch always is) and how many are kept."""
+    """How often a checkpoint is written (the last epoch always is) and how many are kept.
+
+    ``resume = "auto"`` goes on with the newest unfinished run of the same recipe, where there is one.
+    """
 
     every_epochs: int = Field(1, ge=1)
     keep: int = Field(1, ge=1)
+    resume: Literal["never", "auto"] = "never"
 
 
 class Published(Section):

@@ -1,0 +1,5 @@
+"""``python -m fastcifar``."""
+
+from fastcifar.cli import main
+
+main()

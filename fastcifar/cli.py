@@ -1,0 +1,41 @@
+"""The command line. Nothing heavy is imported before a command needs it: `fastcifar --help` answers at once."""
+
+import os
+import sys
+
+import typer
+
+from fastcifar.commands.run import run
+from fastcifar.errors import UserError
+from fastcifar.interrupt import Interrupted
+
+app = typer.Typer(
+    name="fastcifar",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def fastcifar() -> None:
+    """From a recipe file to a trained, evaluated and explained CIFAR-10 model."""
+
+
+app.command()(run)
+
+
+def main() -> None:
+    """Run the command line; a `UserError` or an interrupt ends it with one message and exit status 2."""
+    try:
+        app()
+    except (UserError, Interrupted) as error:
+        print(f"fastcifar: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
