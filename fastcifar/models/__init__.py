@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcifar.models import deep_baseline, lenet
+from fastcifar.models import deep_baseline, lenet, pyramidnet, residual, wide_resnet
+from fastcifar.models.shakedrop import bind_counter
 from fastcifar.recipe.models import ModelBase
+
+__all__ = ["MODELS", "bind_counter", "build_model", "kaiming_normal_fan_out"]
 
 Builder = Callable[[Any, int, int], nn.Module]
 
@@ -18,6 +21,10 @@ MODELS: dict[str, Builder] = {
     "lenet5": lenet.build,
     "deep_baseline": deep_baseline.build,
     "deep_baseline_bn": deep_baseline.build,
+    "residual5": residual.build_residual5,
+    "residual15": residual.build_residual15,
+    "wide_resnet": wide_resnet.build,
+    "pyramidnet": pyramidnet.build,
 }
 """A model's name in a recipe -> (config, num_classes, image_px) -> the network with torch's default weights."""
 
@@ -39,7 +46,8 @@ def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32,
         model = MODELS[name](config, num_classes, image_px)
         if config.init == "kaiming_normal_fan_out":
             kaiming_normal_fan_out(model)
-    return model.to(memory_format=torch.channels_last)
+    # The stubs of Module.to lack memory_format.
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def kaiming_normal_fan_out(model: nn.Module) -> None:

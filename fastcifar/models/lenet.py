@@ -1,4 +1,4 @@
-"""LeNet-5 (LeCun et al., 1998, "Gradient-based learning applied to document recognition"), with ReLU and max pooling."""
+"""LeNet-5 (LeCun et al., 1998, "Gradient-based learning applied to document recognition"), ReLU and max pooling."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F

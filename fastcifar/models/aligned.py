@@ -1,0 +1,101 @@
+"""Layers that compute at widths which tensor cores like, and are stored at the widths that the paper states.
+
+Parameters and running statistics have their true sizes. They are padded with zeros during the forward pass, and the
+gradient of that padding is its removal: padded channels are zero by construction through any training, whatever the
+optimizer does. Counts, checkpoints, weight decay and the norms of sharpness-aware steps never see them. Under
+``torch.compile`` the padding of a weight is part of the kernel that casts it for autocast anyway.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def round_up(width: int, multiple: int) -> int:
+    """Return the smallest multiple of ``multiple`` that is not below ``width``."""
+    return -(-width // multiple) * multiple
+
+
+def pad_channels(x: Tensor, channels: int) -> Tensor:
+    """Append zero channels to (B, C, H, W) until there are ``channels``, and keep channels-last."""
+    extra = channels - x.shape[1]
+    # F.pad alone leaves the layout to the compiler, which may choose another one.
+    return F.pad(x, (0, 0, 0, 0, 0, extra)).contiguous(memory_format=torch.channels_last) if extra else x
+
+
+class AlignedConv2d(nn.Conv2d):
+    """A convolution between channel counts rounded up to multiples of ``align``, with weights of the true size.
+
+    Args:
+        inputs: true channels in.
+        outputs: true channels out.
+        kernel: side of the kernel; the size of the image is kept, stride aside.
+        stride: of the convolution.
+        bias: whether it has one.
+        align: 1 for a plain convolution.
+        pad_input: False where the input comes at its true width (the image).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        *,
+        bias: bool = False,
+        align: int = 1,
+        pad_input: bool = True,
+    ):
+        super().__init__(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=bias)
+        self.extra_inputs = round_up(inputs, align) - inputs if pad_input else 0
+        self.extra_outputs = round_up(outputs, align) - outputs
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, inputs rounded up, H, W) to (B, outputs rounded up, H / stride, W / stride)."""
+        weight, bias = self.weight, self.bias
+        if self.extra_inputs or self.extra_outputs:
+            weight = F.pad(weight, (0, 0, 0, 0, 0, self.extra_inputs, 0, self.extra_outputs))
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        if bias is not None and self.extra_outputs:
+            bias = F.pad(bias, (0, self.extra_outputs))
+        return F.conv2d(input, weight, bias, self.stride, self.padding)
+
+
+class AlignedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over a channel count rounded up to a multiple of ``align``; zero channels come out as exactly zero.
+
+    Args:
+        width: true number of channels.
+        align: 1 for a plain BatchNorm.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, width: int, align: int = 1):
+        super().__init__(width)
+        self.extra = round_up(width, align) - width
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize (B, width rounded up, H, W)."""
+        if not self.extra:
+            return super().forward(input)
+        weight, bias = F.pad(self.weight, (0, self.extra)), F.pad(self.bias, (0, self.extra))
+        if self.training and not self.track_running_stats:
+            return F.batch_norm(input, None, None, weight, bias, True, 0.0, self.eps)
+        mean, var = F.pad(self.running_mean, (0, self.extra)), F.pad(self.running_var, (0, self.extra), value=1.0)
+        output = F.batch_norm(input, mean, var, weight, bias, self.training, self._momentum(), self.eps)
+        if self.training:
+            self.running_mean.copy_(mean[: self.num_features])
+            self.running_var.copy_(var[: self.num_features])
+        return output
+
+    def _momentum(self) -> float:
+        """Count the batch and return the running statistics' step, as `torch.nn.BatchNorm2d` does."""
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        if self.momentum is None:
+            raise ValueError("a cumulative average of BatchNorm statistics is not offered with aligned widths")
+        return self.momentum

@@ -1,0 +1,135 @@
+"""ShakeDrop (Yamada et al., 2019, "ShakeDrop regularization for deep residual learning").
+
+Residual branch l of L dies with probability p_l = p_L * l / L. In training a gate b ~ Bernoulli(1 - p_l) is drawn.
+Where it is 1 the branch passes. Where it is 0 the branch is scaled by alpha ~ U(-1, 1) on the way forward and its
+gradient by beta ~ U(0, 1) on the way back, both per sample. In evaluation the branch is scaled by 1 - p_l, the
+expectation of the forward factor.
+
+All numbers of one forward pass are drawn at once, at its start, by `ShakeDraws`: one small computation instead of
+one per block, the same graph whatever the gates are, and nothing that waits for the host.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastcifar.philox import Stream, philox
+
+Gate = Literal["batch", "sample"]
+
+
+def death_rates(last: float, blocks: int) -> list[float]:
+    """Return each block's death probability: the linear schedule ``last * l / L`` for l = 1..L."""
+    return [last * (i + 1) / blocks for i in range(blocks)]
+
+
+class Shake(torch.autograd.Function):
+    """Scale a tensor by one factor per sample, and its gradient by another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward_scale: Tensor, backward_scale: Tensor) -> Tensor:
+        """Return ``x`` (B, C, H, W) times ``forward_scale`` (B,), in the dtype and memory format of ``x``."""
+        ctx.save_for_backward(backward_scale)
+        return x * forward_scale.to(x.dtype)[:, None, None, None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient (B, C, H, W) times the backward scale."""
+        (backward_scale,) = ctx.saved_tensors
+        return grads[0] * backward_scale.to(grads[0].dtype)[:, None, None, None], None, None
+
+
+class ShakeDraws(nn.Module):
+    """The random factors of all blocks for one forward pass, drawn from the run's counter-based randomness.
+
+    The draws are a function of (seed, forward counter, block, position in the batch), so that they are the same on
+    every device and after a resume. Call `bind_counter` before training.
+
+    Args:
+        rates: each block's death probability in 0..1.
+        gate: ``"batch"`` draws one gate per block and batch, as published; ``"sample"`` one per block and sample.
+    """
+
+    death_rates: Tensor
+    counter: Tensor
+
+    def __init__(self, rates: list[float], gate: Gate = "batch"):
+        super().__init__()
+        self.gate = gate
+        self.seed = 0
+        self.bound = False
+        # Neither is state of the model: the rates follow from the recipe, the counter belongs to the step.
+        self.register_buffer("death_rates", torch.tensor(rates, dtype=torch.float64), persistent=False)
+        self.register_buffer("counter", torch.zeros(1, dtype=torch.int64), persistent=False)
+
+    def forward(self, batch: int) -> Tensor:
+        """Return the factors of the next forward pass: float32 (L, 2, B), forward and backward.
+
+        Args:
+            batch: number of samples B.
+
+        Raises:
+            RuntimeError: no counter was bound, so that every pass would draw the same numbers.
+        """
+        if not self.bound:
+            raise RuntimeError("ShakeDrop has no counter to draw from: call bind_counter(model, counter, seed) first")
+        blocks = len(self.death_rates)
+        position = torch.arange(batch, device=self.counter.device).expand(blocks, batch)
+        block = torch.arange(blocks, device=self.counter.device)[:, None]
+        alpha, beta, each, whole = philox(self.seed, position, self.counter, block, Stream.SHAKEDROP)
+        # The batch's gate is the first sample's word, apart from the words of the per-sample gates.
+        word = each if self.gate == "sample" else whole[:, :1]
+        alive = unit(word) >= self.death_rates.to(torch.float32)[:, None]
+        scales = torch.stack([unit(alpha) * 2 - 1, unit(beta)], dim=1)
+        return torch.where(alive[:, None], torch.ones_like(scales), scales)
+
+
+def unit(word: Tensor) -> Tensor:
+    """Map random words, int64 in 0..2**32-1, to float32 in [0, 1): their upper 24 bits, exactly."""
+    return (word >> 8).to(torch.float32) * 2.0**-24
+
+
+class ShakeDrop(nn.Module):
+    """One block's ShakeDrop; stateless.
+
+    Args:
+        death_rate: probability in 0..1 that the gate is 0.
+    """
+
+    def __init__(self, death_rate: float):
+        super().__init__()
+        self.death_rate = death_rate
+
+    def forward(self, branch: Tensor, scales: Tensor | None) -> Tensor:
+        """Scale a residual branch.
+
+        Args:
+            branch: (B, C, H, W), any float dtype.
+            scales: in training, this block's row of `ShakeDraws`, float32 (2, B); not read in evaluation.
+        """
+        if not self.training:
+            return branch * (1 - self.death_rate)
+        if scales is None:
+            raise RuntimeError("ShakeDrop in training mode needs the factors that ShakeDraws returns")
+        return Shake.apply(branch, scales[0], scales[1])
+
+    def extra_repr(self) -> str:
+        """Return what ``print(model)`` shows."""
+        return f"death_rate={self.death_rate:.4g}"
+
+
+def bind_counter(model: nn.Module, counter: Tensor, seed: int) -> None:
+    """Let every ShakeDrop of a model draw from a counter that the training step owns.
+
+    The step adds 1 to ``counter`` on the device before each forward pass (a two-pass step thereby draws new gates for
+    its second pass, as published). Bind after moving the model to its device. A model without ShakeDrop is left alone.
+
+    Args:
+        model: any model.
+        counter: int64 (1,) on the model's device, values in 0..2**32-1; read at each forward pass in training.
+        seed: the run's seed, 0..2**64-1.
+    """
+    for module in model.modules():
+        if isinstance(module, ShakeDraws):
+            module.counter, module.seed, module.bound = counter, seed, True
