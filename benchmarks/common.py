@@ -5,6 +5,7 @@ A benchmark is a file ``benchmarks/NAME.py`` that ends with ``main("NAME", run)`
 """
 
 import argparse
+import datetime
 import json
 import statistics
 import sys
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastcifar.environment import environment
+from fastcifar.environment import describe
 
 Row = dict[str, Any]
 
@@ -95,7 +96,8 @@ def main(name: str, run: Callable[[bool], list[Row]]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     arguments = parser.parse_args()
     rows = run(arguments.quick)
-    report = {"benchmark": name, "quick": arguments.quick, "environment": environment(), "results": rows}
+    environment = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **describe()}
+    report = {"benchmark": name, "quick": arguments.quick, "environment": environment, "results": rows}
     show(report)
     if arguments.json:
         json.dump(report, sys.stdout, indent=1)
@@ -104,9 +106,7 @@ def main(name: str, run: Callable[[bool], list[Row]]) -> None:
 
 def show(report: dict[str, Any]) -> None:
     """Print a benchmark's rows as a table to stderr."""
-    machine = report["environment"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['cpu_cores']} cores"
-    table = Table(title=f"{report['benchmark']} on {where}")
+    table = Table(title=f"{report['benchmark']} on {report['environment']['hardware']}")
     for column in ("what", "median", "spread", "unit", "n", "times faster", "than"):
         table.add_column(column)
     for row in report["results"]:
