@@ -1,0 +1,118 @@
+"""What all shipped recipes have in common: their heads, their names, and a smoke twin for every row."""
+
+import re
+
+import pytest
+
+from fastcifar.recipe import CombineRecipe, Recipe, find_recipe, load_recipe, recipes_folder, shipped_recipes, to_toml
+
+FILES = {p.relative_to(recipes_folder()).with_suffix("").as_posix(): p for p in shipped_recipes()}
+TOP = [name for name in FILES if "/" not in name]
+ROWS = [name for name in TOP if name != "smoke"]
+BEYOND = [name for name in FILES if name.startswith("beyond/")]
+TWINS = [name for name in FILES if name.startswith("smoke/")]
+
+
+def head(name):
+    """Return the lines of the head comment."""
+    lines = FILES[name].read_text().splitlines()
+    return lines[: next(i for i, text in enumerate(lines) if not text.startswith("#"))]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_loads_and_survives_a_round_trip(name, tmp_path):
+    recipe = load_recipe(name)
+    copy = tmp_path / "copy.toml"
+    copy.write_text(to_toml(recipe))
+    assert load_recipe(copy) == recipe
+    assert recipe.title
+
+
+def test_names_are_distinct():
+    names = [load_recipe(name).name for name in FILES]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_head_of_a_row_tells_what_it_must(name):
+    lines, recipe = head(name), load_recipe(name)
+    assert 4 <= len(lines) <= 6
+    last = f"{recipe.published.last:.2f} last epoch" if recipe.published.last else "last epoch not published"
+    assert f"# published: {recipe.published.best:.2f} best ({last})" in lines
+    assert sum(line.startswith("# ours: ") for line in lines) == 1
+    verb = "ladder --only" if isinstance(recipe, CombineRecipe) else "run"
+    assert lines[-1] == f"# run: fastcifar {verb} {name}"
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_the_head_beyond_names_its_target(name):
+    lines, recipe = head(name), load_recipe(name)
+    assert sum(line.startswith("# ours: ") for line in lines) == 1
+    if recipe.model_dump().get("target"):
+        figures = [float(f) for f in re.findall(r"# target: ([\d.]+)", "\n".join(lines))]
+        assert figures == [pytest.approx(recipe.target, abs=0.011)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_command_in_the_head_finds_this_recipe(name):
+    command = next(line for line in head(name) if line.startswith("# run: "))
+    assert find_recipe(command.split()[-1]) == FILES[name]
+
+
+def test_every_row_has_a_smoke_twin_and_nothing_else_has():
+    assert {name.removeprefix("smoke/") for name in TWINS} == set(ROWS)
+
+
+# What a twin may change: what makes it small. Everything else is the row's.
+SMALL = {
+    "data": {"source", "subset", "test_subset"},
+    "train": {"epochs", "batch_size"},
+    "model": {"widen", "depth", "alpha"},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_twin_differs_from_its_row_only_in_size(name):
+    row, twin = load_recipe(name), load_recipe(f"smoke/{name}")
+    assert twin.name == f"smoke-{name}"
+    if isinstance(row, CombineRecipe):
+        assert twin.combine.members == [f"smoke-{member}" for member in row.combine.members]
+        assert twin.combine.model_dump(exclude={"members"}) == row.combine.model_dump(exclude={"members"})
+        return
+    assert isinstance(row, Recipe)
+    skip = {"name", "title", "stage", "published", "target"} | set(SMALL)
+    assert twin.model_dump(exclude=skip) == row.model_dump(exclude=skip)
+    for section, keys in SMALL.items():
+        assert getattr(twin, section).model_dump(exclude=keys) == getattr(row, section).model_dump(exclude=keys)
+    assert twin.data.source == "cifar10-or-synthetic"
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if isinstance(load_recipe(n), CombineRecipe)])
+def test_members_of_combinations_exist_and_record_what_is_needed(name):
+    recipes = {r.name: r for r in map(load_recipe, FILES)}
+    combine = load_recipe(name).combine
+    for member in combine.members:
+        if combine.how == "stacking" and combine.protocol == "published":
+            assert recipes[member].eval.train_logits
+        if combine.protocol == "honest":
+            assert recipes[member].data.holdout == 5000
+
+
+def test_a_later_file_of_extends_wins_and_titles_stay_behind(tmp_path):
+    lenet5 = (recipes_folder() / "lenet5.toml").as_posix()
+    (tmp_path / "a.toml").write_text(f'title = "A"\nextends = "{lenet5}"\n')
+    (tmp_path / "_b.toml").write_text('title = "B"\ntrain = { epochs = 3 }\noptimizer = { lr = 0.5 }\n')
+    (tmp_path / "c.toml").write_text('extends = ["a.toml", "_b.toml"]\noptimizer = { lr = 0.25 }\n')
+    recipe = load_recipe(tmp_path / "c.toml")
+    assert (recipe.name, recipe.title, recipe.published) == ("c", "", None)
+    assert (recipe.train.epochs, recipe.train.batch_size, recipe.optimizer.lr) == (3, 128, 0.25)
+
+
+def test_parts_are_not_recipes():
+    assert not [name for name in FILES if name.split("/")[-1].startswith("_")]
+
+
+def test_augment_settings_survive_an_override_of_another_key():
+    recipe = load_recipe("aug-aa", ["data.loader.name=torchvision", "augment.where=loader"])
+    assert [op.name for op in recipe.augment.ops] == ["crop", "flip", "autoaugment"]
+    assert recipe.augment.where == "loader"
