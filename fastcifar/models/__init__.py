@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcifar.models import deep_baseline, lenet, pyramidnet, residual, wide_resnet
+from fastcifar.models import deep_baseline, lenet, pyramidnet, residual, speednet, wide_resnet
 from fastcifar.models.shakedrop import bind_counter
 from fastcifar.recipe.models import ModelBase
 
@@ -25,6 +25,7 @@ MODELS: dict[str, Builder] = {
     "residual15": residual.build_residual15,
     "wide_resnet": wide_resnet.build,
     "pyramidnet": pyramidnet.build,
+    "speednet": speednet.build,
 }
 """A model's name in a recipe -> (config, num_classes, image_px) -> the network with torch's default weights."""
 

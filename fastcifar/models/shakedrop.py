@@ -18,6 +18,9 @@ from fastcifar.philox import Stream, philox
 
 Gate = Literal["batch", "sample"]
 
+BITS = 24
+"""Of a random word that are used: as many as a float32 holds exactly."""
+
 
 def death_rates(last: float, blocks: int) -> list[float]:
     """Return each block's death probability: the linear schedule ``last * l / L`` for l = 1..L."""
@@ -51,7 +54,7 @@ class ShakeDraws(nn.Module):
         gate: ``"batch"`` draws one gate per block and batch, as published; ``"sample"`` one per block and sample.
     """
 
-    death_rates: Tensor
+    thresholds: Tensor
     counter: Tensor
 
     def __init__(self, rates: list[float], gate: Gate = "batch"):
@@ -59,8 +62,10 @@ class ShakeDraws(nn.Module):
         self.gate = gate
         self.seed = 0
         self.bound = False
-        # Neither is state of the model: the rates follow from the recipe, the counter belongs to the step.
-        self.register_buffer("death_rates", torch.tensor(rates, dtype=torch.float64), persistent=False)
+        # Neither is state of the model: the rates follow from the recipe, the counter belongs to the step. Integers
+        # stay exact whatever dtype the model is moved to.
+        thresholds = torch.tensor([round(rate * 2**BITS) for rate in rates])
+        self.register_buffer("thresholds", thresholds, persistent=False)
         self.register_buffer("counter", torch.zeros(1, dtype=torch.int64), persistent=False)
 
     def forward(self, batch: int) -> Tensor:
@@ -74,20 +79,20 @@ class ShakeDraws(nn.Module):
         """
         if not self.bound:
             raise RuntimeError("ShakeDrop has no counter to draw from: call bind_counter(model, counter, seed) first")
-        blocks = len(self.death_rates)
+        blocks = len(self.thresholds)
         position = torch.arange(batch, device=self.counter.device).expand(blocks, batch)
         block = torch.arange(blocks, device=self.counter.device)[:, None]
         alpha, beta, each, whole = philox(self.seed, position, self.counter, block, Stream.SHAKEDROP)
         # The batch's gate is the first sample's word, apart from the words of the per-sample gates.
         word = each if self.gate == "sample" else whole[:, :1]
-        alive = unit(word) >= self.death_rates.to(torch.float32)[:, None]
+        alive = word >> (32 - BITS) >= self.thresholds[:, None]
         scales = torch.stack([unit(alpha) * 2 - 1, unit(beta)], dim=1)
         return torch.where(alive[:, None], torch.ones_like(scales), scales)
 
 
 def unit(word: Tensor) -> Tensor:
     """Map random words, int64 in 0..2**32-1, to float32 in [0, 1): their upper 24 bits, exactly."""
-    return (word >> 8).to(torch.float32) * 2.0**-24
+    return (word >> (32 - BITS)).to(torch.float32) * 2.0**-BITS
 
 
 class ShakeDrop(nn.Module):

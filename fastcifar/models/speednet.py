@@ -1,0 +1,133 @@
+"""A small network in the manner of the CIFAR-10 speed records (Jordan, 2024, "94% on CIFAR-10 in 3.29 seconds").
+
+What makes it learn in a few epochs: a first layer that whitens 2x2 patches and is computed from the training images
+instead of learnt, BatchNorm without a learnt scale, convolutions that start near the identity, and logits scaled down.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastcifar.recipe.models import SpeedNetConfig
+
+PATCH_PX = 2
+PATCH_VALUES = 3 * PATCH_PX**2
+WHITEN_WIDTH = 2 * PATCH_VALUES
+EIGENVALUE_FLOOR = 5e-4
+"""Added to the eigenvalues, so that directions that hold mostly noise are not blown up."""
+
+
+class BiasBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose scale stays 1: a buffer, not a parameter, so that no optimizer sees it."""
+
+    def __init__(self, width: int):
+        # The statistics must follow weights that change a lot within a run of a few hundred steps.
+        super().__init__(width, momentum=0.4)
+        scale = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", scale)
+
+
+class Whitening(nn.Module):
+    """A 2x2 convolution onto the eigenvectors of the training patches, both signs, each scaled to variance 1.
+
+    The filters are a buffer of 2 * 12 filters, random until `fit` computes them. Only the bias is learnt, and only
+    while ``learning`` is 1.
+    """
+
+    weight: Tensor
+    learning: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = nn.Conv2d(3, WHITEN_WIDTH, PATCH_PX)
+        self.register_buffer("weight", conv.weight.detach())
+        self.register_buffer("learning", torch.ones(()), persistent=False)
+        self.bias = nn.Parameter(torch.zeros(WHITEN_WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, S, S) to (B, 24, S - 1, S - 1)."""
+        # A factor instead of requires_grad, so that a captured graph stays valid when the bias stops learning.
+        bias = self.bias * self.learning + self.bias.detach() * (1 - self.learning)
+        return F.conv2d(x, self.weight, bias)
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Compute the filters from images (N, 3, S, S), normalized as in training; a few thousand are enough."""
+        patches = F.unfold(images.to("cpu", torch.float64), PATCH_PX).transpose(1, 2).reshape(-1, PATCH_VALUES)
+        values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+        # The sign of an eigenvector is arbitrary: fix it, so that every machine gets the same filters.
+        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        filters = (vectors * largest.sign() / (values + EIGENVALUE_FLOOR).sqrt()).T
+        filters = filters.reshape(PATCH_VALUES, 3, PATCH_PX, PATCH_PX)
+        self.weight.copy_(torch.cat([filters, -filters]))
+
+
+class SpeedBlock(nn.Module):
+    """conv-pool-BN-GELU, then conv-BN-GELU once, or twice with a residual connection around the second.
+
+    Args:
+        inputs: channels in.
+        outputs: channels out.
+        convs: 2 or 3.
+    """
+
+    def __init__(self, inputs: int, outputs: int, convs: int):
+        super().__init__()
+        self.convs = nn.ModuleList(near_identity(inputs if i == 0 else outputs, outputs) for i in range(convs))
+        self.norms = nn.ModuleList(BiasBatchNorm2d(outputs) for _ in range(convs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, outputs, H // 2, W // 2)."""
+        x = F.gelu(self.norms[0](F.max_pool2d(self.convs[0](x), 2)))
+        x = F.gelu(self.norms[1](self.convs[1](x)))
+        return x if len(self.convs) == 2 else F.gelu(self.norms[2](self.convs[2](x)) + x)
+
+
+def near_identity(inputs: int, outputs: int) -> nn.Conv2d:
+    """Return a 3x3 convolution without bias whose first filters pass their channel through."""
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    passed = min(inputs, outputs)
+    nn.init.dirac_(conv.weight[:passed])
+    return conv
+
+
+class SpeedNet(nn.Module):
+    """Whitening, GELU, three blocks, global max pooling and a linear layer without bias whose output is scaled.
+
+    Call `whiten` before training and, where the bias of the whitening layer is to stop learning after some epochs,
+    `begin_epoch` before each.
+    """
+
+    def __init__(self, config: SpeedNetConfig, num_classes: int = 10):
+        super().__init__()
+        self.scale = config.scale
+        self.whiten_bias_epochs = config.whiten_bias_epochs
+        self.whitening = Whitening()
+        channels = [WHITEN_WIDTH, *config.widths]
+        self.blocks = nn.Sequential(
+            *(SpeedBlock(channels[i], channels[i + 1], config.convs_per_block) for i in range(len(config.widths)))
+        )
+        self.head = nn.Linear(channels[-1], num_classes, bias=False)
+
+    def whiten(self, images: Tensor) -> None:
+        """Compute the first layer's filters from training images.
+
+        Args:
+            images: float (N, 3, S, S), normalized as in training, any device; a few thousand are enough.
+        """
+        self.whitening.fit(images)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Stop the first layer's bias from learning once ``whiten_bias_epochs`` epochs (counted from 0) are done."""
+        self.whitening.learning.fill_(float(epoch < self.whiten_bias_epochs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, S, S) to logits (B, num_classes)."""
+        x = self.blocks(F.gelu(self.whitening(x)))
+        return self.head(x.amax((2, 3))) * self.scale
+
+
+def build(config: SpeedNetConfig, num_classes: int, image_px: int) -> nn.Module:
+    """Build the network that ``config`` describes, with its own initial weights."""
+    return SpeedNet(config, num_classes)
