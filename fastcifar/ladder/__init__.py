@@ -1,0 +1,1 @@
+"""The whole ladder of recipes: what to run in which order, running it, and its figures. Torch is not imported here."""
