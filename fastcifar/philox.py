@@ -30,6 +30,7 @@ class Stream(IntEnum):
     SHAKEDROP = 3
     HOLDOUT = 4
     TORCH = 5
+    SYNTHETIC = 6
 
 
 def split_seed(seed: int) -> tuple[int, int]:

@@ -1,0 +1,135 @@
+"""The loaders: four backends behind one contract, and the choice among them."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+from fastcifar.data.loaders.base import Loader, Plan
+from fastcifar.data.store import Store
+from fastcifar.errors import UserError
+from fastcifar.recipe.models import AugmentConfig, LoaderConfig
+
+__all__ = ["PACKAGES", "Loader", "Plan", "build_loader", "choose_backend"]
+
+PACKAGES = {"ffcv": ("ffcv", "ffcv"), "dali": ("nvidia.dali", "dali")}
+"""The module that a backend needs, and the extra of fastcifar that installs it."""
+
+
+def build_loader(
+    config: LoaderConfig,
+    store: Store,
+    rows: np.ndarray | None,
+    *,
+    seed: int,
+    batch_size: int,
+    drop_last: bool,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    augment: AugmentConfig | None = None,
+) -> Loader:
+    """Return the loader of the training images.
+
+    A backend whose format the store does not have converts it once into the cache.
+
+    Args:
+        config: which backend, how many workers, whose order.
+        store: the data, in any format.
+        rows: int64 (N,), ascending: which training images take part; None for all. ``Batch.indices`` are these rows.
+        seed: of the epoch order, 0..2**64-1.
+        batch_size: samples per batch of a rank.
+        drop_last: leave out the odd last batch.
+        device: where images go.
+        rank: which part of each epoch, 0..world-1.
+        world: how many parts.
+        augment: the augmentations; with ``where = "loader"`` the torchvision backend carries them out.
+
+    Raises:
+        UserError: a backend's package is missing, or the images are of a kind that it cannot hold.
+    """
+    chosen = np.arange(store.count("train")) if rows is None else np.asarray(rows, np.int64)
+    plan = Plan(chosen, seed, batch_size, drop_last, rank, world)
+    in_workers = augment if augment is not None and augment.where == "loader" else None
+    name, reason = choose_backend(config, store, len(chosen), device, in_workers)
+    return _BUILDERS[name](config, store, plan, device, reason, in_workers)
+
+
+def choose_backend(
+    config: LoaderConfig, store: Store, count: int, device: torch.device, in_workers: AugmentConfig | None = None
+) -> tuple[str, str]:
+    """Return a backend's name and one line that says why.
+
+    Raises:
+        UserError: the backend that the recipe names is not installed.
+    """
+    if in_workers is not None:
+        return "torchvision", 'augment.where = "loader"'
+    set_bytes, free = count * int(np.prod(store.image_shape)), free_memory(device)
+    share = f"{_readable(set_bytes)} of images, {_readable(free)} free on {device}"
+    if config.name == "resident" and set_bytes > 0.9 * free:
+        name, why = _streaming()
+        return name, f"resident does not fit ({share}); {why}"
+    if config.name != "auto":
+        _require(config.name)
+        return config.name, "named by the recipe"
+    if set_bytes <= free / 4:
+        return "resident", f"auto: {share}"
+    name, why = _streaming()
+    return name, f"auto: {share}, more than a quarter; {why}"
+
+
+def _streaming() -> tuple[str, str]:
+    """Return the best installed backend that does not hold the whole set."""
+    for name, (module, _) in PACKAGES.items():
+        if _installed(module):
+            return name, f"{name} instead"
+    return "torchvision", "torchvision instead (neither ffcv nor DALI is installed)"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _require(name: str) -> None:
+    if name in PACKAGES and not _installed(PACKAGES[name][0]):
+        module, extra = PACKAGES[name]
+        raise UserError(
+            f'data.loader.name = "{name}" needs {module}, which is not installed; '
+            f"install it with `pip install 'fastcifar[{extra}]'`, or choose another loader"
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a device; for the CPU, what the system can give without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        import os
+
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _readable(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+_Builder = Callable[[LoaderConfig, Store, Plan, torch.device, str, AugmentConfig | None], Loader]
+
+
+def _resident(
+    config: LoaderConfig, store: Store, plan: Plan, device: torch.device, reason: str, augment: AugmentConfig | None
+) -> Loader:
+    from fastcifar.data.loaders.resident import ResidentLoader
+
+    return ResidentLoader(store, plan, device, reason)
+
+
+_BUILDERS: dict[str, _Builder] = {"resident": _resident}

@@ -1,0 +1,156 @@
+"""The dali format: WebDataset tar shards with DALI's index files.
+
+Each sample is three members of a ustar archive: ``IIIIIIIII.img`` (raw pixels, uint8 H*W*C), ``IIIIIIIII.cls`` (the
+label) and ``IIIIIIIII.idx`` (the row), the latter two little-endian int64. All members have one size, so that a
+sample's place is arithmetic; stock ``fn.readers.webdataset`` and any WebDataset reader read the shards.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fastcifar.data.formats.raw import Split
+from fastcifar.errors import UserError
+
+BLOCK = 512
+SHARD_SAMPLES = 8192
+EXTENSIONS = ("img", "cls", "idx")
+INDEX_VERSION = "v1.2"
+
+
+def sample_bytes(image_bytes: int) -> int:
+    """Return how many bytes of a shard one sample takes, headers included."""
+    return sum(BLOCK + _padded(size) for size in _sizes(image_bytes))
+
+
+def offsets(image_bytes: int) -> list[int]:
+    """Return where the contents of ``img``, ``cls`` and ``idx`` begin within a sample."""
+    starts, position = [], 0
+    for size in _sizes(image_bytes):
+        starts.append(position + BLOCK)
+        position += BLOCK + _padded(size)
+    return starts
+
+
+def _sizes(image_bytes: int) -> tuple[int, int, int]:
+    return image_bytes, 8, 8
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def shard_names(split: str, count: int) -> list[str]:
+    """Return the file names of a split's shards."""
+    return [f"{split}-{k:05d}.tar" for k in range(-(-count // SHARD_SAMPLES))]
+
+
+def index_name(shard: str) -> str:
+    """Return the name of a shard's index file."""
+    return shard.removesuffix(".tar") + ".idx"
+
+
+def write(split: Split, folder: Path, name: str, progress: Callable[[str, int, int], None]) -> None:
+    """Write ``NAME-00000.tar``, ``NAME-00000.idx`` and so on."""
+    count = len(split)
+    for k, shard in enumerate(shard_names(name, count)):
+        rows = np.arange(k * SHARD_SAMPLES, min((k + 1) * SHARD_SAMPLES, count))
+        records = _records(split.images[rows[0] : rows[-1] + 1], split.labels[rows], rows)
+        with (folder / shard).open("wb") as file:
+            file.write(records.data)
+            file.write(bytes(2 * BLOCK))  # the end of an archive
+        image_bytes = int(np.prod(split.images.shape[1:]))
+        (folder / index_name(shard)).write_text(index_text(rows, np.arange(len(rows)), image_bytes))
+        progress(f"write {name} as dali", int(rows[-1]) + 1, count)
+
+
+def _records(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the samples as they lie in a shard: uint8 (N, sample_bytes)."""
+    count, image_bytes = len(rows), int(np.prod(images.shape[1:]))
+    contents = (
+        images.reshape(count, image_bytes),
+        labels.astype("<i8").reshape(-1, 1).view(np.uint8),
+        rows.astype("<i8").reshape(-1, 1).view(np.uint8),
+    )
+    records = np.zeros((count, sample_bytes(image_bytes)), np.uint8)
+    for extension, content, start in zip(EXTENSIONS, contents, offsets(image_bytes), strict=True):
+        records[:, start - BLOCK : start] = _headers(rows, extension, content.shape[1])
+        records[:, start : start + content.shape[1]] = content
+    return records
+
+
+def _headers(rows: np.ndarray, extension: str, size: int) -> np.ndarray:
+    """Return one ustar header per row: uint8 (N, 512)."""
+    header = np.zeros(BLOCK, np.uint8)
+    for start, text in (
+        (100, "0000644\0"),
+        (108, "0000000\0"),
+        (116, "0000000\0"),
+        (124, f"{size:011o}\0"),
+        (136, "00000000000\0"),
+        (148, " " * 8),
+        (156, "0"),
+        (257, "ustar\00000"),
+    ):
+        header[start : start + len(text)] = np.frombuffer(text.encode(), np.uint8)
+    headers = np.repeat(header[None], len(rows), axis=0)
+    names = _bytes_of([f"{row:09d}.{extension}" for row in rows])
+    headers[:, : names.shape[1]] = names
+    sums = headers.sum(axis=1, dtype=np.int64)
+    headers[:, 148:156] = _bytes_of([f"{total:06o}\0 " for total in sums])
+    return headers
+
+
+def _bytes_of(texts: list[str]) -> np.ndarray:
+    """Return texts of one length as uint8 (N, length)."""
+    return np.frombuffer("".join(texts).encode(), np.uint8).reshape(len(texts), -1)
+
+
+def index_text(rows: np.ndarray, slots: np.ndarray, image_bytes: int) -> str:
+    """Return a DALI index of the samples at the given slots of a shard, in that order.
+
+    Args:
+        rows: int64 (N,), which name the members.
+        slots: int64 (N,), the samples' positions in the shard.
+        image_bytes: H * W * C.
+    """
+    stride, starts, sizes = sample_bytes(image_bytes), offsets(image_bytes), _sizes(image_bytes)
+    parts = list(zip(EXTENSIONS, starts, sizes, strict=True))
+    lines = [
+        " ".join(f"{e} {slot * stride + start} {size} {row:09d}.{e}" for e, start, size in parts)
+        for row, slot in zip(rows.tolist(), slots.tolist(), strict=True)
+    ]
+    return "\n".join([f"{INDEX_VERSION} {len(lines)}", *lines]) + "\n"
+
+
+def views(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> list[np.ndarray]:
+    """Return each shard's samples, memory-mapped: uint8 (samples, sample_bytes).
+
+    Raises:
+        UserError: a shard of another size than its samples take.
+    """
+    stride, shards = sample_bytes(int(np.prod(image_shape))), []
+    for k, shard in enumerate(shard_names(name, count)):
+        held = min(SHARD_SAMPLES, count - k * SHARD_SAMPLES)
+        data = np.memmap(folder / shard, np.uint8, mode="r")
+        if len(data) != held * stride + 2 * BLOCK:
+            raise UserError(f"{folder / shard}: not a shard of {held} samples of {image_shape} pixels; convert again")
+        shards.append(data[: held * stride].reshape(held, stride))
+    return shards
+
+
+def read(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> Split:
+    """Read a split's shards into memory, without DALI.
+
+    Raises:
+        UserError: a shard of the wrong size.
+    """
+    image_bytes = int(np.prod(image_shape))
+    pixels, label, _ = offsets(image_bytes)
+    images, labels = np.empty((count, *image_shape), np.uint8), np.empty(count, np.int64)
+    for k, shard in enumerate(views(folder, name, count, image_shape)):
+        rows = slice(k * SHARD_SAMPLES, k * SHARD_SAMPLES + len(shard))
+        images[rows] = shard[:, pixels : pixels + image_bytes].reshape(-1, *image_shape)
+        labels[rows] = np.ascontiguousarray(shard[:, label : label + 8]).view("<i8")[:, 0]
+    return Split(images, labels)

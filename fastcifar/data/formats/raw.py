@@ -1,0 +1,61 @@
+"""The raw format: one ``.npy`` of pixels and one of labels per split, memory-mapped when read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastcifar.errors import UserError
+
+CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of ``train`` or ``test``.
+
+    Attributes:
+        images: uint8 (N, H, W, C), in 0..255; may be memory-mapped, then copy-on-write.
+        labels: int64 (N,), in 0..classes-1.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def write(split: Split, folder: Path, name: str, progress: Callable[[str, int, int], None]) -> None:
+    """Write ``NAME_images.npy`` and ``NAME_labels.npy``."""
+    count = len(split)
+    target = np.lib.format.open_memmap(
+        folder / f"{name}_images.npy", mode="w+", dtype=np.uint8, shape=split.images.shape
+    )
+    for first in range(0, count, CHUNK):
+        target[first : first + CHUNK] = split.images[first : first + CHUNK]
+        progress(f"write {name} as raw", min(first + CHUNK, count), count)
+    target.flush()
+    np.save(folder / f"{name}_labels.npy", split.labels.astype(np.int64))
+
+
+def read(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> Split:
+    """Map the images and load the labels.
+
+    Raises:
+        UserError: a file that is no array of the expected shape and type.
+    """
+    # Copy-on-write, so that torch can wrap the pages without a copy and without a warning about read-only memory.
+    images = _load(folder / f"{name}_images.npy", "c", np.uint8, (count, *image_shape))
+    return Split(images, _load(folder / f"{name}_labels.npy", None, np.int64, (count,)))
+
+
+def _load(path: Path, mode: str | None, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable array ({error}); convert again") from None
+    if array.dtype != dtype or array.shape != shape:
+        raise UserError(f"{path}: {array.dtype} {array.shape} instead of {np.dtype(dtype)} {shape}; convert again")
+    return array

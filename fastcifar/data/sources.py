@@ -1,0 +1,234 @@
+"""Where images come from: CIFAR-10 and CIFAR-100 releases, image folders, and drawn (synthetic) images."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastcifar.data.formats.raw import Split
+from fastcifar.data.releases import RELEASES, Release, extracted, read_file, read_names, release_of_archive
+from fastcifar.data.synthetic import draw
+from fastcifar.errors import UserError
+
+Progress = Callable[[str, int, int], None]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
+SYNTHETIC_VERSION = "1"
+SYNTHETIC_COUNTS = {"train": 2000, "test": 1000}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A whole data set as a source gives it.
+
+    Attributes:
+        splits: ``train`` and ``test``.
+        classes: the names of the classes, in the order of the labels.
+        source: what the manifest says about the origin.
+        notes: warnings that belong to the data.
+    """
+
+    splits: dict[str, Split]
+    classes: list[str]
+    source: dict[str, Any]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something to read a data set from.
+
+    Attributes:
+        kind: ``cifar10``, ``cifar100``, ``folder`` or ``synthetic``.
+        path: the folder or the archive; empty for synthetic.
+        release: which release, for CIFAR.
+        fingerprint: a hash of the files' paths, sizes and times: a changed file makes another source.
+    """
+
+    kind: str
+    path: Path
+    release: Release | None
+    fingerprint: str
+
+    @classmethod
+    def synthetic(cls) -> "Source":
+        """Return the source of drawn images."""
+        return cls("synthetic", Path(), None, hashlib.sha256(f"synthetic {SYNTHETIC_VERSION}".encode()).hexdigest())
+
+
+def known_place(data: Path | None) -> tuple[Path, str]:
+    """Return the place to look for data and what named it: ``--data``, ``FASTCIFAR_DATA`` or ``./data``.
+
+    Raises:
+        UserError: a place was named that does not exist.
+    """
+    variable = os.environ.get("FASTCIFAR_DATA")
+    named = [(data, "--data"), (Path(variable).expanduser() if variable else None, "FASTCIFAR_DATA")]
+    for place, why in named:
+        if place is not None:
+            if not place.exists():
+                raise UserError(f"{place} ({why}): no such file or folder")
+            return place, why
+    return Path("data"), "./data"
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
+def find_source(place: Path, kind: str, why: str = "--data") -> Source:
+    """Return the source of the given kind at a place: itself, or within it under the release's own name.
+
+    Raises:
+        UserError: nothing of the kind there; the message says how to get it.
+    """
+    for release, path in _candidates(place, kind):
+        return Source(kind, path, release, _fingerprint(path))
+    raise UserError(f"{place} ({why}): no {kind} there; {_cure(kind)}")
+
+
+def _candidates(place: Path, kind: str) -> Iterator[tuple[Release | None, Path]]:
+    if kind == "folder":
+        if (place / "train").is_dir():
+            yield None, place
+        return
+    releases = [r for r in RELEASES if r.kind == kind]
+    if place.is_file():
+        release = release_of_archive(place)
+        if release.kind == kind:
+            yield release, place
+        return
+    for release in releases:
+        if (place / release.folder).is_dir():
+            yield release, place / release.folder
+        elif any((place / file.name).is_file() for file in release.all_files):
+            yield release, place
+    for release in releases:
+        if (place / release.archive).is_file():
+            yield release, place / release.archive
+
+
+def _cure(kind: str) -> str:
+    if kind == "folder":
+        return "an image folder is train/<class>/*.png (or .jpg) and test/<class>/*; name it with --data"
+    expected = ", ".join(f"{r.folder}/ or {r.archive}" for r in RELEASES if r.kind == kind)
+    return (
+        f"expected {expected}, or a store. Download it with `fastcifar data fetch {kind}`, "
+        "or name the place with --data or FASTCIFAR_DATA"
+    )
+
+
+def _fingerprint(path: Path) -> str:
+    """Hash the paths, sizes and times of all files at a path: quick, and changed by whatever changes a file."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    lines = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_source(source: Source, progress: Progress) -> DataSet:
+    """Read and check a whole source.
+
+    Raises:
+        UserError: a damaged, truncated or missing file, named.
+    """
+    about = {"kind": source.kind, "path": source.path.name, "fingerprint": source.fingerprint}
+    if source.kind == "synthetic":
+        splits, classes = draw(SYNTHETIC_COUNTS)
+        return DataSet(splits, classes, {**about, "version": SYNTHETIC_VERSION}, ["drawn images, not photographs"])
+    if source.release is None:
+        return _read_folder(source.path, about, progress)
+    with _release_folder(source.path, source.release, progress) as folder:
+        return _read_release(folder, source.release, about, progress)
+
+
+@contextmanager
+def _release_folder(path: Path, release: Release, progress: Progress) -> Iterator[Path]:
+    """Yield the folder of a release, extracted into a temporary place where it is an archive."""
+    if path.is_dir():
+        yield path
+        return
+    progress(f"extract {path.name}", 0, 1)
+    with tempfile.TemporaryDirectory(prefix="fastcifar-") as folder:
+        yield extracted(path, release, Path(folder))
+
+
+def _read_release(folder: Path, release: Release, about: dict[str, Any], progress: Progress) -> DataSet:
+    splits, described, notes = {}, [], []
+    classes = read_names(folder, release)
+    for split, files in release.files.items():
+        parts = []
+        for file in files:
+            progress(f"read {file.name}", len(described), len(release.all_files))
+            part, entry, note = read_file(folder / file.name, file, release)
+            parts.append(part)
+            described.append(entry)
+            notes += [note] if note else []
+        splits[split] = Split(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
+    return DataSet(splits, classes, {**about, "release": release.layout, "files": described}, notes)
+
+
+def _read_folder(folder: Path, about: dict[str, Any], progress: Progress) -> DataSet:
+    """Read ``train/<class>/*`` and ``test/<class>/*``."""
+    classes = _class_names(folder / "train")
+    test_classes = _class_names(folder / "test")
+    unknown = sorted(set(test_classes) - set(classes))
+    if unknown:
+        raise UserError(f"{folder / 'test' / unknown[0]}: a class that train/ does not have")
+    splits = {name: _read_images(folder / name, classes, progress) for name in ("train", "test")}
+    shapes = {split.images.shape[1:] for split in splits.values()}
+    if len(shapes) > 1:
+        raise UserError(f"{folder}: train and test images differ in size: {' and '.join(map(str, shapes))}")
+    return DataSet(splits, classes, about, [])
+
+
+def _class_names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: this folder is missing; an image folder is train/<class>/* and test/<class>/*")
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if not names:
+        raise UserError(f"{folder}: no class folders in it")
+    return names
+
+
+def _read_images(folder: Path, classes: list[str], progress: Progress) -> Split:
+    """Decode all images of a split on as many threads as there are cores (PIL works outside Python's lock)."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    paths = [(p, k) for k, c in enumerate(classes) for p in _images_in(folder / c)]
+    if not paths:
+        raise UserError(f"{folder}: no .png or .jpg images in its class folders")
+    first = _decode(paths[0][0])
+    images = np.empty((len(paths), *first.shape), np.uint8)
+    with ThreadPoolExecutor() as pool:
+        for row, image in enumerate(pool.map(_decode, [p for p, _ in paths])):
+            if image.shape != first.shape:
+                raise UserError(
+                    f"{paths[row][0]}: {image.shape[1]}x{image.shape[0]} pixels, "
+                    f"{paths[0][0].name} has {first.shape[1]}x{first.shape[0]}; all images must have one size"
+                )
+            images[row] = image
+            progress(f"decode {folder.name}", row + 1, len(paths))
+    return Split(images, np.array([k for _, k in paths], np.int64))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.suffix in IMAGE_SUFFIXES)
+
+
+def _decode(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from None

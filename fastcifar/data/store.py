@@ -1,0 +1,348 @@
+"""The data set on disk: a folder of one format with a manifest that knows every byte of it.
+
+A store is made once, from a source (`fastcifar.data.sources`) or from another store, and appears whole or not at
+all: it is written under a temporary name, synchronised and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastcifar.data import formats
+from fastcifar.data.formats import Split
+from fastcifar.data.sources import DataSet, Source, find_source, known_place, read_source
+from fastcifar.errors import UserError
+from fastcifar.recipe.models import DataConfig
+
+__all__ = ["FORMATS", "Split", "Store", "convert", "open_store", "resolve_store", "store_as", "verify"]
+
+FORMATS = ("raw", "ffcv", "dali")
+VERSION = 1
+MANIFEST = "manifest.json"
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(what, done, total)`` while a store is written or checked."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """An opened store.
+
+    Attributes:
+        root: its folder.
+        manifest: the parsed manifest: ``format``, ``classes``, ``image_shape``, ``splits``, ``files``, ``source``,
+            ``content`` (a hash of pixels and labels, the same in every format) and ``notes``.
+    """
+
+    root: Path
+    manifest: dict[str, Any]
+
+    @property
+    def format(self) -> str:
+        """``raw``, ``ffcv`` or ``dali``."""
+        return str(self.manifest["format"])
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes; a label is a position in this list."""
+        return list(self.manifest["classes"])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image, in pixels."""
+        height, width, channels = self.manifest["image_shape"]
+        return height, width, channels
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of results should know about this data (a file that is not the official one, say)."""
+        return list(self.manifest["notes"])
+
+    def count(self, split: str) -> int:
+        """Return the number of images in ``train`` or ``test``."""
+        return int(self.manifest["splits"][split]["count"])
+
+    def split(self, split: str) -> Split:
+        """Return the images and labels of ``train`` or ``test``; a raw store stays memory-mapped."""
+        return formats.READERS[self.format](self.root, split, self.count(split), self.image_shape)
+
+    def labels(self, split: str) -> np.ndarray:
+        """Return the labels of ``train`` or ``test`` alone: int64 (N,)."""
+        return self.split(split).labels
+
+
+# ------------------------------------------------------------------------------------------------------------ opening
+
+
+def open_store(root: Path) -> Store:
+    """Open a store and check that all its files are there, of the right size and, where touched since, unchanged.
+
+    Raises:
+        UserError: no store, a manifest that is damaged or of a later version, a missing or damaged file.
+    """
+    store = Store(root, _read_manifest(root / MANIFEST))
+    for name, file in store.manifest["files"].items():
+        path = root / name
+        if not path.is_file():
+            raise UserError(f"{path}: this file of the store is missing; convert again")
+        found = path.stat()
+        if found.st_size != file["bytes"]:
+            raise UserError(f"{path}: {found.st_size:,} bytes instead of {file['bytes']:,} (truncated?); convert again")
+        if found.st_mtime_ns != file["mtime_ns"]:
+            _check_hash(path, file["sha256"])
+    return store
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text())
+        version, kind = manifest["fastcifar_store"], manifest["format"]
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: no store ({MANIFEST} is missing)") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a readable manifest ({error}); convert again") from None
+    if not isinstance(version, int) or version > VERSION:
+        raise UserError(f"{path}: store version {version}, this fastcifar reads up to {VERSION}; update fastcifar")
+    if kind not in FORMATS:
+        raise UserError(f'{path}: unknown format "{kind}"; allowed: {", ".join(FORMATS)}')
+    missing = {"classes", "image_shape", "splits", "files", "source", "content", "notes"} - manifest.keys()
+    if missing:
+        raise UserError(f"{path}: the manifest lacks {', '.join(sorted(missing))}; convert again")
+    return manifest
+
+
+def is_store(path: Path) -> bool:
+    """Return whether a folder looks like a store."""
+    return (path / MANIFEST).is_file()
+
+
+def hash_file(path: Path, algorithm: str = "sha256") -> str:
+    """Return the hash of a file's bytes in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    if hash_file(path) != expected:
+        raise UserError(f"{path}: damaged (its SHA-256 differs from the manifest's); convert again")
+
+
+def verify(root: Path, progress: Progress = no_progress) -> Store:
+    """Check every byte of a store against its manifest, and that the folder holds no other file.
+
+    Raises:
+        UserError: the first damaged, missing or foreign file, named.
+    """
+    store = open_store(root)
+    files = store.manifest["files"]
+    for done, (name, file) in enumerate(files.items()):
+        progress(f"verify {name}", done, len(files))
+        _check_hash(root / name, file["sha256"])
+    progress("verify", len(files), len(files))
+    foreign = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()} - files.keys() - {MANIFEST}
+    if foreign:
+        raise UserError(f"{root / min(foreign)}: this file does not belong to the store; remove it")
+    return store
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def content_hash(data: DataSet) -> str:
+    """Return a hash of classes, shapes, labels and pixels: equal data sets are equal in every format."""
+    digest = hashlib.sha256(json.dumps(data.classes).encode())
+    for name, split in sorted(data.splits.items()):
+        digest.update(f"{name} {split.images.shape}".encode())
+        digest.update(np.ascontiguousarray(split.labels, dtype="<i8").data)
+        digest.update(np.ascontiguousarray(split.images).data)
+    return digest.hexdigest()
+
+
+def convert(source: Source | Store, to: str, out: Path, progress: Progress = no_progress) -> tuple[Store, bool]:
+    """Write a data set as a store.
+
+    Args:
+        source: what to read.
+        to: ``raw``, ``ffcv`` or ``dali``.
+        out: the folder to make.
+        progress: told of each step.
+
+    Returns:
+        The store, and whether it had to be written (False: it was there already, with the same content).
+
+    Raises:
+        UserError: a damaged source, or ``out`` holds something else.
+    """
+    if is_store(out) and (store := _same_source(out, source, to)):
+        return store, False
+    data = _as_data_set(source, progress)
+    content = content_hash(data)
+    if out.exists():
+        if is_store(out) and (store := open_store(out)).manifest["content"] == content and store.format == to:
+            return store, False
+        if not out.is_dir() or any(out.iterdir()):
+            raise UserError(f"{out}: already there, with other content; remove it or choose another folder with --out")
+    _write(data, content, to, out, progress)
+    return open_store(out), True
+
+
+def _same_source(out: Path, source: Source | Store, to: str) -> Store | None:
+    """Return the store at ``out`` when its manifest says that it was made from this source, unchanged since."""
+    store = open_store(out)
+    same = (
+        store.manifest["content"] == source.manifest["content"]
+        if isinstance(source, Store)
+        else store.manifest["source"]["fingerprint"] == source.fingerprint
+    )
+    return store if same and store.format == to else None
+
+
+def _as_data_set(source: Source | Store, progress: Progress) -> DataSet:
+    if isinstance(source, Source):
+        return read_source(source, progress)
+    splits = {name: source.split(name) for name in source.manifest["splits"]}
+    return DataSet(splits, source.classes, source.manifest["source"], source.notes)
+
+
+def _write(data: DataSet, content: str, to: str, out: Path, progress: Progress) -> None:
+    with _whole_or_nothing(out) as folder:
+        splits: dict[str, Any] = {}
+        for name, split in data.splits.items():
+            progress(f"write {name} as {to}", 0, len(split.labels))
+            formats.WRITERS[to](split, folder, name, progress)
+            splits[name] = {"count": len(split.labels)}
+        written = sorted(p for p in folder.rglob("*") if p.is_file())
+        manifest = {
+            "fastcifar_store": VERSION,
+            "format": to,
+            "source": data.source,
+            "content": content,
+            "classes": data.classes,
+            "image_shape": list(data.splits["train"].images.shape[1:]),
+            "splits": splits,
+            "notes": data.notes,
+            "files": {p.relative_to(folder).as_posix(): _describe(p) for p in written},
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    found = path.stat()
+    return {"bytes": found.st_size, "sha256": hash_file(path), "mtime_ns": found.st_mtime_ns}
+
+
+@contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``out``; on success synchronise it and give it the name ``out``."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
+    try:
+        yield folder
+        folder.chmod(0o755)
+        for path in [*folder.rglob("*"), folder]:
+            _sync(path)
+        _rename(folder, out)
+        _sync(out.parent)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rename(folder: Path, out: Path) -> None:
+    """Rename; when another process made the same store meanwhile, keep that one."""
+    try:
+        os.replace(folder, out)
+    except OSError:
+        if not is_store(out):
+            raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------- resolving
+
+
+def cache_folder() -> Path:
+    """Return where converted data is kept: ``FASTCIFAR_CACHE``, else ``~/.cache/fastcifar``."""
+    return Path(os.environ.get("FASTCIFAR_CACHE") or Path.home() / ".cache" / "fastcifar")
+
+
+def store_as(source: Source | Store, to: str, progress: Progress = no_progress) -> Store:
+    """Return a data set as a store of the given format, converted once into the cache where it is not one yet."""
+    if isinstance(source, Store):
+        if source.format == to:
+            return source
+        name, key = source.manifest["source"]["kind"], source.manifest["content"]
+    else:
+        name, key = source.kind, source.fingerprint
+    return convert(source, to, cache_folder() / f"{name}-{to}-{key[:16]}", progress)[0]
+
+
+def resolve_store(
+    config: DataConfig,
+    data: Path | None = None,
+    *,
+    need: tuple[str, ...] = FORMATS,
+    progress: Progress = no_progress,
+) -> Store:
+    """Find the data of a recipe: ``--data``, else ``FASTCIFAR_DATA``, else ``./data``; synthetic data is made.
+
+    A place may be a store, a release (folder or archive), an image folder, or a folder that holds one of them. What
+    is not a store is converted once to ``need[0]`` in the cache. Nothing is downloaded here.
+
+    Args:
+        config: the recipe's data section; ``source`` says what is looked for.
+        data: the value of ``--data``.
+        need: the formats that will do.
+        progress: told of a conversion's steps.
+
+    Raises:
+        UserError: no such data anywhere (the message says how to get it), or it is damaged.
+    """
+    if config.source == "synthetic":
+        return store_as(Source.synthetic(), need[0], progress)
+    found = locate(config.source, data)
+    if isinstance(found, Store) and found.format in need:
+        return found
+    return store_as(found, need[0], progress)
+
+
+def locate(kind: str, data: Path | None = None) -> Source | Store:
+    """Return the store or the source of the given kind at the first place of the documented order that is set.
+
+    Raises:
+        UserError: nothing there, or it is damaged.
+    """
+    place, why = known_place(data)
+    if is_store(place):
+        store = open_store(place)
+        found_kind = store.manifest["source"]["kind"]
+        if kind != found_kind:
+            raise UserError(f'{place} ({why}): a store of "{found_kind}"; the recipe wants data.source = "{kind}"')
+        return store
+    for to in FORMATS:
+        if is_store(place / f"{kind}-{to}"):
+            return open_store(place / f"{kind}-{to}")
+    return find_source(place, kind, why)
