@@ -12,6 +12,9 @@
 import json
 import os
 import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -116,18 +119,24 @@ class Run:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: is damaged ({error}); train the run again") from None
 
-    @cached_property
-    def _logits(self) -> Any:
+    @contextmanager
+    def _logits(self) -> "Iterator[np.lib.npyio.NpzFile]":
+        """Open ``logits.npz`` for as long as it is read: a file kept open would be one more thing to close."""
         import numpy as np
 
         path = self.folder / "logits.npz"
         if not path.is_file():
             raise UserError(f"{path}: is missing; finish the run with `fastcifar run --resume {self.folder}`")
-        return np.load(path)
+        try:
+            with np.load(path) as file:
+                yield file
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: is damaged ({error}); train the run again") from None
 
     def logits_keys(self) -> list[str]:
         """Return the names that `logits` takes."""
-        return list(self._logits.files)
+        with self._logits() as file:
+            return list(file.files)
 
     def logits(self, key: str) -> "np.ndarray":
         """Return one saved array: float32 (N, classes), or int64 (N,) for labels and indices.
@@ -138,9 +147,10 @@ class Run:
         Raises:
             UserError: the run has not saved it; the message lists what it has.
         """
-        if key not in self._logits.files:
-            raise UserError(f"{self.folder}: has no logits {key}; it has {', '.join(self._logits.files)}")
-        return self._logits[key]
+        with self._logits() as file:
+            if key not in file.files:
+                raise UserError(f"{self.folder}: has no logits {key}; it has {', '.join(file.files)}")
+            return file[key]
 
     # -------------------------------------------------------------------------------------------------------- writing
 

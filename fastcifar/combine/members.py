@@ -82,7 +82,7 @@ def collect(members: Mapping[str, Run], split: str, which: str, tta: bool = Fals
 def _read(name: str, run: Run, split: str, which: str, tta: bool) -> np.ndarray:
     """Return one member's logits float32 (N, K), finite."""
     key, have = _key(run, split, which, tta), run.logits_keys()
-    if not any(k.startswith(f"{split}/") for k in have):
+    if f"{split}/labels" not in have:
         raise UserError(f"{name} ({run.folder}): {_CURES[split]}")
     if key not in have:
         raise UserError(f"{name} ({run.folder}): has no logits {key}; {_cure_of(which, tta)}")

@@ -1,7 +1,7 @@
 """Carry out a combination recipe and record it as a run directory, so that tables and reports treat it as a run."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,32 @@ def run_combine(
     results = combine(recipe.combine, chosen, tta=tta)
     target = folder or next(iter(chosen.values())).folder.parent / recipe.name
     return _record(recipe, chosen, results, target, time.perf_counter() - start)
+
+
+def combine_run(run: Run) -> dict[str, Any]:
+    """Carry out the combination recipe of a run directory and return the summary.
+
+    The members are the newest finished runs of the named recipes, looked for beside the directory, then in ``runs/``.
+
+    Raises:
+        UserError: no finished run of a member is there, or see `run_combine`.
+    """
+    recipe = run.recipe
+    if not isinstance(recipe, CombineRecipe):
+        raise UserError(f"{run.folder}: is a training run; only a recipe with a [combine] table combines runs")
+    members = newest_finished(recipe.combine.members, (run.folder.parent, Path("runs")))
+    return run_combine(recipe, members, run.folder)
+
+
+def newest_finished(names: Iterable[str], folders: Iterable[Path]) -> dict[str, Run]:
+    """Return the newest finished run of each recipe name, from the first of the folders that has one."""
+    found: dict[str, Run] = {}
+    for folder in folders:
+        summaries = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+        runs = [Run.open(path.parent) for path in summaries if (path.parent / "recipe.toml").is_file()]
+        newest = {run.recipe.name: run for run in runs if run.summary["status"] == "finished"}
+        found = {name: newest[name] for name in names if name in newest} | found
+    return found
 
 
 def _in_order(recipe: CombineRecipe, members: Mapping[str, Run]) -> dict[str, Run]:
@@ -120,8 +146,9 @@ def _stack(config: CombineConfig, members: Mapping[str, Run], tta: bool) -> dict
     from fastcifar.combine import stacking
 
     if config.protocol == "published":
-        test = collect(members, "test", "best", tta)
-        train = collect(members, "train", "best")
+        # Runs keep the training-set logits of their last epoch only; both splits are read at the same epoch.
+        which = "best" if "best" in available(members, "train") else "last"
+        test, train = collect(members, "test", which, tta), collect(members, "train", which)
         stacked = stacking.stack_published(train, test, config.meta, config.meta_seed)
         counts = "best"
     else:
@@ -139,7 +166,12 @@ def _stack(config: CombineConfig, members: Mapping[str, Run], tta: bool) -> dict
 def _combined(log_probabilities: np.ndarray, test: Scores, protocol: str, details: dict[str, Any]) -> Combined:
     chosen = log_probabilities[np.arange(len(test.labels)), test.labels]
     right = log_probabilities.argmax(-1) == test.labels
-    figures = {"accuracy": 100 * float(right.mean()), "loss": -float(chosen.mean()), "protocol": protocol}
+    figures = {
+        "epoch": details.get("meta_epoch", 0),
+        "accuracy": 100 * float(right.mean()),
+        "loss": -float(chosen.mean()),
+        "protocol": protocol,
+    }
     return Combined(log_probabilities, figures, details)
 
 
@@ -165,6 +197,8 @@ def _summary(
     figures = {which: results[which].figures if which in results else None for which in PROTOCOLS}
     return {
         "name": recipe.name,
+        "stage": recipe.stage,
+        "published": recipe.published.model_dump() if recipe.published else None,
         "status": "finished",
         "how": recipe.combine.how,
         "members": [{"name": name, "run": str(run.folder), **_figures(run)} for name, run in members.items()],
