@@ -1,0 +1,76 @@
+"""The way in: seeds, initializations, formats."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastcifar.models import MODELS, build_model
+from fastcifar.recipe.models import DeepBaselineConfig, LeNet5Config, ModelUnion, Residual15Config, WideResNetConfig
+
+SMALL = WideResNetConfig(name="wide_resnet", widen=1)
+
+
+def test_every_config_has_its_builder():
+    from typing import get_args
+
+    configs = get_args(get_args(ModelUnion)[0])
+    names = {name for config in configs for name in get_args(config.model_fields["name"].annotation)}
+    assert names == set(MODELS)
+
+
+def test_weights_depend_on_the_seed_alone():
+    torch.manual_seed(0)
+    a = build_model(SMALL, seed=7).state_dict()
+    torch.manual_seed(1)
+    b, c = build_model(SMALL, seed=7).state_dict(), build_model(SMALL, seed=8).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["stem.weight"], c["stem.weight"])
+
+
+def test_the_callers_random_state_is_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    build_model(SMALL, seed=7)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_default_weights_are_torchs_own():
+    model = build_model(LeNet5Config(name="lenet5"), seed=42)
+    torch.manual_seed(42)
+    layers = [nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5), nn.Linear(400, 120), nn.Linear(120, 84), nn.Linear(84, 10)]
+    for ours, theirs in zip(model.parameters(), (p for layer in layers for p in layer.parameters()), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DeepBaselineConfig(name="deep_baseline_bn", init="kaiming_normal_fan_out"),
+        Residual15Config(name="residual15", init="kaiming_normal_fan_out"),
+    ],
+    ids=lambda config: config.name,
+)
+def test_kaiming_normal_fan_out(config):
+    for module in build_model(config, seed=1).modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight = module.weight.detach()
+            deviation = math.sqrt(2 / (weight.shape[0] * weight[0, 0].numel()))
+            # Five standard errors of a standard deviation, and of a mean, of normal numbers.
+            assert abs(weight.std() / deviation - 1) < 5 / math.sqrt(2 * weight.numel())
+            assert abs(weight.mean() / deviation) < 5 / math.sqrt(weight.numel())
+        if isinstance(module, nn.BatchNorm2d):
+            assert torch.equal(module.weight, torch.ones_like(module.weight))
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d) and module.bias is not None:
+            assert not module.bias.any()
+
+
+def test_fp32_channels_last_in_training_mode():
+    model = build_model(SMALL, seed=1)
+    assert model.training
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.float32
+        if parameter.ndim == 4:
+            assert parameter.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,107 @@
+"""Parameter counts and GMACs against the published experiment's own table; traffic against counts by hand."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from fastcifar.commands.models import CATALOGUE, chosen, figures, models
+from fastcifar.errors import UserError
+from fastcifar.models.cost import cost_of
+
+LADDER = {
+    "lenet5": (62_006, 0.0007),
+    "deep_baseline": (2_799_178, 0.0975),
+    "deep_baseline_bn": (2_800_394, 0.0975),
+    "residual5": (10_407_498, 1.0882),
+    "residual15": (13_535_306, 0.7064),
+    "wrn16_8": (10_961_370, 1.5481),
+    "wrn16_8_last_bn": (10_964_954, 1.5481),
+    "pyramidnet110_a150": (10_105_771, 1.8030),
+}
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_counts_of_the_ladder(name: str):
+    row = figures(name, 780, 4300)
+    assert (row["parameters"], round(row["gmacs"], 4)) == LADDER[name]
+
+
+def test_alignment_costs_arithmetic_but_no_parameters():
+    plain, aligned = (figures(name, 780, 4300) for name in ("pyramidnet110_a150", "pyramidnet110_a150_align8"))
+    assert aligned["parameters"] == plain["parameters"]
+    assert 1.05 < aligned["gmacs"] / plain["gmacs"] < 1.15
+
+
+@pytest.mark.parametrize(("name", "arithmetic_s", "floor_s"), [("wrn16_8", 1.2, 1.6), ("pyramidnet110_a150", 1.4, 3.0)])
+def test_floors_of_one_h200_with_asam(name: str, arithmetic_s: float, floor_s: float):
+    floor = figures(name, 780, 4300)["epoch_with_asam"]
+    assert round(floor["arithmetic_s"], 1) == arithmetic_s
+    assert round(floor["floor_s"], 1) == floor_s
+
+
+def test_traffic_counted_by_hand():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    cost = cost_of(model.append(nn.Linear(8 * 64, 10)), image_px=16)
+    conv, norm, pool, linear = cost.operations
+    assert [o.kind for o in cost.operations] == ["convolution", "batch_norm", "pooling", "linear"]
+    assert conv.flops == 6 * 16 * 16 * 8 * 27
+    assert conv.values == 3 * 16 * 16 * (3 + 8)
+    assert norm.values == 8 * 16 * 16 * 8
+    assert pool.values == 2 * (8 * 256 + 8 * 64)
+    assert linear.values == 3 * (512 + 10)
+    assert cost.flops == 6 * cost.macs
+    assert cost.bytes_moved() == 2 * sum(o.values for o in cost.operations)
+    floor = cost.epoch_s(tflops=1, gbs=1, images=1)
+    assert floor.arithmetic_s == pytest.approx(cost.flops / 1e12)
+    assert floor.memory_s == pytest.approx(cost.bytes_moved() / 1e9)
+    assert floor.floor_s >= max(floor.arithmetic_s, floor.memory_s)
+
+
+def command():
+    import typer
+
+    app = typer.Typer()
+    app.command()(models)
+    return app
+
+
+def test_the_command_prints_one_json_object():
+    done = CliRunner().invoke(command(), ["lenet5", "--json", "--tflops", "1", "--gbs", "100"])
+    row = json.loads(done.stdout)["models"][0]
+    assert row["model"] == "lenet5"
+    assert row["epoch_with_asam"]["floor_s"] == pytest.approx(2 * row["epoch"]["floor_s"])
+
+
+def test_the_command_shows_a_table_and_a_detail_to_people():
+    for arguments in ([], ["lenet5"]):
+        done = CliRunner().invoke(command(), arguments)
+        assert done.exit_code == 0
+        assert done.stdout == ""
+
+
+def test_a_misspelt_model_is_named_with_its_neighbour():
+    with pytest.raises(UserError, match='did you mean "wrn16_8"'):
+        chosen("wrn16-8")
+
+
+def test_every_preset_is_in_the_catalogue():
+    from fastcifar.recipe.models import PRESETS
+
+    assert set(PRESETS) <= set(CATALOGUE)
+
+
+
+
+def test_costs_are_those_of_torchs_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Flatten(), nn.Linear(4 * 49, 5)).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 16, 16, device="meta")).sum().backward()
+    cost = cost_of(model, image_px=16)
+    # Training needs no gradient of the image, which cost_of counts like every other.
+    first = 2 * 49 * 4 * 27
+    assert cost.flops == counter.get_total_flops() + first
