@@ -1,3 +1,1 @@
 """The training engine for small images: a recipe in; a trained, evaluated and explained model out."""
-
-__version__ = "0.1.0"

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -17,8 +19,18 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(metadata.version("fastcifar"))
+        raise typer.Exit
+
+
 @app.callback()
-def fastcifar() -> None:
+def fastcifar(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """From a recipe file to a trained, evaluated and explained CIFAR-10 model."""
 
 

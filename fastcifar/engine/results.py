@@ -137,7 +137,8 @@ class Results:
     def _checkpoint(self, clocks: dict[str, float]) -> None:
         self.progress.clocks = clocks
         tensors = {f"step/{k}": v for k, v in self.step.state_dict().items()}
-        tensors |= {f"logits/{k}": torch.from_numpy(v) for k, v in self.progress.logits.items()}
+        # Copies: the last epoch's logits may be the best one's too, and safetensors refuses shared memory.
+        tensors |= {f"logits/{k}": torch.tensor(v) for k, v in self.progress.logits.items()}
         state = {k: v for k, v in vars(self.progress).items() if k != "logits"}
         folder = self.run.folder / "checkpoints"
         checkpoint.save(folder, self.progress.epochs_done, tensors, state, self.recipe.checkpoint.keep)

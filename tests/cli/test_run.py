@@ -1,0 +1,117 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TINY = """
+[data]
+source = "synthetic"
+subset = 20
+test_subset = 10
+[model]
+name = "lenet5"
+[optimizer]
+name = "adam"
+lr = 1e-3
+[train]
+epochs = 2
+batch_size = 32
+[engine]
+device = "cpu"
+"""
+
+
+def fastcifar(*words: str, cwd: Path, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "fastcifar", *words], cwd=cwd, capture_output=True, text=True, timeout=120, **options
+    )
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    return tmp_path
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, fastcifar.cli; heavy = {'torch', 'numpy', 'numba', 'pydantic', 'sklearn'} & set(sys.modules);"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_run_prints_its_summary_as_json_on_stdout_alone(tiny):
+    done = fastcifar("run", "tiny.toml", "--json", cwd=tiny)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["status"] == "finished"
+    assert (tiny / summary["run"] / "summary.json").is_file()
+    assert "epoch 2/2" in done.stderr
+
+
+def test_resume_auto_takes_up_the_unfinished_run(tiny):
+    first = json.loads(fastcifar("run", "tiny.toml", "--stop-after", "1", "--json", cwd=tiny).stdout)
+    second = json.loads(fastcifar("run", "tiny.toml", "--resume", "auto", "--json", cwd=tiny).stdout)
+    third = json.loads(fastcifar("run", "--resume", second["run"], "--json", cwd=tiny).stdout)
+    assert first["status"] == "stopped"
+    assert first["run"] == second["run"] == third["run"]
+    assert second["status"] == third["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "nothing.toml"], "nothing.toml: no such recipe file"),
+        (["run", "lenet"], "Did you mean lenet5"),
+        (["run"], "which recipe?"),
+        (["run", "tiny.toml", "--set", "train.epoch=3"], 'tiny.toml: train.epoch: unknown key (did you mean "epochs"?)'),
+        (["run", "tiny.toml", "--set", "engine.device=cuda"], "no CUDA GPU is available"),
+        (["run", "--resume", "nowhere"], "nowhere: is not a run directory"),
+        (["run", "tiny.toml", "--data", "nowhere", "--set", "data.source=cifar10"], "nowhere"),
+        (["run", "tiny.toml", "--out", "tiny.toml/x"], "tiny.toml/x: cannot be written"),
+        (["run", "tiny.toml", "--set", "data.holdout=100000"], "holdout"),
+    ],
+)
+def test_bad_input_gives_one_message_and_status_2(tiny, words, message):
+    done = fastcifar(*words, cwd=tiny)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_run_is_not_overwritten(tiny):
+    assert fastcifar("run", "tiny.toml", "--out", "here", "--quiet", cwd=tiny).returncode == 0
+    done = fastcifar("run", "tiny.toml", "--out", "here", cwd=tiny)
+    assert done.returncode == 2
+    assert "holds a run already" in done.stderr
+
+
+def test_a_resumed_run_keeps_its_recipe(tiny):
+    assert fastcifar("run", "tiny.toml", "--out", "here", "--stop-after", "1", "--quiet", cwd=tiny).returncode == 0
+    done = fastcifar("run", "tiny.toml", "--set", "seed=1", "--resume", "here", cwd=tiny)
+    assert done.returncode == 2
+    assert "a resumed run keeps its own" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_with_the_way_to_go_on(tiny, number):
+    words = [sys.executable, "-m", "fastcifar", "run", "tiny.toml", "--out", "here", "--set", "train.epochs=5000"]
+    child = subprocess.Popen(words, cwd=tiny, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    while not list(tiny.glob("here/checkpoints/epoch-*")):
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.05)
+    child.send_signal(number)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 2
+    assert "go on with `fastcifar run --resume here`" in stderr
+    assert "Traceback" not in stderr
