@@ -109,4 +109,8 @@ def build_augment(
         )
     program = build_program([] if config.where == "loader" else config.ops, *image_shape[:2])
     normal = normal_table(mean, std, dtype)
+    if device.type == "cuda":
+        from fastcifar.augment.gpu import GpuAugment
+
+        return GpuAugment(program, normal, image_shape, seed, device)
     return Augment(program, normal, image_shape, seed)
