@@ -19,7 +19,7 @@ SMOKE = "smoke"
 
 @cache
 def catalogue() -> dict[str, Recipe | CombineRecipe]:
-    """Return the shipped recipes by name (``lenet5``, ``smoke/lenet5``): the ladder's rows in their order, then the others."""
+    """Return the shipped recipes by name (``lenet5``, ``smoke/lenet5``), the ladder first and in order."""
     files = {p.relative_to(recipes_folder()).with_suffix("").as_posix(): p for p in shipped_recipes()}
     recipes = {name: load_recipe(path) for name, path in files.items()}
 

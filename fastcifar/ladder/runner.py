@@ -1,0 +1,153 @@
+"""Carry out one row: in a process of its own, which may crash without harm, or in this one, which saves the start."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastcifar.errors import UserError
+from fastcifar.ladder.climb import OutOfTime, RowFailed
+from fastcifar.ladder.plan import Job
+from fastcifar.recipe import CombineRecipe, Recipe, to_toml
+from fastcifar.record import Run, write_atomic
+
+POLL_S = 0.2
+# A stopped row finishes the checkpoint it is writing; one that does not end by then is killed and loses an epoch.
+GRACE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Carries out jobs; callable as the ladder wants it.
+
+    Attributes:
+        out: the ladder's folder; logs go to ``logs/`` in it.
+        data: where the images are, as for ``fastcifar run``.
+        same_process: train in this process. The deadline then counts between rows only, and a crash ends the ladder.
+    """
+
+    out: Path
+    data: Path | None = None
+    same_process: bool = False
+
+    def __call__(self, job: Job, deadline: float | None, progress: Callable[[str], None]) -> None:
+        """Run, resume or combine; returns when the job is finished.
+
+        Raises:
+            RowFailed: the row's process ended with an error; the message is the last line that it wrote.
+            OutOfTime: the deadline came first.
+            UserError: bad data, members that do not match, a full disk.
+        """
+        if isinstance(job.recipe, CombineRecipe):
+            combine(job)
+        elif self.same_process:
+            train_here(job, self.data)
+        else:
+            self._train_apart(job, deadline, progress)
+
+    def _train_apart(self, job: Job, deadline: float | None, progress: Callable[[str], None]) -> None:
+        log = self.out / "logs" / f"{job.row.replace('/', '-')}-seed-{job.seed}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                self._command(job), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            )
+            try:
+                watch(process, job, deadline, progress)
+            finally:
+                stop(process)
+        if process.returncode:
+            raise RowFailed(last_line(log) or f"ended with status {process.returncode}; see {log}")
+
+    def _command(self, job: Job) -> list[str]:
+        """Return the command line that starts or resumes; a recipe travels as a file, so that this very one is run."""
+        data = ["--data", str(self.data)] if self.data else []
+        command = [sys.executable, "-m", "fastcifar", "run", "--quiet", *data]
+        if (job.folder / "recipe.toml").is_file():
+            return [*command, "--resume", str(job.folder)]
+        recipe = self.out / "logs" / f"{job.row.replace('/', '-')}-seed-{job.seed}.toml"
+        write_atomic(recipe, to_toml(job.recipe))
+        return [*command, str(recipe), "--out", str(job.folder)]
+
+
+def watch(
+    process: "subprocess.Popen[bytes]", job: Job, deadline: float | None, progress: Callable[[str], None]
+) -> None:
+    """Wait for the row's process and report its epochs.
+
+    Raises:
+        OutOfTime: the deadline came first.
+    """
+    said = ""
+    while process.poll() is None:
+        text = epochs_in_words(job)
+        if text != said:
+            said = text
+            progress(text)
+        if deadline is not None and time.monotonic() >= deadline:
+            raise OutOfTime
+        time.sleep(POLL_S)
+
+
+def epochs_in_words(job: Job) -> str:
+    """Return ``seed 42, epoch 3/20, 55.10%`` from what the row has recorded so far."""
+    assert isinstance(job.recipe, Recipe)
+    rows = Run(job.folder).metrics()
+    tests = [row["test"] for row in rows if "test" in row]
+    accuracy = f", {list(tests[-1].values())[-1]['accuracy']:.2f}%" if tests else ""
+    return f"seed {job.seed}, epoch {len(rows)}/{job.recipe.train.epochs}{accuracy}"
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End the row's process and what it has started: ask, wait, kill."""
+    for number, wait_s in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
+        if process.poll() is not None:
+            return
+        try:
+            os.killpg(process.pid, number)
+            process.wait(wait_s)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def last_line(log: Path) -> str:
+    """Return the last line that is not empty, without the command's own prefix."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("fastcifar: ") if lines else ""
+
+
+def train_here(job: Job, data: Path | None) -> None:
+    """Train or resume a row in this process.
+
+    Raises:
+        RowFailed: anything went wrong inside.
+        UserError: as `fastcifar.engine.run.train` does.
+    """
+    from fastcifar.engine.run import train
+    from fastcifar.runs import open_run
+
+    assert isinstance(job.recipe, Recipe)
+    begun = (job.folder / "recipe.toml").is_file()
+    run = open_run(None, None, str(job.folder)) if begun else open_run(job.recipe, job.folder, None)
+    try:
+        train(job.recipe, run, data=data, quiet=True)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RowFailed(f"{type(error).__name__}: {error}") from error
+
+
+def combine(job: Job) -> None:
+    """Combine the members' saved logits.
+
+    Raises:
+        UserError: as `fastcifar.combine.run_combine` does.
+    """
+    from fastcifar.combine import run_combine
+
+    assert isinstance(job.recipe, CombineRecipe)
+    run_combine(job.recipe, {name: Run.open(folder) for name, folder in job.members.items()}, job.folder)
