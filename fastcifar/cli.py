@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fastcifar.commands.ladder import ladder
+from fastcifar.commands.recipes import recipes, show
 from fastcifar.commands.run import run
 from fastcifar.errors import UserError
 from fastcifar.interrupt import Interrupted
@@ -35,6 +37,9 @@ def fastcifar(
 
 
 app.command()(run)
+app.command()(recipes)
+app.command()(show)
+app.command()(ladder)
 
 
 def main() -> None:

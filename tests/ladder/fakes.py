@@ -50,7 +50,8 @@ def summary(job, run):
     return {
         "name": job.recipe.name, "status": "finished", "epochs": len(rows), "epochs_done": len(rows), "weights": "raw",
         "last": rows[-1], "best": max(rows, key=lambda row: row["accuracy"]), "selected": None, "seed": job.seed,
-        "clocks": {"total_s": 2.0, "training_s": 1.0, "compilation_s": 0.0}, "images_per_s": 1000.0, "git": "0000000000",
+        "clocks": {"total_s": 2.0, "training_s": 1.0, "compilation_s": 0.0}, "images_per_s": 1000.0,
+        "git": "0000000000",
     }  # fmt: skip
 
 
