@@ -25,11 +25,16 @@ class Ascent:
 
 @dataclass(frozen=True)
 class Descent:
-    """torch.optim.SGD's settings: momentum in 0..1, Nesterov or not, weight decay as L2 in the gradient."""
+    """torch.optim.SGD's settings: momentum in 0..1, Nesterov or not, weight decay as L2 in the gradient.
+
+    ``skip`` leaves a step out when its coefficient is not finite (fp16); without it, such a step spoils the weights,
+    so that it cannot go unseen.
+    """
 
     momentum: float
     nesterov: bool
     weight_decay: float
+    skip: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ def norm_squared(weights: Tensor, grads: Tensor, ascent: Ascent | None = None) -
     return (torch.dot(scaled, scaled) + torch.dot(rest, rest))[None]
 
 
-def ascend(weights: Tensor, grads: Tensor, saved: Tensor, partials: Tensor, ascent: Ascent) -> None:
+def ascend(
+    weights: Tensor, grads: Tensor, saved: Tensor, partials: Tensor, ascent: Ascent, shadow: Tensor | None = None
+) -> None:
     """Save the weights, climb by e = rho T^2 g / (||T g|| + 1e-12), T = |w| + eta or 1, and clear the gradient.
 
-    A gradient that is not finite moves nothing.
+    A gradient that is not finite moves nothing. ``shadow`` (k,) receives the first k weights in its own dtype.
     """
     saved.copy_(weights)
     total = partials.sum()
@@ -30,6 +32,7 @@ def ascend(weights: Tensor, grads: Tensor, saved: Tensor, partials: Tensor, asce
         grads[:end].mul_(_scale(weights[:end], ascent.eta).square_())
         weights.addcmul_(grads, ascent.rho / (total.sqrt() + 1e-12))
     grads.zero_()
+    _cast(weights, shadow)
 
 
 def _scale(weights: Tensor, eta: float) -> Tensor:
@@ -47,14 +50,16 @@ def descend(
     saved: Tensor | None = None,
     averages: Averages | None = None,
     coefficient: Tensor | None = None,
+    shadow: Tensor | None = None,
 ) -> None:
     """Restore the saved weights, take torch.optim.SGD's step, move the averages and clear the gradient.
 
-    ``coefficient`` (1,) multiplies the gradient (unscaling, clipping); where it is not finite the step is left out.
+    ``coefficient`` (1,) multiplies the gradient (unscaling, clipping); where it is not finite and ``descent.skip``
+    is set, the step is left out. ``shadow`` (k,) receives the first k new weights in its own dtype.
     """
     if saved is not None:
         weights.copy_(saved)
-    if coefficient is None or torch.isfinite(coefficient):
+    if not descent.skip or coefficient is None or torch.isfinite(coefficient):
         if coefficient is not None:
             grads.mul_(coefficient)
         if descent.weight_decay:
@@ -69,6 +74,12 @@ def descend(
     if averages is not None:
         average(weights, averages)
     grads.zero_()
+    _cast(weights, shadow)
+
+
+def _cast(weights: Tensor, shadow: Tensor | None) -> None:
+    if shadow is not None:
+        shadow.copy_(weights[: shadow.numel()])
 
 
 def average(weights: Tensor, averages: Averages) -> None:
