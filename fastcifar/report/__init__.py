@@ -1,0 +1,1 @@
+"""Runs explained: confusion, hard images, suspected label errors, curves, tables, and pages that show them."""

@@ -6,11 +6,11 @@ import numpy as np
 
 
 class Confusion(NamedTuple):
-    """So many images of class ``actual`` were called ``predicted``."""
+    """How many ``images`` of class ``actual`` were called ``predicted``."""
 
     actual: int
     predicted: int
-    count: int
+    images: int
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

@@ -42,6 +42,8 @@ STYLE: dict[str, Any] = {
     "text.color": INK,
     "lines.linewidth": 1.6,
 }
+DESCRIPTION = "Loss, accuracy and learning rate by epoch"
+NEEDS = "the report needs matplotlib and jinja2; install them: pip install 'fastcifar[report]'"
 Series = tuple[str, str, list[int], list[float]]
 """A curve: its name, its placeholder colour, its epochs and its values."""
 
@@ -76,7 +78,7 @@ def _matplotlib() -> tuple[Any, Any]:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("the report needs matplotlib and jinja2; install them: pip install 'fastcifar[report]'") from None
+        raise UserError(NEEDS) from None
     return Figure, rc_context
 
 
@@ -102,8 +104,8 @@ def _draw(axes: Any, title: str, series: list[Series]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for name, colour, epochs, values in series:
-        thin = {"linewidth": 0.9} if colour == RAW else {}
-        axes.plot(epochs, values, color=colour, label=name, marker="o" if len(epochs) < 3 else None, markersize=4, **thin)
+        width, marker = 0.9 if colour == RAW else 1.6, "o" if len(epochs) < 3 else None
+        axes.plot(epochs, values, color=colour, label=name, linewidth=width, marker=marker, markersize=4)
     axes.set_title(title)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -124,4 +126,4 @@ def _for_page(svg: str, identity: str) -> str:
     svg = svg.replace("url(#", f"url(#{identity}-")
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", '<svg class="curves" role="img" aria-label="Loss, accuracy and learning rate by epoch"', 1)
+    return svg.replace("<svg", f'<svg class="curves" role="img" aria-label="{DESCRIPTION}"', 1)

@@ -1,5 +1,6 @@
-"""Suspected label errors by confident learning (Northcutt, Jiang & Chuang, 2021, "Confident learning: estimating
-uncertainty in dataset labels", JAIR 70).
+"""Suspected label errors by confident learning.
+
+Northcutt, Jiang & Chuang, 2021, "Confident learning: estimating uncertainty in dataset labels", JAIR 70.
 
 It needs probabilities of images that the model was not trained on: the test set, the holdout, or training images
 under cross-validation. A class's threshold is the mean probability that the images of that label get for it. An image
