@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from fastcifar.commands.bench import bench
+from fastcifar.commands.doctor import doctor
 from fastcifar.commands.ladder import ladder
+from fastcifar.commands.models import models
 from fastcifar.commands.recipes import recipes, show
 from fastcifar.commands.run import run
 from fastcifar.errors import UserError
@@ -36,10 +39,8 @@ def fastcifar(
     """From a recipe file to a trained, evaluated and explained CIFAR-10 model."""
 
 
-app.command()(run)
-app.command()(recipes)
-app.command()(show)
-app.command()(ladder)
+for command in (run, recipes, show, ladder, models, bench, doctor):
+    app.command()(command)
 
 
 def main() -> None:
