@@ -10,13 +10,14 @@ class HostCursor:
     """Plain numbers: the cheapest where the device is the host.
 
     Attributes:
+        steps_per_epoch: batches in an epoch.
         epoch: counted from 0.
         step: step within the epoch, counted from 0.
         lr: learning rate of this step.
     """
 
     def __init__(self, rate: LearningRate, steps_per_epoch: int):
-        self._rate, self._steps = rate, steps_per_epoch
+        self._rate, self.steps_per_epoch = rate, steps_per_epoch
         self.epoch: int = 0
         self.step: int = 0
         self.lr: float = rate(0, 0)
@@ -44,13 +45,14 @@ class DeviceCursor:
     """Tensors that a captured CUDA graph reads and advances by itself.
 
     Attributes:
+        steps_per_epoch: batches in an epoch.
         epoch: int64 ().
         step: int64 (1,).
         lr: float32 (1,).
     """
 
     def __init__(self, rate: LearningRate, steps_per_epoch: int, device: torch.device):
-        self._rate, self._steps = rate, steps_per_epoch
+        self._rate, self.steps_per_epoch = rate, steps_per_epoch
         self.epoch = torch.zeros((), dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.lr = torch.zeros(1, device=device)
@@ -60,7 +62,7 @@ class DeviceCursor:
 
     def begin(self, epoch: int) -> None:
         """Go to the start of an epoch: the only copies from the host, once an epoch."""
-        rates = torch.tensor([self._rate(epoch, step) for step in range(self._steps + 1)])
+        rates = torch.tensor([self._rate(epoch, step) for step in range(self.steps_per_epoch + 1)])
         self._rates.copy_(rates)
         self.epoch.fill_(epoch)
         self.step.zero_()
@@ -78,3 +80,8 @@ class DeviceCursor:
     def tensors(self) -> list[Tensor]:
         """Return what a captured graph changes when it is replayed."""
         return [self.step, self.lr]
+
+
+def build_cursor(rate: LearningRate, steps_per_epoch: int, device: torch.device) -> HostCursor | DeviceCursor:
+    """Return the cursor that suits the device."""
+    return HostCursor(rate, steps_per_epoch) if device.type == "cpu" else DeviceCursor(rate, steps_per_epoch, device)

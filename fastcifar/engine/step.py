@@ -7,46 +7,60 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.data.batch import Batch
-from fastcifar.engine.cursor import DeviceCursor, HostCursor
-from fastcifar.engine.passes import Passes
+from fastcifar.engine.cursor import build_cursor
+from fastcifar.engine.forward import build_forward
+from fastcifar.engine.gradient import build_gradients
+from fastcifar.engine.graph import Capturer
+from fastcifar.engine.passes import AUTOCAST, Passes
 from fastcifar.engine.scaler import Scaler
 from fastcifar.models.shakedrop import bind_counter
 from fastcifar.optim.arena import Arena
-from fastcifar.optim.asam import Perturbation
 from fastcifar.optim.ema import averaged, build_averages
 from fastcifar.optim.flat import operations
 from fastcifar.optim.schedule import learning_rate
 from fastcifar.optim.update import build_update
 from fastcifar.philox import Stream, philox
-from fastcifar.recipe.models import Recipe
+from fastcifar.recipe.models import EngineConfig, Recipe
 
 
 class Step:
-    """A recipe's training step, with all of its state.
+    """A recipe's training step, with all of its state; `build_step` makes it.
 
     Attributes:
         model: the model, whose parameters live in ``arena``.
         arena: the flat buffers.
         warm: whether a step has been taken in this process (compilation and capture are behind).
+        mode: what is done: "eager", "compile", "graph" or "compile+graph".
+        fallback: why that is less than the recipe asked for, or None.
     """
 
     def __init__(
         self, recipe: Recipe, model: nn.Module, augment: Any, mix: Any, steps_per_epoch: int, device: torch.device
     ):
         self.model, self.warm = model.to(device), False
-        self.arena = Arena(model)
         self._recipe, self._augment, self._mix = recipe, augment, mix
+        compiled, captured, self.fallback = choose_mode(recipe.engine, device)
+        self.arena = Arena(model)
         self._averages = build_averages(self.arena, recipe.ema)
-        self._update = build_update(recipe.optimizer, self.arena, self._averages)
-        self._perturbation = Perturbation(self.arena, recipe.asam) if recipe.asam else None
         self._scaler = Scaler(device) if recipe.engine.precision == "fp16" else None
-        self._passes = Passes(recipe, model, steps_per_epoch, device)
+        self._rate = learning_rate(recipe.schedule, recipe.optimizer.lr, recipe.train.epochs, steps_per_epoch)
+        self._cursor = build_cursor(self._rate, steps_per_epoch, device)
+        shadow = AUTOCAST[recipe.engine.precision] if recipe.engine.shadow_weights else None
+        forward = build_forward(model, self.arena, shadow, compiled)
+        self._passes = Passes(recipe, model, forward, self._cursor, self._scaler)
         bind_counter(model, self._passes.counter, recipe.seed)
-        rate = learning_rate(recipe.schedule, recipe.optimizer.lr, recipe.train.epochs, steps_per_epoch)
-        on_host = device.type == "cpu"
-        self._cursor = HostCursor(rate, steps_per_epoch) if on_host else DeviceCursor(rate, steps_per_epoch, device)
-        self._rate, self._epoch = rate, 0
+        self._gradients = build_gradients(recipe.asam, self._passes, self.arena)
+        self._update = build_update(recipe.optimizer, self.arena, self._averages, skip=self._scaler is not None)
+        self._capturer = Capturer(self._run, self._changing) if captured else None
+        self._every = recipe.asam.every if recipe.asam else 1
+        self._compiled, self._first = compiled, 0
         self._sizes: list[int] = []
+
+    @property
+    def mode(self) -> str:
+        """What is done: "eager", "compile", "graph" or "compile+graph"."""
+        parts = ["compile"] * self._compiled + ["graph"] * (self._capturer is not None)
+        return "+".join(parts) or "eager"
 
     def begin_epoch(self, epoch: int) -> float:
         """Go to the start of an epoch (counted from 0) and return its first learning rate.
@@ -61,52 +75,52 @@ class Step:
             hook(epoch)
         torch.manual_seed(torch_seed(self._recipe.seed, epoch))
         self._cursor.begin(epoch)
-        self._epoch, self._sizes = epoch, []
+        self._first, self._sizes = epoch * self._cursor.steps_per_epoch, []
         return self._rate(epoch, 0)
 
     def __call__(self, batch: Batch) -> None:
         """Train on one batch."""
-        self._run(batch)
+        kind = int((self._first + len(self._sizes)) % self._every != 0)
+        if self._capturer is None:
+            self._run(batch, kind)
+        else:
+            self._replay(batch, kind)
         self._sizes.append(len(batch.rows))
         self.warm = True
 
-    def _run(self, batch: Batch) -> None:
-        """Carry out a step, operation by operation."""
+    def _replay(self, batch: Batch, kind: int) -> None:
+        """Run the captured step; where it cannot be captured, say why and go on without."""
+        try:
+            self._capturer(batch, kind)  # type: ignore[misc]
+        except RuntimeError as error:
+            self._capturer = None
+            self.fallback = f"the step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}"
+            self._run(batch, kind)
+
+    def _run(self, batch: Batch, kind: int) -> None:
+        """Carry out a step, operation by operation; ``kind`` 1 is a step between two full ones of LookSAM."""
         images, target = self._inputs(batch)
-        scale = self._scaler.scale if self._scaler else None
-        self._passes(images, target, scale, self._cursor)
-        saved = None
-        if self._perturbation is not None:
-            partials = self._perturbation.climb()
-            if self._scaler:
-                self._scaler.observe(partials)
-            self._passes(images, target, scale, None)
-            saved = self._perturbation.saved
+        saved = self._gradients[kind](images, target)
         self._update(self._cursor.lr, saved=saved, coefficient=self._coefficient())
-        if self._scaler:
+        if self._scaler is not None:
             self._scaler.advance()
         self._cursor.advance()
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Any]:
         """Return the augmented, normalized, mixed images (B, C, H, W) and their target."""
-        if self._recipe.augment.where == "loader":
-            images = self._augment.plain(batch.gathered())
-        else:
-            images = self._augment(batch, self._cursor.epoch)
+        images = self._augment(batch, self._cursor.epoch)
         if self._mix is None:
             return images, batch.labels
         return self._mix(images, batch.labels, self._cursor.epoch, self._cursor.step)
 
     def _coefficient(self) -> Tensor | None:
-        """Return what the gradient is to be multiplied by: unscaling and clipping, (1,), or None."""
+        """Return what the gradient is to be multiplied by (unscaling, clipping): float32 (1,), or None."""
         clip = self._recipe.train.grad_clip
         if not clip and self._scaler is None:
             return None
         partials = operations(self.arena.grads).norm_squared(self.arena.weights, self.arena.grads)
-        coefficient = torch.ones_like(partials[:1])
-        if self._scaler:
-            self._scaler.observe(partials)
-            coefficient = self._scaler.coefficient()
+        self._passes.observe(partials)
+        coefficient = torch.ones_like(partials[:1]) if self._scaler is None else self._scaler.coefficient()
         if clip:
             norm = partials.sum().sqrt() * coefficient
             coefficient = coefficient * (clip / (norm + 1e-6)).clamp(max=1.0)
@@ -132,12 +146,16 @@ class Step:
             "nonfinite_step": int(bad[0]) + 1 if len(bad) else None,
         }
 
+    def losses(self) -> Tensor:
+        """Return the loss of each step of this epoch so far: float32 (steps,), a copy on the host."""
+        return self._passes.losses[: len(self._sizes)].cpu().clone()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that a bit-identical resume at an epoch's border needs: flat names to tensors (not copies)."""
         state = {f"arena.{name}": tensor for name, tensor in self.arena.state_dict().items()}
         state["forward_passes"] = self._passes.counter
         state |= {f"model.{n}": t for n, t in self.model.state_dict().items() if not t.is_floating_point()}
-        if self._scaler:
+        if self._scaler is not None:
             state |= {f"scaler.{name}": tensor for name, tensor in self._scaler.tensors().items()}
         return state
 
@@ -147,14 +165,18 @@ class Step:
         Raises:
             ValueError: a tensor is missing or has another size.
         """
-        arena = {name.removeprefix("arena."): t for name, t in state.items() if name.startswith("arena.")}
-        self.arena.load_state_dict(arena)
         own = self.state_dict()
-        for name in own:
-            if name not in state or state[name].shape != own[name].shape:
+        for name, tensor in own.items():
+            if name not in state or state[name].shape != tensor.shape:
                 raise ValueError(f"{name} is missing or has another size: the state belongs to another recipe")
-            if not name.startswith("arena."):
-                own[name].copy_(state[name])
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self.arena.cast()
+
+    def _changing(self) -> list[Tensor]:
+        """Return every tensor that a step changes and that matters after it."""
+        state = [*self.state_dict().values(), *self._cursor.tensors(), self._passes.losses, self._passes.correct]
+        return [*state, self.arena.grads, *([] if self.arena.shadow is None else [self.arena.shadow])]
 
     def weights(self, which: Literal["raw", "ema"]) -> AbstractContextManager[None]:
         """Return a context in which the model has its raw or averaged weights and BatchNorm statistics.
@@ -175,6 +197,26 @@ def torch_seed(seed: int, epoch: int) -> int:
     return int(words[0]) | (int(words[1]) >> 1) << 32
 
 
+def choose_mode(config: EngineConfig, device: torch.device) -> tuple[bool, bool, str | None]:
+    """Return whether to compile, whether to capture, and why that is less than the recipe asks for, or None.
+
+    ``auto`` compiles and captures on a GPU; on a CPU torch.compile costs minutes and wins nothing.
+    """
+    on_gpu = device.type == "cuda"
+    if config.mode == "auto":
+        return on_gpu, on_gpu, None
+    if config.mode == "graph" and not on_gpu:
+        return False, False, 'engine.mode = "graph" needs a CUDA device; the step runs eagerly'
+    return config.mode == "compile", config.mode == "graph", None
+
+
+def use_precision(precision: str) -> None:
+    """Let a GPU's matrix products and convolutions round fp32 inputs to tf32, or not; let cuDNN choose by timing."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = True
+
+
 def build_step(
     recipe: Recipe, model: nn.Module, augment: Any, mix: Any, *, steps_per_epoch: int, device: torch.device
 ) -> Step:
@@ -183,9 +225,15 @@ def build_step(
     Args:
         recipe: the whole recipe.
         model: fp32, channels-last; it is moved to the device and its parameters into an arena.
-        augment: callable (Batch, epoch) -> (B, C, H, W), with a method ``plain``; see ``fastcifar.augment``.
-        mix: callable (images, labels, epoch, step) -> (images, target), or None.
+        augment: callable (Batch, epoch) -> (B, C, H, W) normalized; see ``fastcifar.augment.apply``.
+        mix: callable (images, labels, epoch, step) -> (images, target), or None; see ``fastcifar.augment.mix``.
         steps_per_epoch: batches in an epoch.
         device: where to train.
+
+    Raises:
+        UserError: there is not one class weight per class.
     """
-    return Step(recipe, model, augment, mix, steps_per_epoch, torch.device(device))
+    device = torch.device(device)
+    if device.type == "cuda":
+        use_precision(recipe.engine.precision)
+    return Step(recipe, model, augment, mix, steps_per_epoch, device)

@@ -44,6 +44,7 @@ class Arena:
         stats: float32 (m,), every other floating-point entry of the state dict (BatchNorm running statistics,
             frozen parameters).
         buffers: the flat buffers by name, with those that `add` made (momentum, ema, saved, ...).
+        shadow: the low-precision copy of the weights below ``matrix_end``, or None; see `add_shadow`.
         segments: where each parameter lies in the buffers of n elements.
         stat_segments: where each statistic lies in those of m elements.
         conv_end: elements below are convolution weights.
@@ -67,6 +68,7 @@ class Arena:
         self.grads = torch.zeros_like(self.weights)
         self.stats = torch.zeros(_end(self.stat_segments), device=device)
         self.buffers = {"weights": self.weights, "stats": self.stats}
+        self.shadow: Tensor | None = None
         self._tensors = parameters | stats
         self._model = model
         self._bind()
@@ -86,6 +88,20 @@ class Arena:
         if name not in self.buffers:
             self.buffers[name] = torch.zeros_like(self.buffers[like], dtype=dtype)
         return self.buffers[name]
+
+    def add_shadow(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Make the low-precision copy of convolution and linear weights; return its views by parameter name.
+
+        The climb and the update rewrite it, so that autocast has nothing left to cast. It is no state.
+        """
+        self.shadow = torch.zeros(self.matrix_end, dtype=dtype, device=self.weights.device)
+        self.cast()
+        return {s.name: s.view(self.shadow) for s in self.segments if s.offset < self.matrix_end}
+
+    def cast(self) -> None:
+        """Write the present weights into the shadow, where there is one."""
+        if self.shadow is not None:
+            self.shadow.copy_(self.weights[: self.matrix_end])
 
     def named(self, buffer: Tensor) -> dict[str, Tensor]:
         """Return the views of any buffer of n elements by parameter name (to read momentum or EMA per tensor)."""
@@ -122,6 +138,7 @@ class Arena:
                 found = tuple(state[name].shape) if name in state else "nothing"
                 raise ValueError(f"arena buffer {name}: expected {tuple(buffer.shape)}, found {found}")
             buffer.copy_(state[name])
+        self.cast()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an Arena cannot be pickled or copied: a model's views would come apart; save its state_dict()")

@@ -239,12 +239,16 @@ class AdamConfig(OptimizerBase):
 
 
 class MuonConfig(OptimizerBase):
-    """Muon (Jordan et al., 2024) on convolution weights, SGD with Nesterov momentum on everything else."""
+    """Muon (Jordan et al., 2024) on convolution weights, SGD with Nesterov momentum on everything else.
+
+    ``normalize`` keeps each convolution's weight at norm sqrt(outputs), as airbench does.
+    """
 
     name: Literal["muon"]
     momentum: Fraction = 0.6
     lr_other: Positive = 0.05
     momentum_other: Fraction = 0.85
+    normalize: bool = False
 
 
 OptimizerConfig = Annotated[SGDConfig | AdamConfig | MuonConfig, Field(discriminator="name")]
@@ -275,6 +279,7 @@ class AsamConfig(Section):
         micro_batch: perturb per micro-batch of this many samples (m-sharpness); 0 for the whole batch.
         every: take the two-pass step only every k-th step and reuse the ascent direction's effect between
             (LookSAM, Liu et al., 2022); 1 for each step.
+        reuse: length of what LookSAM adds in the steps between, in lengths of their gradient (its alpha).
     """
 
     rho: Positive
@@ -284,6 +289,7 @@ class AsamConfig(Section):
     batch_norm: Literal["update", "freeze"] = "update"
     micro_batch: int = Field(0, ge=0)
     every: int = Field(1, ge=1)
+    reuse: NotNegative = 0.7
 
 
 class EmaConfig(Section):
@@ -300,7 +306,10 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long and in what portions. ``grad_clip`` bounds the global gradient norm (0: no bound)."""
+    """How long and in what portions. ``grad_clip`` bounds the global gradient norm (0: no bound).
+
+    ``accumulate``: a batch goes through the model in this many portions whose gradients add up, to save memory.
+    """
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(128, ge=1)
@@ -380,6 +389,12 @@ class Recipe(Section):
             raise ValueError(f'asam works with optimizer.name = "sgd", not "{self.optimizer.name}"')
         if self.asam and self.asam.micro_batch and self.train.batch_size % self.asam.micro_batch:
             raise ValueError("asam.micro_batch must divide train.batch_size")
+        if self.asam and self.asam.micro_batch and (self.train.accumulate > 1 or self.asam.every > 1):
+            raise ValueError("asam.micro_batch works with train.accumulate = 1 and asam.every = 1")
+        if self.engine.shadow_weights and self.engine.precision not in ("bf16", "fp16"):
+            raise ValueError('engine.shadow_weights needs engine.precision = "bf16" or "fp16"')
+        if self.optimizer.name == "muon" and self.engine.precision == "fp16":
+            raise ValueError('optimizer.name = "muon" works with engine.precision = "bf16", "fp32" or "tf32"')
         if self.augment.where == "loader" and self.data.loader.name not in ("auto", "torchvision"):
             raise ValueError('augment.where = "loader" needs data.loader.name = "torchvision"')
         if self.data.loader.order == "native" and self.data.loader.name != "dali":
