@@ -25,7 +25,7 @@ def pair(kind: str, align: int, dtype: torch.dtype = torch.float64) -> tuple[nn.
 
 def batch(seed: int, size: int = 4) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(size, 3, 16, 16, dtype=torch.float64, generator=generator)
+    images = torch.randn(size, 3, 8, 8, dtype=torch.float64, generator=generator)
     return images.contiguous(memory_format=torch.channels_last), torch.randint(10, (size,), generator=generator)
 
 
