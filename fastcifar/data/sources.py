@@ -160,7 +160,9 @@ def _release_folder(path: Path, release: Release, progress: Progress) -> Iterato
 
 
 def _read_release(folder: Path, release: Release, about: dict[str, Any], progress: Progress) -> DataSet:
-    splits, described, notes = {}, [], []
+    splits: dict[str, Split] = {}
+    described: list[dict[str, Any]] = []
+    notes: list[str] = []
     classes = read_names(folder, release)
     for split, files in release.files.items():
         parts = []

@@ -185,13 +185,15 @@ def convert(source: Source | Store, to: str, out: Path, progress: Progress = no_
     Raises:
         UserError: a damaged source, or ``out`` holds something else.
     """
-    if is_store(out) and (store := _same_source(out, source, to)):
-        return store, False
+    if is_store(out):
+        same = _same_source(out, source, to)
+        if same is not None:
+            return same, False
     data = _as_data_set(source, progress)
     content = content_hash(data)
     if out.exists():
-        if is_store(out) and (store := open_store(out)).manifest["content"] == content and store.format == to:
-            return store, False
+        if is_store(out) and (there := open_store(out)).manifest["content"] == content and there.format == to:
+            return there, False
         if not out.is_dir() or any(out.iterdir()):
             raise UserError(f"{out}: already there, with other content; remove it or choose another folder with --out")
     _write(data, content, to, out, progress)

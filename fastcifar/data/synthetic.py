@@ -15,7 +15,7 @@ from fastcifar.philox import Stream, philox
 SEED = 20240601
 SIZE_PX = 32
 TEST_FIRST = 1_000_000  # test images are numbered from here, so that a larger training set shares none of them
-NOISE = 0.15
+NOISE = 0.12
 
 Field = np.ndarray
 """float64 (N, 32, 32)"""
@@ -71,8 +71,8 @@ def _paint(inside: np.ndarray, decision: np.ndarray, rows: np.ndarray) -> np.nda
     """Colour the shapes: uint8 (N, 32, 32, 3)."""
     count = len(rows)
     ground = decision[:, 3:6].reshape(count, 1, 1, 3)
-    # The ink differs from the ground by a quarter to a half of the range in every channel, to either side.
-    offset = 0.25 + 0.25 * decision[:, 6:9].reshape(count, 1, 1, 3)
+    # The ink differs from the ground by 0.3 to 0.6 of the range in every channel, to either side.
+    offset = 0.3 + 0.3 * decision[:, 6:9].reshape(count, 1, 1, 3)
     side = np.where(ground > 0.5, -1.0, 1.0)
     slope = (decision[:, 9:11] - 0.5) * 0.3
     ramp = np.arange(SIZE_PX) / SIZE_PX - 0.5

@@ -9,6 +9,7 @@ of ``PAGE_BYTES`` in which no image crosses a border, then the table of where ea
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -134,4 +135,4 @@ def _runs(pointers: np.ndarray, image_bytes: int) -> list[tuple[int, int]]:
     """Return the ranges of rows whose images lie one behind the other."""
     breaks = np.flatnonzero(np.diff(pointers) != image_bytes) + 1
     edges = [0, *breaks.tolist(), len(pointers)]
-    return [pair for pair in zip(edges[:-1], edges[1:], strict=True) if pair[0] < pair[1]]
+    return [pair for pair in pairwise(edges) if pair[0] < pair[1]]

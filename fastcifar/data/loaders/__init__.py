@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fastcifar.data.loaders.base import Loader, Plan
-from fastcifar.data.store import Store
+from fastcifar.data.store import Store, store_as
 from fastcifar.errors import UserError
 from fastcifar.recipe.models import AugmentConfig, LoaderConfig
 
@@ -132,4 +132,28 @@ def _resident(
     return ResidentLoader(store, plan, device, reason)
 
 
-_BUILDERS: dict[str, _Builder] = {"resident": _resident}
+def _ffcv(
+    config: LoaderConfig, store: Store, plan: Plan, device: torch.device, reason: str, augment: AugmentConfig | None
+) -> Loader:
+    from fastcifar.data.loaders.ffcv import FfcvLoader
+
+    return FfcvLoader(store_as(store, "ffcv"), plan, device, reason, config.workers)
+
+
+def _dali(
+    config: LoaderConfig, store: Store, plan: Plan, device: torch.device, reason: str, augment: AugmentConfig | None
+) -> Loader:
+    from fastcifar.data.loaders.dali import DaliLoader
+
+    return DaliLoader(store_as(store, "dali"), plan, device, reason, config.workers, config.order)
+
+
+def _torchvision(
+    config: LoaderConfig, store: Store, plan: Plan, device: torch.device, reason: str, augment: AugmentConfig | None
+) -> Loader:
+    from fastcifar.data.loaders.torchvision import TorchvisionLoader
+
+    return TorchvisionLoader(store, plan, device, reason, config.workers, augment)
+
+
+_BUILDERS: dict[str, _Builder] = {"resident": _resident, "ffcv": _ffcv, "dali": _dali, "torchvision": _torchvision}

@@ -1,0 +1,162 @@
+"""The DALI loader: WebDataset shards through a DALI pipeline, in our order or in DALI's own.
+
+With ``order = "plan"`` an external source reads each sample at its place in the memory-mapped shards, in the order
+of the plan, and DALI prefetches and, with a GPU, copies to the device. With ``order = "native"`` DALI's WebDataset
+reader reads, shuffles and shards: every sample still comes once an epoch, and an epoch's order still depends on
+(seed, epoch) alone, but it is another order. It is a uniform shuffle of up to `SHUFFLE_SAMPLES` samples, beyond
+that of a moving window.
+
+A pipeline lives for one epoch, so that an abandoned epoch leaves no state behind.
+"""
+
+import importlib
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastcifar.data.batch import Batch
+from fastcifar.data.formats import dali as layout
+from fastcifar.data.loaders.base import Plan
+from fastcifar.data.loaders.streaming import HostBatch, StreamingLoader, as_batch
+from fastcifar.data.store import Store
+from fastcifar.philox import Stream, philox
+
+SHUFFLE_SAMPLES = 65_536
+PREFETCH_BATCHES = 2
+
+
+class DaliLoader(StreamingLoader):
+    """Runs one DALI pipeline per epoch."""
+
+    name = "dali"
+
+    def __init__(self, store: Store, plan: Plan, device: torch.device, reason: str, workers: int, order: str):
+        super().__init__(plan, device, reason)
+        self._shards = Shards(store)
+        self._workers = workers
+        self._native = NativeIndex(store, plan) if order == "native" else None
+
+    def _batches(self, epoch: int) -> Iterator[HostBatch]:
+        pipeline = self._plan_pipeline(epoch) if self._native is None else self._native_pipeline(epoch, self._native)
+        left = self._plan.samples
+        while left:
+            images, labels, indices = (torch.from_dlpack(o.as_tensor()) for o in pipeline.run())
+            held = min(left, len(labels))
+            left -= held
+            yield HostBatch(images[:held], labels.view(-1)[:held], indices.view(-1)[:held])
+
+    def _deliver(self, epoch: int) -> Generator[Batch, None, None]:
+        """Batches come from DALI on the device already, through DLPack, without a copy."""
+        for batch in self._batches(epoch):
+            yield as_batch(batch)
+
+    def _settings(self, seed: int) -> dict[str, Any]:
+        return {
+            "batch_size": self._plan.batch_size,
+            "num_threads": self._workers,
+            "device_id": (self._device.index or 0) if self._device.type == "cuda" else None,
+            "prefetch_queue_depth": PREFETCH_BATCHES,
+            "exec_dynamic": True,  # under which an output keeps its memory for as long as torch holds it
+            "seed": seed,
+        }
+
+    def _delivered(self, *outputs: Any) -> tuple[Any, ...]:
+        return tuple(o.gpu() for o in outputs) if self._device.type == "cuda" else outputs
+
+    def _plan_pipeline(self, epoch: int) -> Any:
+        from nvidia.dali import fn, pipeline_def
+
+        source = self._shards.source(self._plan.order(epoch), self._plan.batch_size)
+
+        @pipeline_def(**self._settings(0))
+        def pipeline() -> tuple[Any, ...]:
+            read: Any = fn.external_source(source, num_outputs=3, batch=True, dtype=_kinds(), ndim=[3, 0, 0])
+            return self._delivered(*read)
+
+        return pipeline()
+
+    def _native_pipeline(self, epoch: int, index: "NativeIndex") -> Any:
+        from nvidia.dali import fn, pipeline_def
+
+        @pipeline_def(**self._settings(_epoch_seed(self._plan.seed, epoch)))
+        def pipeline() -> tuple[Any, ...]:
+            read: Any = fn.readers.webdataset(
+                paths=index.shards,
+                index_paths=index.indexes,
+                ext=list(layout.EXTENSIONS),
+                dtypes=_kinds(),
+                missing_component_behavior="error",
+                random_shuffle=True,
+                initial_fill=min(len(self._plan.rows), SHUFFLE_SAMPLES),
+                shard_id=self._plan.rank,
+                num_shards=self._plan.world,
+                name="reader",
+            )
+            images, labels, indices = read
+            return self._delivered(fn.reshape(images, shape=list(index.image_shape)), labels, indices)
+
+        return pipeline()
+
+
+def _kinds() -> list[Any]:
+    """Return DALI's types of images, labels and indices."""
+    types: Any = importlib.import_module("nvidia.dali.types")
+    return [types.UINT8, types.INT64, types.INT64]
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    """Return DALI's seed of an epoch: 0..2**31-1."""
+    return int(philox(seed, torch.tensor([0]), epoch, 1, Stream.ORDER)[0]) >> 1
+
+
+class Shards:
+    """Reads samples of the shards at their places, in any order."""
+
+    def __init__(self, store: Store):
+        self._image_shape = store.image_shape
+        image_bytes = int(np.prod(store.image_shape))
+        self._starts = list(zip(layout.offsets(image_bytes), (image_bytes, 8, 8), strict=True))
+        self._views = layout.views(store.root, "train", store.count("train"), store.image_shape)
+
+    def read(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Return images uint8 (B, H, W, C), labels int64 (B,) and indices int64 (B,) of the rows, int64 (B,)."""
+        outputs = [np.empty((len(rows), size), np.uint8) for _, size in self._starts]
+        shards, slots = np.divmod(rows, layout.SHARD_SAMPLES)
+        for shard in np.unique(shards):
+            mine = np.flatnonzero(shards == shard)
+            for output, (start, size) in zip(outputs, self._starts, strict=True):
+                output[mine] = self._views[shard][slots[mine], start : start + size]
+        images, labels, indices = outputs
+        return [images.reshape(-1, *self._image_shape), labels.view("<i8")[:, 0], indices.view("<i8")[:, 0]]
+
+    def source(self, order: np.ndarray, batch_size: int) -> Callable[[], list[np.ndarray]]:
+        """Return what DALI calls for each batch of an order, int64 (N,)."""
+        portions = iter([order[k : k + batch_size] for k in range(0, len(order), batch_size)])
+        return lambda: self.read(next(portions))
+
+
+class NativeIndex:
+    """The shards and index files that DALI's reader is given: those of the store, or ones of the chosen rows only."""
+
+    def __init__(self, store: Store, plan: Plan):
+        names = layout.shard_names("train", store.count("train"))
+        self.image_shape = store.image_shape
+        self.shards = [str(store.root / name) for name in names]
+        self.indexes = [str(store.root / layout.index_name(name)) for name in names]
+        self._folder = None
+        if len(plan.rows) < store.count("train"):
+            self._folder = tempfile.TemporaryDirectory(prefix="fastcifar-")
+            self._write_chosen(plan.rows, Path(self._folder.name))
+
+    def _write_chosen(self, rows: np.ndarray, folder: Path) -> None:
+        image_bytes = int(np.prod(self.image_shape))
+        chosen = [(k, rows[rows // layout.SHARD_SAMPLES == k]) for k in range(len(self.shards))]
+        chosen = [(k, mine) for k, mine in chosen if len(mine)]
+        self.shards = [self.shards[k] for k, _ in chosen]
+        self.indexes = [str(folder / f"{k}.idx") for k, _ in chosen]
+        for path, (_, mine) in zip(self.indexes, chosen, strict=True):
+            Path(path).write_text(layout.index_text(mine, mine % layout.SHARD_SAMPLES, image_bytes))

@@ -1,0 +1,107 @@
+"""The ffcv loader: batches out of a ``.beton`` through ffcv's compiled reader threads, in our order.
+
+What ffcv's own ``EpochIterator`` does beyond reading is done differently here: it reuses its buffers while a consumer
+may still look at them, hangs or crashes the interpreter when abandoned, loses a reader's exception, and sets torch's
+threads. The reading itself (memory map, address table, parallel copy) is ffcv's.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastcifar.data.formats import ffcv as layout
+from fastcifar.data.loaders.base import Plan
+from fastcifar.data.loaders.streaming import HostBatch, StreamingLoader, ahead
+from fastcifar.data.store import Store
+
+
+@contextmanager
+def kept_threads() -> Iterator[None]:
+    """Put torch's and numba's thread settings back: importing ffcv and making its loader change both."""
+    import numba
+
+    before = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        numba.set_num_threads(before[1])
+
+
+class Reader:
+    """ffcv's compiled reading of one ``.beton``; compiling takes seconds and happens at the first batch."""
+
+    def __init__(self, path: Path, workers: int):
+        with kept_threads(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ffcv imports distutils and builds deprecated syntax trees
+            from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+            from ffcv.loader import Loader, OrderOption
+
+            self._loader = Loader(
+                str(path),
+                batch_size=1,
+                num_workers=workers,
+                order=OrderOption.SEQUENTIAL,
+                os_cache=True,
+                drop_last=False,
+                pipelines={"image": [SimpleRGBImageDecoder()], "label": None, "index": None},
+            )
+        node = self._loader.graph.nodes[0].id
+        self._memory, self._shared = f"memory_{node}", f"shared_memory_{node}"
+        (self._stage, _), *_ = self._loader.code[0]
+        self.workers = workers
+        metadata = self._loader.reader.metadata
+        # Labels and indices lie in the table that ffcv has read already: a gather, without a compiled pipeline each.
+        self.labels, self.indices = (np.ascontiguousarray(metadata[f"f{k}"], np.int64) for k in (1, 2))
+        self.image_shape = (int(metadata["f0"]["height"][0]), int(metadata["f0"]["width"][0]), 3)
+
+    def batches(self, order: np.ndarray, batch_size: int, pinned: bool) -> Iterator[HostBatch]:
+        """Read the samples of ``order`` (int64 (N,)) batch by batch, each into fresh memory."""
+        import numba
+
+        numba.set_num_threads(self.workers)  # of the thread that runs this iterator only
+        context = self._loader.memory_manager.schedule_epoch([order])
+        with context:
+            for first in range(0, len(order), batch_size):
+                rows = order[first : first + batch_size]
+                images = torch.empty((len(rows), *self.image_shape), dtype=torch.uint8, pin_memory=pinned)
+                self._read(rows, images.numpy(), context.state)
+                yield HostBatch(images, torch.from_numpy(self.labels[rows]), torch.from_numpy(self.indices[rows]))
+
+    def _read(self, rows: np.ndarray, into: np.ndarray, state: Any) -> None:
+        memory = {self._memory: into, self._shared: None}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numba's advice on ffcv's code, at the first batch
+            self._stage(batch_indices=rows, metadata=self._loader.reader.metadata, storage_state=state, **memory)
+
+
+@lru_cache(maxsize=4)
+def compiled_reader(path: Path, mtime_ns: int, workers: int) -> Reader:
+    """Return the reader of a file, compiled once in a process."""
+    return Reader(path, workers)
+
+
+class FfcvLoader(StreamingLoader):
+    """Reads a ``.beton`` ahead of the training on ffcv's threads."""
+
+    name = "ffcv"
+
+    def __init__(self, store: Store, plan: Plan, device: torch.device, reason: str, workers: int):
+        super().__init__(plan, device, reason)
+        import numba
+
+        path = store.root / layout.file_name("train")
+        # numba refuses more threads than it has made, one per core.
+        threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        self._reader = compiled_reader(path, os.stat(path).st_mtime_ns, threads)
+
+    def _batches(self, epoch: int) -> Iterator[HostBatch]:
+        pinned = self._device.type == "cuda"
+        return ahead(self._reader.batches(self._plan.order(epoch), self._plan.batch_size, pinned))

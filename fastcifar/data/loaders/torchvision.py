@@ -1,0 +1,100 @@
+"""The torchvision loader: torch's DataLoader with worker processes, as the published experiment used it."""
+
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastcifar.data.formats import Split
+from fastcifar.data.loaders.base import Plan
+from fastcifar.data.loaders.streaming import HostBatch, StreamingLoader
+from fastcifar.data.store import Store
+from fastcifar.philox import Stream, philox
+from fastcifar.recipe.models import AugmentConfig
+
+SEED_BLOCK = 1 << 20  # far from the draws that the device augmentation makes on the same stream
+
+
+class _Images(Dataset[HostBatch]):
+    """Gathers whole batches; with transforms, augments each image as a PIL image."""
+
+    def __init__(self, split: Split, transforms: Sequence[Callable[[Any], Any]] | None):
+        self._split, self._transforms = split, transforms
+
+    def __getitem__(self, item: tuple[np.ndarray, np.ndarray]) -> HostBatch:
+        rows, seeds = item
+        images = self._split.images[rows]
+        if self._transforms is not None:
+            from fastcifar.data.loaders.pil import augment_one
+
+            pairs = zip(images, seeds.tolist(), strict=True)
+            images = np.stack([augment_one(image, self._transforms, seed) for image, seed in pairs])
+        labels = torch.from_numpy(self._split.labels[rows])
+        return HostBatch(torch.from_numpy(np.ascontiguousarray(images)), labels, torch.from_numpy(rows))
+
+
+def _quiet_worker(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which ends its workers; otherwise each prints a traceback of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class TorchvisionLoader(StreamingLoader):
+    """Runs one DataLoader per epoch; worker processes end with it."""
+
+    name = "torchvision"
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        device: torch.device,
+        reason: str,
+        workers: int,
+        augment: AugmentConfig | None = None,
+    ):
+        super().__init__(plan, device, reason)
+        transforms = None
+        if augment is not None:
+            from fastcifar.data.loaders.pil import pil_transforms
+
+            transforms = pil_transforms(augment.ops, *store.image_shape[:2])
+        self._images, self._workers = _Images(store.split("train"), transforms), workers
+        self.augmented = augment is not None
+
+    def _batches(self, epoch: int) -> Iterator[HostBatch]:
+        order, size = self._plan.order(epoch), self._plan.batch_size
+        seeds = self._seeds(order, epoch)
+        portions = [(order[k : k + size], seeds[k : k + size]) for k in range(0, len(order), size)]
+        loader = DataLoader(
+            self._images,
+            batch_size=None,
+            sampler=portions,
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_quiet_worker,
+            generator=torch.Generator(),  # else it would draw from, and so disturb, torch's own
+        )
+        yield from _closing(loader)
+
+    def _seeds(self, order: np.ndarray, epoch: int) -> np.ndarray:
+        """Return each sample's seed, int64 (N,) in 0..2**63-1."""
+        words = philox(self._plan.seed, torch.from_numpy(order), epoch, SEED_BLOCK, Stream.AUGMENT)
+        return ((words[0] >> 1 << 32) | words[1]).numpy()
+
+
+def _closing(loader: DataLoader[HostBatch]) -> Iterator[HostBatch]:
+    """Yield the batches; end the workers at once, not when the garbage collector comes by."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
+        batches = iter(loader)
+    try:
+        for batch in batches:
+            yield HostBatch(*batch)
+    finally:
+        shutdown = getattr(batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
