@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcifar.errors import UserError
 from fastcifar.recipe.models import Recipe
 
 CIFAR_TRAIN, CIFAR_TEST = 50_000, 10_000
@@ -104,14 +103,10 @@ def measured_times(files: Iterable[Path]) -> dict[str, float]:
 
 
 def results_of(folder: Path, hardware: str) -> list[Path]:
-    """Return the results files whose hardware contains a word such as ``h200``, oldest first.
+    """Return the results files whose hardware contains a word such as ``h200``, oldest first; maybe none."""
+    return [path for path in sorted(folder.glob("*.json")) if hardware.lower() in hardware_of(path)]
 
-    Raises:
-        UserError: files exist, but of other hardware; the message lists it.
-    """
-    files = sorted(folder.glob("*.json"))
-    found = [path for path in files if hardware.lower() in path.stem[11:]]
-    if files and not found:
-        known = ", ".join(sorted({path.stem[11:] for path in files}))
-        raise UserError(f'--gpu: nothing was measured on "{hardware}"; there are results of: {known}')
-    return found
+
+def hardware_of(path: Path) -> str:
+    """Return the hardware in a results file's name, ``<date>-<hardware>.json``."""
+    return path.stem[len("2026-01-31-") :]
