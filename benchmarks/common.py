@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastcifar.environment import describe
+from fastcifar.errors import UserError
 
 Row = dict[str, Any]
 
@@ -95,7 +96,10 @@ def main(name: str, run: Callable[[bool], list[Row]]) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few repeats: seconds instead of minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     arguments = parser.parse_args()
-    rows = run(arguments.quick)
+    try:
+        rows = run(arguments.quick)
+    except UserError as error:
+        sys.exit(f"benchmarks/{name}.py: {error}")
     environment = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **describe()}
     report = {"benchmark": name, "quick": arguments.quick, "environment": environment, "results": rows}
     show(report)
