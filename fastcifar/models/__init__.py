@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastcifar.errors import UserError
 from fastcifar.models import deep_baseline, lenet, pyramidnet, residual, speednet, wide_resnet
 from fastcifar.models.shakedrop import bind_counter
 from fastcifar.recipe.models import ModelBase
@@ -29,6 +30,9 @@ MODELS: dict[str, Builder] = {
 }
 """A model's name in a recipe -> (config, num_classes, image_px) -> the network with torch's default weights."""
 
+SMALLEST_PX = {"lenet5": 16, "deep_baseline": 8, "deep_baseline_bn": 8, "residual5": 8, "speednet": 9}
+"""The smallest image of which something is left after a model's poolings; the others take any."""
+
 
 def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32, seed: int) -> nn.Module:
     """Build and initialize a network: fp32 on the CPU, channels-last, in training mode.
@@ -40,8 +44,13 @@ def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32,
         num_classes: number of logits.
         image_px: side of the square input images.
         seed: 0..2**63-1.
+
+    Raises:
+        UserError: the images are too small for this model.
     """
     name: str = config.name  # type: ignore[attr-defined]
+    if image_px < SMALLEST_PX.get(name, 1):
+        raise UserError(f"model.name = {name!r} needs images of {SMALLEST_PX[name]} px or more, these have {image_px}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MODELS[name](config, num_classes, image_px)

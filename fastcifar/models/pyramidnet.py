@@ -60,7 +60,8 @@ class PyramidBlock(nn.Module):
         branch = self.branch(x)
         if self.shakedrop is not None:
             branch = self.shakedrop(branch, scales)
-        shortcut = F.avg_pool2d(x, 2) if self.stride == 2 else x
+        # An image of odd side shrinks as under the branch's convolution: rounded up.
+        shortcut = F.avg_pool2d(x, 2, ceil_mode=True) if self.stride == 2 else x
         return branch + pad_channels(shortcut, self.channels)
 
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +16,7 @@ from fastcifar.recipe.models import (
     DeepBaselineConfig,
     LeNet5Config,
     ModelBase,
+    ModelConfig,
     PyramidNetConfig,
     Residual5Config,
     Residual15Config,
@@ -231,20 +233,22 @@ def test_running_statistics_move_as_in_torch():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("image_px", [48, 64])
-@pytest.mark.parametrize("name", ["lenet5", "deep_baseline_bn", "residual15", "speednet"])
-def test_other_sizes_and_classes(name: str, image_px: int):
-    from fastcifar.commands.models import CATALOGUE
-
-    config = CONFIG(CATALOGUE[name])
+@pytest.mark.parametrize("image_px", [27, 64])
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"name": "lenet5"},
+        {"name": "deep_baseline_bn"},
+        {"name": "residual5"},
+        {"name": "residual15"},
+        {"name": "wide_resnet", "widen": 1},
+        {"name": "pyramidnet", "depth": 8, "alpha": 4, "align": 8},
+        {"name": "speednet"},
+    ],
+    ids=lambda table: table["name"],
+)
+def test_other_sizes_and_classes(table: dict, image_px: int):
+    config = TypeAdapter(ModelConfig).validate_python(table)
     model = build_model(config, num_classes=7, image_px=image_px, seed=1).eval()
     with torch.no_grad():
         assert model(torch.zeros(2, 3, image_px, image_px)).shape == (2, 7)
-
-
-def CONFIG(value: dict) -> ModelBase:
-    from pydantic import TypeAdapter
-
-    from fastcifar.recipe.models import ModelConfig
-
-    return TypeAdapter(ModelConfig).validate_python(value)

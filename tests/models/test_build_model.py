@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastcifar.models import MODELS, build_model
+from fastcifar.errors import UserError
+from fastcifar.models import MODELS, SMALLEST_PX, build_model
 from fastcifar.recipe.models import DeepBaselineConfig, LeNet5Config, ModelUnion, Residual15Config, WideResNetConfig
 
 SMALL = WideResNetConfig(name="wide_resnet", widen=1)
@@ -74,3 +75,16 @@ def test_fp32_channels_last_in_training_mode():
         assert parameter.dtype == torch.float32
         if parameter.ndim == 4:
             assert parameter.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", SMALLEST_PX)
+def test_images_that_are_too_small_are_refused(name: str):
+    from pydantic import TypeAdapter
+
+    from fastcifar.recipe.models import ModelConfig
+
+    config, smallest = TypeAdapter(ModelConfig).validate_python({"name": name}), SMALLEST_PX[name]
+    with pytest.raises(UserError, match=f"{smallest} px or more"):
+        build_model(config, image_px=smallest - 1, seed=1)
+    model = build_model(config, image_px=smallest, seed=1).eval()
+    assert model(torch.zeros(1, 3, smallest, smallest)).shape == (1, 10)
