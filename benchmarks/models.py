@@ -21,7 +21,7 @@ from fastcifar.models import bind_counter, build_model
 from fastcifar.recipe.models import ModelConfig
 
 QUICK = ("lenet5", "deep_baseline_bn", "speednet")
-BATCH = {"cpu": 32, "cuda": 512}
+BATCH = {"cpu": 16, "cuda": 512}
 PORTION_S = 0.5
 """The least time that one measure takes."""
 
@@ -56,8 +56,7 @@ def measure(name: str, n: int, where_type: str) -> dict[str, Any]:
     batch = BATCH[where.type]
     before = peak_bytes(where)
     work = forward_backward(name, batch, where)
-    for _ in range(3):
-        work()
+    work()
     repeats = max(1, round(PORTION_S / timed(work, where)))
     portions = [timed(lambda: [work() for _ in range(repeats)], where) for _ in range(n)]
     return {"rates": [batch * repeats / seconds for seconds in portions], "bytes": peak_bytes(where) - before}
