@@ -289,13 +289,16 @@ def _augment_parallel(
     plans, windows, pixels, counts, luts = scratch
     count, chunks = len(rows), plans.shape[0]
     for k in nb.prange(chunks):
-        mine = (plans[k], windows[k], pixels[k], counts[k], luts[k])
+        mine = (plans[k, : len(program[0])], windows[k], pixels[k], counts[k], luts[k])
         span = (count * k // chunks, count * (k + 1) // chunks)
         apply_chunk(images, rows, indices, key, program, normal, out, mine, span)
 
 
 def make_scratch(slots: int, height: int, width: int) -> tuple[NDArray[Any], ...]:
-    """Return the work space of `augment_batch`: plans, windows, pixels, histograms, tables, per chunk."""
+    """Return the work space of `augment_batch`: plans, windows, pixels, histograms, tables, per chunk.
+
+    It serves every program of at most ``slots`` slots.
+    """
     return (
         np.zeros((CHUNKS, slots), np.int32),
         np.zeros((CHUNKS, 4), np.int64),
