@@ -30,6 +30,8 @@ def ladder(
     Members come before their combinations and cheap rows before dear ones. A row that fails is reported and the rest
     goes on. Writes ladder.json and ladder.html into the folder; the same command goes on where it was stopped.
     """
+    from rich.console import Console
+
     from fastcifar.console import err
     from fastcifar.console import out as print_json
     from fastcifar.interrupt import interruptible
@@ -37,7 +39,7 @@ def ladder(
     from fastcifar.ladder.plan import choose, ladder_rows, plan
     from fastcifar.ladder.runner import Runner
     from fastcifar.ladder.state import Ledger, content
-    from fastcifar.ladder.view import LadderView, render
+    from fastcifar.ladder.view import WIDE, LadderView, render
 
     jobs = plan(choose(only) if only else ladder_rows(), seeds, out)
     limit_s = None if until is None else seconds(until)
@@ -50,7 +52,8 @@ def ladder(
     if json_:
         print_json(content(rows))
     elif dry_run or not err.is_terminal:
-        err.print(render(rows, err.width))
+        console = err if err.is_terminal else Console(stderr=True, highlight=False, width=WIDE)
+        console.print(render(rows, console.width))
     if any(row.state in ("failed", "blocked") for row in rows):
         raise typer.Exit(1)
 

@@ -84,10 +84,10 @@ def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str
 def find_data(recipe: "Recipe", data: Path | None) -> tuple[dict[str, Any], "Store | None", int]:
     """Return where the recipe's data is (or how to get it), the store if it is one, and its training images."""
     from fastcifar.budget import CIFAR_TRAIN
-    from fastcifar.data.store import Store, locate
+    from fastcifar.data.store import Store, kind_of, locate
     from fastcifar.errors import UserError
 
-    source = recipe.data.source
+    source = kind_of(recipe.data.source, data)
     if source == "synthetic":
         return {"source": source, "found": True, "where": "drawn by fastcifar, nothing to get"}, None, CIFAR_TRAIN
     try:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ __all__ = ["FORMATS", "Split", "Store", "convert", "open_store", "resolve_store"
 FORMATS = ("raw", "ffcv", "dali")
 VERSION = 1
 MANIFEST = "manifest.json"
+STALE_S = 24 * 3600
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` while a store is written or checked."""
 
@@ -75,12 +77,12 @@ class Store:
         return int(self.manifest["splits"][split]["count"])
 
     def split(self, split: str) -> Split:
-        """Return the images and labels of ``train`` or ``test``; a raw store stays memory-mapped."""
+        """Return the images and labels of ``train`` or ``test``: memory-mapped from a raw store, else read."""
         return formats.READERS[self.format](self.root, split, self.count(split), self.image_shape)
 
     def labels(self, split: str) -> np.ndarray:
-        """Return the labels of ``train`` or ``test`` alone: int64 (N,)."""
-        return self.split(split).labels
+        """Return the labels of ``train`` or ``test`` alone, without reading images: int64 (N,)."""
+        return formats.LABEL_READERS[self.format](self.root, split, self.count(split), self.image_shape)
 
 
 # ------------------------------------------------------------------------------------------------------------ opening
@@ -250,6 +252,7 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``out``; on success synchronise it and give it the name ``out``."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
@@ -264,6 +267,13 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what conversions to ``out`` that were killed a day ago or earlier have left."""
+    for folder in out.parent.glob(f".{out.name}.*.part"):
+        if time.time() - folder.stat().st_mtime > STALE_S:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rename(folder: Path, out: Path) -> None:
@@ -323,12 +333,24 @@ def resolve_store(
     Raises:
         UserError: no such data anywhere (the message says how to get it), or it is damaged.
     """
-    if config.source == "synthetic":
+    kind = kind_of(config.source, data)
+    if kind == "synthetic":
         return store_as(Source.synthetic(), need[0], progress)
-    found = locate(config.source, data)
+    found = locate(kind, data)
     if isinstance(found, Store) and found.format in need:
         return found
     return store_as(found, need[0], progress)
+
+
+def kind_of(source: str, data: Path | None = None) -> str:
+    """Return what ``data.source`` means here: itself, and for ``cifar10-or-synthetic`` one of the two.
+
+    Only where there is no place to look at all is it synthetic; a named place without CIFAR-10 stays an error.
+    """
+    if source != "cifar10-or-synthetic":
+        return source
+    place = data or os.environ.get("FASTCIFAR_DATA") or Path("data").exists()
+    return "cifar10" if place else "synthetic"
 
 
 def locate(kind: str, data: Path | None = None) -> Source | Store:

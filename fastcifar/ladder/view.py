@@ -80,7 +80,7 @@ def cells(row: Row) -> list[str]:
     measured = figures is not None and figures.complete
     published = row.published_best
     return [
-        f"{row.state} {row.message}".strip() if row.state in (RUNNING, BLOCKED) else row.state,
+        f"{row.state} {row.message}".strip() if row.state == RUNNING else row.state,
         str(row.best) if measured else NOT_MEASURED,
         f"{published:.2f}" if published is not None else "none",
         str(row.difference_best or NOT_MEASURED) if published is not None else "none",

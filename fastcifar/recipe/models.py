@@ -39,7 +39,7 @@ class LoaderConfig(Section):
 class DataConfig(Section):
     """Which images. ``holdout`` training images are set aside (stratified) to choose epochs and weights on.
 
-    ``cifar10-or-synthetic`` takes drawn images where CIFAR-10 is not found, for smoke tests only.
+    ``cifar10-or-synthetic``, for smoke tests only, takes drawn images where no place for data is named or made.
     ``subset`` and ``test_subset`` keep only the first images of each class (0 keeps all), for smoke tests.
     """
 

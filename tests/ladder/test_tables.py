@@ -1,4 +1,4 @@
-"""Generated text: what rows say that are unmeasured, partly measured or measured; the committed files are up to date."""
+"""Generated text: what unmeasured, partly measured and measured rows say; the committed files are up to date."""
 
 import json
 import math
