@@ -147,10 +147,16 @@ def read(folder: Path, name: str, count: int, image_shape: tuple[int, int, int])
         UserError: a shard of the wrong size.
     """
     image_bytes = int(np.prod(image_shape))
-    pixels, label, _ = offsets(image_bytes)
-    images, labels = np.empty((count, *image_shape), np.uint8), np.empty(count, np.int64)
+    pixels = offsets(image_bytes)[0]
+    images = np.empty((count, *image_shape), np.uint8)
     for k, shard in enumerate(views(folder, name, count, image_shape)):
         rows = slice(k * SHARD_SAMPLES, k * SHARD_SAMPLES + len(shard))
         images[rows] = shard[:, pixels : pixels + image_bytes].reshape(-1, *image_shape)
-        labels[rows] = np.ascontiguousarray(shard[:, label : label + 8]).view("<i8")[:, 0]
-    return Split(images, labels)
+    return Split(images, read_labels(folder, name, count, image_shape))
+
+
+def read_labels(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Read the labels alone: int64 (N,)."""
+    start = offsets(int(np.prod(image_shape)))[1]
+    parts = [np.ascontiguousarray(shard[:, start : start + 8]) for shard in views(folder, name, count, image_shape)]
+    return np.concatenate(parts).view("<i8")[:, 0].astype(np.int64)

@@ -114,6 +114,12 @@ def read(folder: Path, name: str, count: int, image_shape: tuple[int, int, int])
     return Split(images, samples["label"].astype(np.int64))
 
 
+def read_labels(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Read the labels alone: int64 (N,)."""
+    path = folder / file_name(name)
+    return _samples(path, np.memmap(path, np.uint8, mode="r"), count, image_shape)["label"].astype(np.int64)
+
+
 def _samples(path: Path, data: np.ndarray, count: int, image_shape: tuple[int, int, int]) -> np.ndarray:
     """Return the metadata records after checking the header and the fields."""
     start = HEADER.itemsize + len(FIELDS) * FIELD.itemsize

@@ -48,7 +48,12 @@ def read(folder: Path, name: str, count: int, image_shape: tuple[int, int, int])
     """
     # Copy-on-write, so that torch can wrap the pages without a copy and without a warning about read-only memory.
     images = _load(folder / f"{name}_images.npy", "c", np.uint8, (count, *image_shape))
-    return Split(images, _load(folder / f"{name}_labels.npy", None, np.int64, (count,)))
+    return Split(images, read_labels(folder, name, count, image_shape))
+
+
+def read_labels(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Load the labels alone: int64 (N,)."""
+    return _load(folder / f"{name}_labels.npy", None, np.int64, (count,))
 
 
 def _load(path: Path, mode: str | None, dtype: type, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,0 +1,342 @@
+"""One contract, four backends: the same batches, in the same order, whatever moves the bytes."""
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastcifar.augment.ops import parse_op
+from fastcifar.data import loaders
+from fastcifar.data.loaders import PACKAGES, Loader, build_loader, choose_backend
+from fastcifar.data.store import Store, store_as
+from fastcifar.errors import UserError
+from fastcifar.philox import epoch_order
+from fastcifar.recipe.models import AugmentConfig, LoaderConfig
+
+CPU = torch.device("cpu")
+BACKENDS = ("resident", "ffcv", "dali", "torchvision")
+MODULES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
+
+
+@pytest.fixture(scope="module")
+def store(request) -> Store:
+    """Real images where there are any, else drawn ones."""
+    return request.getfixturevalue("real_store" if os.environ.get("FASTCIFAR_DATA") else "synthetic_store")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    if request.param in MODULES and not loaders._installed(MODULES[request.param]):
+        pytest.skip(f"{request.param} is not installed")
+    return request.param
+
+
+@pytest.fixture
+def build(store, backend):
+    made = []
+
+    def make(rows=None, workers=1, batch_size=100, drop_last=False, seed=3, **other) -> Loader:
+        config = LoaderConfig(name=backend, workers=workers, order=other.pop("order", "plan"))
+        settings = {"seed": seed, "batch_size": batch_size, "drop_last": drop_last, "device": CPU, **other}
+        made.append(build_loader(config, store, rows, **settings))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+def some_rows(store: Store, count: int) -> np.ndarray:
+    return np.sort(np.random.default_rng().permutation(store.count("train"))[:count])
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_contract(store, build, backend, workers):
+    """Every sample once, in the plan's order, with its pixels and label; batches stay valid; threads stay as set."""
+    threads, running = torch.get_num_threads(), threading.active_count()
+    rows, true = some_rows(store, 1030), store.split("train")
+    loader = build(rows, workers)
+    assert isinstance(loader, Loader)
+    assert (loader.name, loader.augmented, loader.samples, len(loader)) == (backend, False, 1030, 11)
+    for epoch in (0, 5):
+        batches = list(loader.epoch(epoch))
+        assert [len(b.labels) for b in batches] == [100] * 10 + [30]
+        indices = torch.cat([b.indices for b in batches]).numpy()
+        assert np.array_equal(indices, rows[epoch_order(1030, 3, epoch).numpy()])
+        assert np.array_equal(torch.cat([b.labels for b in batches]), true.labels[indices])
+        assert np.array_equal(torch.cat([b.gathered() for b in batches]), true.images[indices])
+        kinds = {(b.images.dtype, b.labels.dtype, b.rows.dtype, b.indices.dtype, b.images.device) for b in batches}
+        assert kinds == {(torch.uint8, torch.int64, torch.int64, torch.int64, CPU)}
+    assert torch.get_num_threads() == threads
+    assert threading.active_count() == running
+
+
+def test_whole_set(store, build):
+    indices = torch.cat([b.indices for b in build(None, 2, batch_size=512).epoch(1)])
+    assert torch.equal(indices, epoch_order(store.count("train"), 3, 1))
+
+
+def test_early_break_is_forgotten(store, build):
+    rows, running = some_rows(store, 500), threading.active_count()
+    loader = build(rows, batch_size=50)
+    for batch in loader.epoch(0):
+        assert len(batch.labels) == 50
+        break
+    abandoned = loader.epoch(0)
+    next(abandoned)
+    whole = torch.cat([b.indices for b in loader.epoch(1)])
+    assert np.array_equal(whole, rows[epoch_order(500, 3, 1).numpy()])
+    loader.epoch(2)  # never started
+    loader.close()
+    assert list(loader.epoch(0)) == []
+    assert threading.active_count() == running
+
+
+@pytest.mark.parametrize(("world", "drop_last"), [(3, False), (3, True), (1, True)])
+def test_ranks_share_an_epoch(store, build, world, drop_last):
+    rows = some_rows(store, 335)
+    parts = [build(rows, batch_size=50, drop_last=drop_last, rank=r, world=world) for r in range(world)]
+    seen = [[b.indices for b in part.epoch(2)] for part in parts]
+    for part, batches in zip(parts, seen, strict=True):
+        assert (len(part), part.samples) == (len(batches), sum(map(len, batches)))
+    joined = torch.cat([i for batches in seen for i in batches]).tolist()
+    assert len(set(joined)) == len(joined)
+    if drop_last:
+        assert [[len(i) for i in batches] for batches in seen] == [[50] * (335 // world // 50)] * world
+    else:
+        assert sorted(joined) == rows.tolist()
+
+
+def test_torchs_random_numbers_are_left_alone(store, build):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(build(some_rows(store, 64)).epoch(0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_reads_a_store_of_another_format(store, build, cache):
+    """Each backend takes whatever store there is, and converts it once."""
+    other = store_as(store, "dali")
+    config = LoaderConfig(name=build().name)
+    loader = build_loader(config, other, None, seed=3, batch_size=100, drop_last=False, device=CPU)
+    first = next(iter(loader.epoch(0)))
+    loader.close()
+    assert np.array_equal(first.gathered(), store.split("train").images[first.indices])
+
+
+# ------------------------------------------------------------------------------------------------------- native order
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("whole", [True, False])
+def test_dalis_own_order(synthetic_store, world, whole):
+    """Every sample once an epoch, an order that depends on (seed, epoch) alone, and that is not the plan's."""
+    pytest.importorskip("nvidia.dali")
+    rows = np.arange(2000) if whole else some_rows(synthetic_store, 700)
+    true = synthetic_store.split("train")
+
+    def indices(epoch: int, seed: int = 3) -> list[int]:
+        seen = []
+        for rank in range(world):
+            loader = build_loader(
+                LoaderConfig(name="dali", order="native"),
+                synthetic_store,
+                rows,
+                seed=seed,
+                batch_size=64,
+                drop_last=False,
+                device=CPU,
+                rank=rank,
+                world=world,
+            )
+            batches = list(loader.epoch(epoch))
+            assert len(batches) == len(loader)
+            for batch in batches:
+                assert np.array_equal(batch.gathered(), true.images[batch.indices])
+                assert np.array_equal(batch.labels, true.labels[batch.indices])
+                seen += batch.indices.tolist()
+            loader.close()
+        return seen
+
+    first = indices(0)
+    assert sorted(first) == rows.tolist()
+    assert first == indices(0)
+    assert first != indices(1)
+    assert first != indices(0, seed=4)
+    assert first != rows.tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------- choice
+
+
+def test_auto_takes_what_fits(store, monkeypatch):
+    auto, count = LoaderConfig(), store.count("train")
+    size = count * int(np.prod(store.image_shape))
+    monkeypatch.setattr(loaders, "free_memory", lambda device: 4 * size)
+    assert choose_backend(auto, store, count, CPU)[0] == "resident"
+    monkeypatch.setattr(loaders, "free_memory", lambda device: 4 * size - 1)
+    present = {"ffcv", "nvidia.dali"}
+    monkeypatch.setattr(loaders, "_installed", lambda module: module in present)
+    name, reason = choose_backend(auto, store, count, CPU)
+    assert name == "ffcv"
+    assert "more than a quarter; ffcv instead" in reason
+    present.remove("ffcv")
+    assert choose_backend(auto, store, count, CPU)[0] == "dali"
+    present.clear()
+    assert choose_backend(auto, store, count, CPU)[0] == "torchvision"
+    monkeypatch.setattr(loaders, "free_memory", lambda device: size)
+    name, reason = choose_backend(LoaderConfig(name="resident"), store, count, CPU)
+    assert name == "torchvision"
+    assert reason.startswith("resident does not fit (")
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_missing_package_says_how_to_install_it(store, monkeypatch, name):
+    monkeypatch.setattr(loaders, "_installed", lambda module: False)
+    with pytest.raises(UserError, match=rf"pip install 'fastcifar\[{name}\]'"):
+        choose_backend(LoaderConfig(name=name), store, 10, CPU)
+
+
+# ----------------------------------------------------------------------------------------------- augmented in workers
+
+
+def test_workers_augment_as_published(store):
+    """PIL transforms in the workers: the batch comes augmented, the same whatever the number of workers."""
+    ops = [parse_op(text) for text in ("crop(4)", "flip", "rotate(15)", "autoaugment", "cutout(8, p=0.5)")]
+    augment = AugmentConfig.model_construct(ops=ops, where="loader")
+    rows = some_rows(store, 60)
+
+    def batches(workers: int, epoch: int = 0) -> list:
+        loader = build_loader(
+            LoaderConfig(workers=workers),
+            store,
+            rows,
+            seed=1,
+            batch_size=32,
+            drop_last=False,
+            device=CPU,
+            augment=augment,
+        )
+        assert (loader.name, loader.augmented, len(loader)) == ("torchvision", True, 2)
+        return list(loader.epoch(epoch))
+
+    one, two, later = batches(1), batches(2), batches(1, epoch=1)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.gathered(), b.gathered())
+        assert torch.equal(a.indices, b.indices)
+    true = torch.from_numpy(store.split("train").images[one[0].indices])
+    assert one[0].images.shape == true.shape
+    assert (one[0].gathered() != true).float().mean() > 0.3
+    assert not torch.equal(one[0].gathered(), later[0].gathered())
+
+
+def test_worker_transforms_are_torchvisions(real_images):
+    """The same seed gives what torchvision's own Compose gives; the published order of operations."""
+    from PIL import Image
+    from torchvision import transforms as t
+
+    from fastcifar.data.loaders.pil import augment_one, pil_transforms
+
+    ours = pil_transforms([parse_op("crop(4)"), parse_op("flip"), parse_op("rotate(15)")], 32, 32)
+    theirs = t.Compose([t.RandomCrop(32, padding=4), t.RandomHorizontalFlip(), t.RandomRotation(15)])
+    for seed, image in enumerate(real_images[:40]):
+        torch.manual_seed(seed)
+        expected = np.asarray(theirs(Image.fromarray(image)))
+        assert np.array_equal(augment_one(image, ours, seed), expected)
+
+
+def test_worker_cutout():
+    from fastcifar.data.loaders.pil import augment_one, pil_transforms
+
+    white = np.full((32, 32, 3), 255, np.uint8)
+    cut = pil_transforms([parse_op("cutout(8, p=0.5)")], 32, 32)
+    holes = [(augment_one(white, cut, seed) == 0).all(-1).sum() for seed in range(300)]
+    assert max(holes) == 64
+    assert 110 < sum(h == 0 for h in holes) < 190
+    assert 0 < min(h for h in holes if h) < 64  # clipped at a border
+
+
+# ---------------------------------------------------------------------------------------------------- stock readers
+
+
+def test_stock_ffcv_reads_our_beton(synthetic_store, cache):
+    """ffcv's own loader with its default decoders, and its page-wise memory manager, on our file."""
+    pytest.importorskip("cv2")
+    if not loaders._installed("ffcv"):
+        pytest.skip("ffcv is not installed")
+    from fastcifar.data.loaders.ffcv import kept_threads
+
+    root, true = store_as(synthetic_store, "ffcv").root, synthetic_store.split("train")
+    with kept_threads(), pytest.warns() as _:
+        from ffcv.loader import Loader as Stock
+
+        stock = Stock(str(root / "train.beton"), batch_size=250, num_workers=1, os_cache=False, drop_last=False)
+        assert list(stock.pipeline_specs) == ["image", "label", "index"]
+        seen = []
+        for images, labels, indices in stock:
+            rows = indices.flatten().numpy()
+            assert np.array_equal(images, true.images[rows])
+            assert np.array_equal(labels.flatten(), true.labels[rows])
+            seen += rows.tolist()
+    assert seen == list(range(2000))
+
+
+def test_stock_dali_reads_our_shards(synthetic_store, cache):
+    pytest.importorskip("nvidia.dali")
+    from nvidia.dali import fn, pipeline_def, types
+
+    root, true = store_as(synthetic_store, "dali").root, synthetic_store.split("train")
+
+    @pipeline_def(batch_size=100, num_threads=1, device_id=None)
+    def pipeline():
+        return fn.readers.webdataset(
+            paths=[str(root / "train-00000.tar")],  # no index: DALI indexes the archive itself
+            ext=["img", "cls", "idx"],
+            dtypes=[types.UINT8, types.INT64, types.INT64],
+        )
+
+    stock = pipeline()
+    stock.build()
+    for first in range(0, 2000, 100):
+        images, labels, indices = (np.array(o.as_tensor()) for o in stock.run())
+        assert indices.ravel().tolist() == list(range(first, first + 100))
+        assert np.array_equal(images.reshape(-1, 32, 32, 3), true.images[first : first + 100])
+        assert np.array_equal(labels.ravel(), true.labels[first : first + 100])
+
+
+def test_ffcv_readers_errors_reach_the_trainer(store):
+    """An exception on the reading thread ends the epoch with that exception, not with a hang."""
+    from fastcifar.data.loaders.streaming import ahead
+
+    def broken():
+        yield "first"
+        raise OSError("the disk has gone")
+
+    items = ahead(broken())
+    assert next(items) == "first"
+    with pytest.raises(OSError, match="the disk has gone"):
+        next(items)
+
+
+def test_same_size_images_of_any_kind(tmp_path, backend):
+    """Images of another size and another number of classes, through a folder, on every backend."""
+    from PIL import Image
+
+    from fastcifar.data.store import resolve_store
+    from fastcifar.recipe.models import DataConfig
+
+    random = np.random.default_rng()
+    for split, name, k in [(s, n, k) for s in ("train", "test") for n in ("a", "b", "c") for k in range(4)]:
+        path = Path(tmp_path / split / name / f"{k}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (20, 28, 3), np.uint8)).save(path)
+    store = resolve_store(DataConfig(source="folder"), tmp_path)
+    config = LoaderConfig(name=backend, workers=1)
+    loader = build_loader(config, store, None, seed=0, batch_size=5, drop_last=False, device=CPU)
+    for batch in loader.epoch(0):
+        assert np.array_equal(batch.gathered(), store.split("train").images[batch.indices])
+    loader.close()

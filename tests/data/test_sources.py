@@ -1,0 +1,214 @@
+import gzip
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastcifar.data.releases import RELEASES
+from fastcifar.data.sources import find_source, read_source
+from fastcifar.data.store import locate, no_progress, resolve_store
+from fastcifar.errors import UserError
+from fastcifar.recipe.models import DataConfig
+from tests.data.making import NAMES, evil_archive, pack, use_small_releases, write_release
+
+LAYOUTS = [(r.kind, r.layout) for r in RELEASES]
+
+
+@pytest.fixture
+def smalls(monkeypatch):
+    return use_small_releases(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
+
+
+@pytest.mark.parametrize("how", ["inside", "itself", "archive inside", "archive itself"])
+@pytest.mark.parametrize("which", LAYOUTS)
+def test_release_is_read_wherever_it_lies(tmp_path, smalls, which, how):
+    release = smalls[which]
+    truth = write_release(tmp_path, release, seed=len(how))
+    place = {"inside": tmp_path, "itself": tmp_path / release.folder}.get(how)
+    if place is None:
+        archive = pack(tmp_path, release)
+        (tmp_path / release.folder).rename(tmp_path / "elsewhere")
+        place = archive if how == "archive itself" else tmp_path
+    data = read_source(find_source(place, release.kind), no_progress)
+    assert data.classes == NAMES[release.kind]
+    for split, (images, labels) in truth.items():
+        assert np.array_equal(data.splits[split].images, images)
+        assert np.array_equal(data.splits[split].labels, labels)
+
+
+def test_a_file_that_is_not_the_official_one_is_noted(tmp_path, smalls):
+    write_release(tmp_path, smalls["cifar10", "binary"], 0)
+    notes = resolve_store(DataConfig(source="cifar10"), tmp_path).notes
+    assert len(notes) == 6
+    assert "data_batch_1.bin: not the official file" in notes[0]
+
+
+def test_hashes_are_torchvisions():
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    for kind, oracle in (("cifar10", CIFAR10), ("cifar100", CIFAR100)):
+        release = next(r for r in RELEASES if r.kind == kind and r.layout == "python")
+        known = oracle.train_list + oracle.test_list
+        assert [[f.name, f.md5] for f in release.all_files] == known
+        assert (release.folder, release.archive) == (oracle.base_folder, oracle.filename)
+
+
+@pytest.mark.real
+def test_real_data_is_what_it_should_be(real_train, real_images, real_store):
+    assert real_train.images.shape == (50_000, 32, 32, 3)
+    assert np.bincount(real_train.labels).tolist() == [5000] * 10
+    # The mean colour of the training set, as everybody's recipes have it.
+    assert np.allclose(real_train.images.mean((0, 1, 2)) / 255, [0.4914, 0.4822, 0.4465], atol=1e-4)
+    assert real_images.shape == (10_000, 32, 32, 3)
+    assert real_store.classes[:3] == ["airplane", "automobile", "bird"]
+
+
+# --------------------------------------------------------------------------------------------------- bad data folders
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _wrong_label(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[3073 * 2] = 10
+    path.write_bytes(content)
+
+
+class _Evil:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+BINARY_DAMAGE = {
+    "truncated": ("data_batch_3.bin", _truncate, "truncated or damaged"),
+    "missing": ("data_batch_5.bin", Path.unlink, "this file of the release is missing"),
+    "empty": ("test_batch.bin", lambda p: p.write_bytes(b""), "0 bytes instead of"),
+    "label": ("data_batch_2.bin", _wrong_label, "image 2 has label 10, not in 0..9"),
+    "names": ("batches.meta.txt", lambda p: p.write_text("one\ntwo\n"), "does not name 10 classes"),
+}
+PYTHON_DAMAGE = {
+    "truncated": ("data_batch_1", _truncate, "not a CIFAR pickle"),
+    "code": ("data_batch_2", lambda p: p.write_bytes(pickle.dumps(_Evil(), 2)), "__builtin__.print"),
+    "hidden code": (
+        "test_batch",
+        lambda p: p.write_bytes(pickle.dumps({"data": _Evil(), "labels": []}, 4)),
+        "which CIFAR does not need",
+    ),
+    "no dictionary": ("data_batch_4", lambda p: p.write_bytes(pickle.dumps([1], 2)), "holds a list"),
+    "no images": ("data_batch_5", lambda p: p.write_bytes(pickle.dumps({"data": 3}, 2)), "data is int instead of"),
+    "not a pickle": ("batches.meta", lambda p: p.write_text("hello"), "not a CIFAR pickle"),
+}
+DAMAGE = [("binary", *v) for v in BINARY_DAMAGE.values()] + [("python", *v) for v in PYTHON_DAMAGE.values()]
+
+
+@pytest.mark.parametrize(("layout", "name", "damage", "message"), DAMAGE)
+def test_damaged_release_is_refused_by_file(tmp_path, smalls, capsys, layout, name, damage, message):
+    release = smalls["cifar10", layout]
+    write_release(tmp_path, release, 0)
+    damage(tmp_path / release.folder / name)
+    with pytest.raises(UserError, match=message) as caught:
+        resolve_store(DataConfig(source="cifar10"), tmp_path)
+    assert str(tmp_path / release.folder / name) in str(caught.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_archives_cannot_escape_or_be_damaged(tmp_path, smalls):
+    release = smalls["cifar10", "python"]
+    path = tmp_path / release.archive
+    evil_archive(path, release, "../escaped")
+    with pytest.raises(UserError, match="unsafe archive"):
+        resolve_store(DataConfig(source="cifar10"), path)
+    assert not (tmp_path / "escaped").exists()
+    path.unlink()
+    write_release(tmp_path, release, 0)
+    content = bytearray(pack(tmp_path, release).read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=release.archive):
+        resolve_store(DataConfig(source="cifar10"), path)
+    path.write_bytes(gzip.compress(b"nothing"))
+    with pytest.raises(UserError, match="not a readable archive"):
+        resolve_store(DataConfig(source="cifar10"), path)
+
+
+def test_no_data_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="fastcifar data fetch cifar10"):
+        resolve_store(DataConfig(source="cifar10"))
+    with pytest.raises(UserError, match=r"nowhere \(--data\): no such file or folder"):
+        resolve_store(DataConfig(source="cifar10"), Path("nowhere"))
+    monkeypatch.setenv("FASTCIFAR_DATA", str(tmp_path))
+    with pytest.raises(UserError, match=r"\(FASTCIFAR_DATA\): no cifar100 there"):
+        resolve_store(DataConfig(source="cifar100"))
+
+
+def test_places_are_looked_at_in_order(tmp_path, monkeypatch, smalls):
+    release = smalls["cifar10", "binary"]
+    monkeypatch.chdir(tmp_path)
+    for seed, place in enumerate(("data", "variable", "option")):
+        write_release(tmp_path / place, release, seed)
+    assert locate("cifar10").path == Path("data") / release.folder
+    monkeypatch.setenv("FASTCIFAR_DATA", "variable")
+    assert locate("cifar10").path == Path("variable") / release.folder
+    assert locate("cifar10", Path("option")).path == Path("option") / release.folder
+
+
+# ------------------------------------------------------------------------------------------------------ image folders
+
+
+def _image_folder(root: Path, shape=(20, 24, 3)) -> dict[str, np.ndarray]:
+    random = np.random.default_rng()
+    images = {}
+    for split, count in (("train", 5), ("test", 2)):
+        for name in ("cat", "dog"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                pixels = random.integers(0, 256, shape, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+                images[f"{split}/{name}/{k}"] = pixels
+    return images
+
+
+def test_image_folder_becomes_a_store(tmp_path):
+    truth = _image_folder(tmp_path / "set")
+    store = resolve_store(DataConfig(source="folder"), tmp_path / "set")
+    assert store.classes == ["cat", "dog"]
+    assert store.image_shape == (20, 24, 3)
+    train = store.split("train")
+    assert train.labels.tolist() == [0] * 5 + [1] * 5
+    for row, key in enumerate(f"train/{c}/{k}" for c in ("cat", "dog") for k in range(5)):
+        assert np.array_equal(train.images[row], truth[key])
+
+
+def test_image_folder_is_checked(tmp_path):
+    root = tmp_path / "set"
+    _image_folder(root)
+    (root / "train" / "dog" / "3.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"dog/3\.png: not a readable image"):
+        resolve_store(DataConfig(source="folder"), root)
+    Image.fromarray(np.zeros((9, 24, 3), np.uint8)).save(root / "train" / "dog" / "3.png")
+    with pytest.raises(UserError, match=r"dog/3\.png: 24x9 pixels"):
+        resolve_store(DataConfig(source="folder"), root)
+    (root / "train" / "dog" / "3.png").unlink()
+    (root / "test" / "bird").mkdir()
+    with pytest.raises(UserError, match="bird: a class that train/ does not have"):
+        resolve_store(DataConfig(source="folder"), root)
+
+
+def test_drawn_images_are_the_same_everywhere(synthetic_store):
+    train, test = synthetic_store.split("train"), synthetic_store.split("test")
+    assert (len(train), len(test)) == (2000, 1000)
+    assert np.bincount(train.labels).tolist() == [200] * 10
+    assert len(np.unique(np.concatenate([train.images, test.images]).reshape(3000, -1), axis=0)) == 3000
+    assert synthetic_store.manifest["content"].startswith("928ee38aadfc2ffa")
