@@ -64,7 +64,7 @@ def step(image, op, part, number):
 
 
 def parts(op):
-    return {"autoaugment": 2, "cutout": getattr(op, "holes", 1), "randaugment": getattr(op, "num_ops", 1)}.get(op.name, 1)
+    return 2 if op.name == "autoaugment" else getattr(op, "holes", getattr(op, "num_ops", 1))
 
 
 def carry_out(image, ops, program, plan):
