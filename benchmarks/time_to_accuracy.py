@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from common import Row, main, result
-
 from fastcifar.engine.run import train
 from fastcifar.recipe import load_recipe
 from fastcifar.recipe.models import Recipe
