@@ -79,7 +79,7 @@ def train_reference(
 
 
 def error(found: dict[str, Tensor], expected: nn.Module) -> float:
-    """Return the relative error over all floating-point entries of a state dict: ||found - expected|| / ||expected||."""
+    """Return ||found - expected|| / ||expected|| over all floating-point entries of a state dict."""
     state = {n: t.double() for n, t in expected.state_dict().items() if t.is_floating_point()}
     difference = torch.cat([(found[n].double() - t).flatten() for n, t in state.items()])
     return float(difference.norm() / torch.cat([t.flatten() for t in state.values()]).norm())

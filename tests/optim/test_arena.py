@@ -84,7 +84,7 @@ def test_refuses_pickling_copying_other_dtypes_and_foreign_state(net: nn.Module)
     for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="cannot be pickled or copied"):
             attempt(arena)
-    with pytest.raises(ValueError, match="arena buffer stats: expected .* found nothing"):
+    with pytest.raises(ValueError, match=r"arena buffer stats: expected .* found nothing"):
         arena.load_state_dict({"weights": arena.weights})
     with pytest.raises(TypeError, match=r"weight is torch\.bfloat16"):
         Arena(nn.Linear(2, 2).bfloat16())

@@ -31,7 +31,7 @@ def test_interpreted_kernels_equal_plain_torch() -> None:
     assert [pair for pair in found if not pair[1] <= BOUND_ULPS] == []
 
 
-FLOATS = ("weights", "grads", "partials", "saved", "momenta", "average", "stats", "stats_average", "rate", "coefficient")
+FLOATS = set("weights grads partials saved momenta average stats stats_average rate coefficient".split())
 SIZES = ("n", "m", "scaled_end", "shadow_end")
 SGD = {"NESTEROV": True, "RESTORE": False, "AVERAGE": False, "SHADOW": False, "COEFFICIENT": False, "SKIP": False}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -94,7 +94,8 @@ def test_kernels_on_the_gpu_equal_plain_torch() -> None:
 
     n, m, generator = 1_000_003, 12_345, torch.Generator("cuda").manual_seed(0)
     draw = lambda size: torch.randn(size, device="cuda", generator=generator)  # noqa: E731
-    w, g, v, average, stats, old, lr = draw(n), draw(n), draw(n), draw(n), draw(m), draw(m), torch.full((1,), 0.1).cuda()
+    w, g, v, average, stats, old = draw(n), draw(n), draw(n), draw(n), draw(m), draw(m)
+    lr = torch.full((1,), 0.1, device="cuda")
     sides = []
     for module in (kernels, plain):
         buffers = [t.clone() for t in (w, g, v, average, old)]

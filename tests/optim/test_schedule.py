@@ -1,5 +1,7 @@
 """Schedules against torch.optim.lr_scheduler."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def test_warmup_rises_to_the_peak_and_the_rest_is_the_schedule() -> None:
     assert rising == pytest.approx([0.1 * (i + 1) for i in range(10)])
     falling = [per_step(i // 5, i % 5) for i in range(10, 50)]
     assert falling[0] == 1.0
-    assert all(a > b for a, b in zip(falling, falling[1:], strict=False))
+    assert all(a > b for a, b in pairwise(falling))
     assert falling[-1] < 0.01
 
 
