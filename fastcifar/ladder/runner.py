@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,15 +104,14 @@ def epochs_in_words(job: Job) -> str:
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End the row's process and what it has started: ask, wait, kill."""
-    for number, wait_s in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
-        if process.poll() is not None:
-            return
-        try:
-            os.killpg(process.pid, number)
-            process.wait(wait_s)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+    """End the row's process and what it has started: ask, wait, kill what is left of its group."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(GRACE_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def last_line(log: Path) -> str:

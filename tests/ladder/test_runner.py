@@ -1,0 +1,192 @@
+"""Rows in a process of their own: they train, can be stopped and resumed, and may crash without harm; the twins run."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastcifar.ladder import runner
+from fastcifar.ladder.climb import Climb, OutOfTime, RowFailed
+from fastcifar.ladder.plan import catalogue, choose, plan
+from fastcifar.ladder.runner import Runner, epochs_in_words
+from fastcifar.ladder.state import Ledger, stored_state
+from fastcifar.record import Run
+from tests.ladder.test_climb import accuracies, table
+
+
+EPOCHS = 14
+
+
+def says(job, script):
+    """Return a runner whose row processes run a script of ours in place of a training."""
+
+    class Scripted(Runner):
+        def _command(self, job):
+            return [sys.executable, "-c", script]
+
+    return Scripted(job.folder.parents[1])
+
+
+@pytest.fixture
+def job(tmp_path):
+    return plan(["lenet5"], 1, tmp_path)[0]
+
+
+def test_the_last_line_of_a_failing_row_is_its_message(job):
+    script = "import sys; print('something'); print('fastcifar: no data here', file=sys.stderr); sys.exit(2)"
+    with pytest.raises(RowFailed, match=r"^no data here$"):
+        says(job, script)(job, None, lambda text: None)
+
+
+def test_a_row_that_crashes_silently_names_its_log(job):
+    with pytest.raises(RowFailed, match=r"status -9; see .*lenet5-seed-42\.log"):
+        says(job, "import os; os.kill(os.getpid(), 9)")(job, None, lambda text: None)
+
+
+def test_the_deadline_stops_the_row_and_what_it_started(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE_S", 0.5)
+    mark = tmp_path / "grandchild"
+    script = f"""import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sleep = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(99)"
+child = subprocess.Popen([sys.executable, "-c", sleep])
+open({str(mark)!r}, "w").write(str(child.pid))
+time.sleep(99)"""
+    with pytest.raises(OutOfTime):
+        says(job, script)(job, time.monotonic() + 2.0, lambda text: None)
+    assert not alive(int(mark.read_text()))
+
+
+def alive(pid):
+    """Return whether a process runs; a zombie that nobody has waited for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def test_progress_names_the_epochs_and_the_accuracy(job):
+    run = Run.create(job.folder, job.recipe, {})
+    assert epochs_in_words(job) == "seed 42, epoch 0/20"
+    run.append_epoch({"epoch": 1, "test": {"raw": {"accuracy": 41.0}, "ema": {"accuracy": 42.5}}})
+    assert epochs_in_words(job) == "seed 42, epoch 1/20, 42.50%"
+
+
+def climb(out, *options, **how):
+    command = [sys.executable, "-m", "fastcifar", "ladder", "--only", "smoke/lenet5*", "--out", str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=out.parent, **how)
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_the_command_runs_rows_in_processes_skips_them_later_and_prints_json(tmp_path, no_data):
+    first = climb(tmp_path / "out", "--json")
+    assert first.returncode == 0, first.stderr
+    assert '"state": "done"' in first.stdout
+    assert "smoke/lenet5-kaiming, seed 42: done" in first.stderr
+    page = (tmp_path / "out" / "ladder.html").read_text()
+    assert "2 of 2 rows are done" in page
+    again = climb(tmp_path / "out", "--json")
+    assert again.stdout == first.stdout
+    assert "seed 42: done" not in again.stderr
+
+
+def test_a_row_without_data_fails_with_status_1_and_the_reason(tmp_path, no_data):
+    (tmp_path / "empty").mkdir()
+    done = climb(tmp_path / "out", "--data", str(tmp_path / "empty"))
+    assert done.returncode == 1
+    assert "failed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {row["state"] for row in table(tmp_path / "out")["rows"]} == {"failed"}
+
+
+@pytest.mark.parametrize("until", ["soon", "2x", "-3h", "0s", "h"])
+def test_a_bad_duration_is_a_user_error(tmp_path, until):
+    done = climb(tmp_path / "out", f"--until={until}")
+    assert done.returncode == 2
+    assert "is not a duration" in done.stderr
+
+
+def test_durations():
+    from fastcifar.commands.ladder import seconds
+
+    texts = ["90s", "30m", "30min", "2h", "1h30m", "1.5h", "1d"]
+    assert [seconds(text) for text in texts] == [90, 1800, 1800, 7200, 5400, 5400, 86400]
+
+
+@pytest.mark.timeout(1200)
+def test_a_real_row_killed_at_five_moments_ends_as_the_undisturbed_one(tmp_path, no_data, view, monkeypatch):
+    """Interrupt the ladder while its row's process trains; the sixth climb finishes to the same accuracies."""
+    name = "smoke/lenet5"
+    recipe = catalogue()[name]
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": EPOCHS})})
+    monkeypatch.setitem(catalogue(), name, longer)
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    Climb(Ledger(plan([name], 1, straight)), Runner(straight, same_process=True), straight, view).climb()
+    command = [sys.executable, "-c", LONGER, name, str(cut)]
+    for epochs in sorted(random.Random(7).sample(range(1, EPOCHS - 1), 5)):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        metrics = cut / name / "seed-42" / "metrics.jsonl"
+        wait_for(lambda m=metrics, n=epochs, p=process: lines(m) >= n or p.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 2, said
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert accuracies(table(cut)) == accuracies(table(straight))
+    assert epochs_of(cut / name / "seed-42") == list(range(1, EPOCHS + 1))
+
+
+LONGER = f"""
+import sys
+from pathlib import Path
+from fastcifar.ladder.plan import catalogue
+name, out = sys.argv[1:]
+recipe = catalogue()[name]
+catalogue()[name] = recipe.model_copy(update={{"train": recipe.train.model_copy(update={{"epochs": {EPOCHS}}})}})
+sys.argv = ["fastcifar", "ladder", "--only", name, "--out", out]
+from fastcifar.cli import main
+main()
+"""
+
+
+def lines(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def epochs_of(folder):
+    return [row["epoch"] for row in Run.open(folder).metrics()]
+
+
+def wait_for(happened, limit_s=300.0):
+    end = time.monotonic() + limit_s
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.timeout(900)
+def test_all_smoke_twins_run_from_end_to_end(tmp_path, view, monkeypatch):
+    """With the real data where FASTCIFAR_DATA names it, else with drawn images."""
+    monkeypatch.chdir(tmp_path)
+    jobs = plan(choose(["smoke/*"]), 1, tmp_path)
+    assert len(jobs) == 36
+    ledger = Ledger(jobs)
+    Climb(ledger, Runner(tmp_path, same_process=True), tmp_path, view).climb()
+    assert {row.name: row.message for row in ledger.table() if row.state != "done"} == {}
+    for job in jobs:
+        assert stored_state(job) == "done"
+        assert Run.open(job.folder).logits_keys()
+        shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+    assert os.path.getsize(tmp_path / "ladder.html") > 1000
