@@ -121,22 +121,28 @@ def cutout(image: Any, row: Any) -> None:
 
 
 @nb.njit(cache=True)
+def sharpen_row(above: Any, row: Any, below: Any, factor: Any, out: Any) -> None:
+    """Write one inner row of `sharpness`; rows are uint8 (W * 3,), so that neighbours lie three bytes apart."""
+    last = row.shape[0] - 3
+    for i in range(3):
+        out[i], out[last + i] = row[i], row[last + i]
+    for i in range(last - 3):
+        total = np.int32(above[i]) + np.int32(above[i + 3]) + np.int32(above[i + 6])
+        total += np.int32(row[i]) + np.int32(5) * np.int32(row[i + 3]) + np.int32(row[i + 6])
+        total += np.int32(below[i]) + np.int32(below[i + 3]) + np.int32(below[i + 6])
+        # total / 13 rounded; a tie cannot happen, so the integer form equals PIL's float32 sum.
+        smooth = np.int32(np.uint32(2 * total + 13) // np.uint32(26))
+        out[i + 3] = blend(smooth, row[i + 3], factor)
+
+
+@nb.njit(cache=True)
 def sharpness(image: Any, factor: Any, out: Any) -> None:
     """Blend ``image`` with its 3x3 smoothing (1 1 1, 1 5 1, 1 1 1) / 13, whose border pixels are the image's."""
-    height, width = image.shape[0], image.shape[1]
-    for y in range(height):
-        for x in range(width):
-            border = y == 0 or x == 0 or y == height - 1 or x == width - 1
-            for c in range(3):
-                if border:
-                    out[y, x, c] = image[y, x, c]
-                    continue
-                total = 4 * np.int32(image[y, x, c])
-                for dy in range(-1, 2):
-                    for dx in range(-1, 2):
-                        total += np.int32(image[y + dy, x + dx, c])
-                # total / 13 rounded; a tie cannot happen, so the integer form equals PIL's float32 sum.
-                out[y, x, c] = blend((2 * total + 13) // 26, image[y, x, c], factor)
+    height, row_bytes = image.shape[0], image.shape[1] * 3
+    rows, to = image.reshape(height, row_bytes), out.reshape(height, row_bytes)
+    to[0], to[height - 1] = rows[0], rows[height - 1]
+    for y in range(1, height - 1):
+        sharpen_row(rows[y - 1], rows[y], rows[y + 1], factor, to[y])
 
 
 @nb.njit(cache=True)
