@@ -10,7 +10,10 @@ A pipeline lives for one epoch, so that an abandoned epoch leaves no state behin
 """
 
 import importlib
+import shutil
 import tempfile
+import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from fastcifar.philox import Stream, philox
 
 SHUFFLE_SAMPLES = 65_536
 PREFETCH_BATCHES = 2
+HELD_BATCHES = 4
 
 
 class DaliLoader(StreamingLoader):
@@ -39,10 +43,12 @@ class DaliLoader(StreamingLoader):
         self._shards = Shards(store)
         self._workers = workers
         self._native = NativeIndex(store, plan) if order == "native" else None
+        if self._native is not None and not plan.drop_last:
+            self.samples = _share(len(plan.rows), plan.rank, plan.world)
 
     def _batches(self, epoch: int) -> Iterator[HostBatch]:
         pipeline = self._plan_pipeline(epoch) if self._native is None else self._native_pipeline(epoch, self._native)
-        left = self._plan.samples
+        left = self.samples if len(self._plan.rows) else 0
         while left:
             images, labels, indices = (torch.from_dlpack(o.as_tensor()) for o in pipeline.run())
             held = min(left, len(labels))
@@ -51,8 +57,21 @@ class DaliLoader(StreamingLoader):
 
     def _deliver(self, epoch: int) -> Generator[Batch, None, None]:
         """Batches come from DALI on the device already, through DLPack, without a copy."""
+        held: deque[tuple[HostBatch, torch.cuda.Event | None]] = deque()
         for batch in self._batches(epoch):
             yield as_batch(batch)
+            held.append((batch, self._used()))
+            # Torch knows nothing of the streams that use DALI's memory, so a batch is let go of only after the work
+            # that was queued while it was the current one. A few batches later that is hardly ever a wait.
+            while len(held) > HELD_BATCHES:
+                _, used = held.popleft()
+                if used is not None:
+                    used.synchronize()
+
+    def _used(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.current_stream(self._device).record_event()
 
     def _settings(self, seed: int) -> dict[str, Any]:
         return {
@@ -94,6 +113,8 @@ class DaliLoader(StreamingLoader):
                 initial_fill=min(len(self._plan.rows), SHUFFLE_SAMPLES),
                 shard_id=self._plan.rank,
                 num_shards=self._plan.world,
+                # Else a shard that is read to its end goes on with the next one's samples within the same epoch.
+                stick_to_shard=True,
                 name="reader",
             )
             images, labels, indices = read
@@ -106,6 +127,11 @@ def _kinds() -> list[Any]:
     """Return DALI's types of images, labels and indices."""
     types: Any = importlib.import_module("nvidia.dali.types")
     return [types.UINT8, types.INT64, types.INT64]
+
+
+def _share(count: int, rank: int, world: int) -> int:
+    """Return the size of the part that DALI's reader gives to a rank."""
+    return (rank + 1) * count // world - rank * count // world
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -147,10 +173,10 @@ class NativeIndex:
         self.image_shape = store.image_shape
         self.shards = [str(store.root / name) for name in names]
         self.indexes = [str(store.root / layout.index_name(name)) for name in names]
-        self._folder = None
         if len(plan.rows) < store.count("train"):
-            self._folder = tempfile.TemporaryDirectory(prefix="fastcifar-")
-            self._write_chosen(plan.rows, Path(self._folder.name))
+            folder = Path(tempfile.mkdtemp(prefix="fastcifar-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._write_chosen(plan.rows, folder)
 
     def _write_chosen(self, rows: np.ndarray, folder: Path) -> None:
         image_bytes = int(np.prod(self.image_shape))

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,13 @@ class Reader:
             self._stage(batch_indices=rows, metadata=self._loader.reader.metadata, storage_state=state, **memory)
 
 
-@lru_cache(maxsize=4)
+@cache
 def compiled_reader(path: Path, mtime_ns: int, workers: int) -> Reader:
-    """Return the reader of a file, compiled once in a process."""
+    """Return the reader of a file, compiled once in a process.
+
+    It is never let go of: a reader costs little beside the pages that it maps, and numba prints a KeyError when
+    compiled functions that refer to each other are collected as garbage.
+    """
     return Reader(path, workers)
 
 

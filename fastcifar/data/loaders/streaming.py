@@ -40,7 +40,7 @@ class StreamingLoader(ABC):
         self._running: Generator[Batch, None, None] | None = None
 
     def __len__(self) -> int:
-        return self._plan.batches
+        return -(-self.samples // self._plan.batch_size)
 
     @abstractmethod
     def _batches(self, epoch: int) -> Iterator[HostBatch]:

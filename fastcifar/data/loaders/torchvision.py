@@ -69,16 +69,22 @@ class TorchvisionLoader(StreamingLoader):
         order, size = self._plan.order(epoch), self._plan.batch_size
         seeds = self._seeds(order, epoch)
         portions = [(order[k : k + size], seeds[k : k + size]) for k in range(0, len(order), size)]
-        loader = DataLoader(
-            self._images,
-            batch_size=None,
-            sampler=portions,
-            num_workers=self._workers,
-            pin_memory=self._device.type == "cuda",
-            worker_init_fn=_quiet_worker,
-            generator=torch.Generator(),  # else it would draw from, and so disturb, torch's own
-        )
-        yield from _closing(loader)
+        with warnings.catch_warnings():
+            # More workers than cores is what the recipe asked for.
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            loader = DataLoader(
+                self._images,
+                batch_size=None,
+                sampler=portions,
+                num_workers=self._workers,
+                pin_memory=self._device.type == "cuda",
+                worker_init_fn=_quiet_worker,
+                generator=torch.Generator(),  # else it would draw from, and so disturb, torch's own
+            )
+            # Workers are forked while other threads of ours only wait, and run nothing but numpy and PIL.
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
+            batches = iter(loader)
+        return _closing(batches)
 
     def _seeds(self, order: np.ndarray, epoch: int) -> np.ndarray:
         """Return each sample's seed, int64 (N,) in 0..2**63-1."""
@@ -86,11 +92,8 @@ class TorchvisionLoader(StreamingLoader):
         return ((words[0] >> 1 << 32) | words[1]).numpy()
 
 
-def _closing(loader: DataLoader[HostBatch]) -> Iterator[HostBatch]:
-    """Yield the batches; end the workers at once, not when the garbage collector comes by."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
-        batches = iter(loader)
+def _closing(batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
+    """Yield the batches of a DataLoader's iterator and end its workers, wherever the consumer stops."""
     try:
         for batch in batches:
             yield HostBatch(*batch)
