@@ -29,8 +29,10 @@ class Step:
     Attributes:
         model: the model, whose parameters live in ``arena``.
         arena: the flat buffers.
+        passes: forward and backward.
+        update: the optimizer.
+        cursor: where the run is.
         warm: whether a step has been taken in this process (compilation and capture are behind).
-        mode: what is done: "eager", "compile", "graph" or "compile+graph".
         fallback: why that is less than the recipe asked for, or None.
     """
 
@@ -44,13 +46,13 @@ class Step:
         self._averages = build_averages(self.arena, recipe.ema)
         self._scaler = Scaler(device) if recipe.engine.precision == "fp16" else None
         self._rate = learning_rate(recipe.schedule, recipe.optimizer.lr, recipe.train.epochs, steps_per_epoch)
-        self._cursor = build_cursor(self._rate, steps_per_epoch, device)
+        self.cursor = build_cursor(self._rate, steps_per_epoch, device)
         shadow = AUTOCAST[recipe.engine.precision] if recipe.engine.shadow_weights else None
         forward = build_forward(model, self.arena, shadow, compiled)
-        self._passes = Passes(recipe, model, forward, self._cursor, self._scaler)
-        bind_counter(model, self._passes.counter, recipe.seed)
-        self._gradients = build_gradients(recipe.asam, self._passes, self.arena)
-        self._update = build_update(recipe.optimizer, self.arena, self._averages, skip=self._scaler is not None)
+        self.passes = Passes(recipe, model, forward, self.cursor, self._scaler)
+        bind_counter(model, self.passes.counter, recipe.seed)
+        self._gradients = build_gradients(recipe.asam, self.passes, self.arena)
+        self.update = build_update(recipe.optimizer, self.arena, self._averages, skip=self._scaler is not None)
         self._capturer = Capturer(self._run, self._changing) if captured else None
         self._every = recipe.asam.every if recipe.asam else 1
         self._compiled, self._first = compiled, 0
@@ -74,8 +76,8 @@ class Step:
         if hook is not None:
             hook(epoch)
         torch.manual_seed(torch_seed(self._recipe.seed, epoch))
-        self._cursor.begin(epoch)
-        self._first, self._sizes = epoch * self._cursor.steps_per_epoch, []
+        self.cursor.begin(epoch)
+        self._first, self._sizes = epoch * self.cursor.steps_per_epoch, []
         return self._rate(epoch, 0)
 
     def __call__(self, batch: Batch) -> None:
@@ -99,19 +101,19 @@ class Step:
 
     def _run(self, batch: Batch, kind: int) -> None:
         """Carry out a step, operation by operation; ``kind`` 1 is a step between two full ones of LookSAM."""
-        images, target = self._inputs(batch)
+        images, target = self.inputs(batch)
         saved = self._gradients[kind](images, target)
-        self._update(self._cursor.lr, saved=saved, coefficient=self._coefficient())
+        self.update(self.cursor.lr, saved=saved, coefficient=self._coefficient())
         if self._scaler is not None:
             self._scaler.advance()
-        self._cursor.advance()
+        self.cursor.advance()
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Any]:
+    def inputs(self, batch: Batch) -> tuple[Tensor, Any]:
         """Return the augmented, normalized, mixed images (B, C, H, W) and their target."""
-        images = self._augment(batch, self._cursor.epoch)
+        images = self._augment(batch, self.cursor.epoch)
         if self._mix is None:
             return images, batch.labels
-        return self._mix(images, batch.labels, self._cursor.epoch, self._cursor.step)
+        return self._mix(images, batch.labels, self.cursor.epoch, self.cursor.step)
 
     def _coefficient(self) -> Tensor | None:
         """Return what the gradient is to be multiplied by (unscaling, clipping): float32 (1,), or None."""
@@ -119,7 +121,7 @@ class Step:
         if not clip and self._scaler is None:
             return None
         partials = operations(self.arena.grads).norm_squared(self.arena.weights, self.arena.grads)
-        self._passes.observe(partials)
+        self.passes.observe(partials)
         coefficient = torch.ones_like(partials[:1]) if self._scaler is None else self._scaler.coefficient()
         if clip:
             norm = partials.sum().sqrt() * coefficient
@@ -135,8 +137,8 @@ class Step:
             finite, or None.
         """
         sizes = torch.tensor(self._sizes, dtype=torch.float64)
-        losses = self._passes.losses[: len(sizes)].to("cpu", torch.float64)
-        correct = self._passes.correct[: len(sizes)].to("cpu", torch.float64)
+        losses = self.passes.losses[: len(sizes)].to("cpu", torch.float64)
+        correct = self.passes.correct[: len(sizes)].to("cpu", torch.float64)
         bad = (~torch.isfinite(losses)).nonzero()
         samples = int(sizes.sum())
         return {
@@ -148,12 +150,12 @@ class Step:
 
     def losses(self) -> Tensor:
         """Return the loss of each step of this epoch so far: float32 (steps,), a copy on the host."""
-        return self._passes.losses[: len(self._sizes)].cpu().clone()
+        return self.passes.losses[: len(self._sizes)].cpu().clone()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that a bit-identical resume at an epoch's border needs: flat names to tensors (not copies)."""
         state = {f"arena.{name}": tensor for name, tensor in self.arena.state_dict().items()}
-        state["forward_passes"] = self._passes.counter
+        state["forward_passes"] = self.passes.counter
         state |= {f"model.{n}": t for n, t in self.model.state_dict().items() if not t.is_floating_point()}
         if self._scaler is not None:
             state |= {f"scaler.{name}": tensor for name, tensor in self._scaler.tensors().items()}
@@ -175,7 +177,7 @@ class Step:
 
     def _changing(self) -> list[Tensor]:
         """Return every tensor that a step changes and that matters after it."""
-        state = [*self.state_dict().values(), *self._cursor.tensors(), self._passes.losses, self._passes.correct]
+        state = [*self.state_dict().values(), *self.cursor.tensors(), self.passes.losses, self.passes.correct]
         return [*state, self.arena.grads, *([] if self.arena.shadow is None else [self.arena.shadow])]
 
     def weights(self, which: Literal["raw", "ema"]) -> AbstractContextManager[None]:

@@ -128,8 +128,8 @@ def test_look_sam_reuses_what_is_orthogonal() -> None:
     direction = step.arena.buffers["look_direction"].clone()
     assert float(direction.norm()) == pytest.approx(1.0, abs=1e-5)
     seen: list[Tensor] = []
-    update = step._update
-    step._update = lambda *args, **keys: (seen.append(step.arena.grads.clone()), update(*args, **keys))  # type: ignore
+    update = step.update
+    step.update = lambda *args, **keys: (seen.append(step.arena.grads.clone()), update(*args, **keys))  # type: ignore
     before = state(step)["arena.weights"]
     step(second)
     step.arena.weights.copy_(before)
@@ -170,7 +170,7 @@ def test_fp16_overflow_leaves_the_step_out_and_halves_the_scale(asam: dict[str, 
     assert float(after["scaler.scale"]) == 2.0**39
     assert not step.arena.grads.any()
     for _ in range(40):
-        step._cursor.begin(0)
+        step.cursor.begin(0)
         step(batches(0)[0])
     assert not torch.equal(before["arena.weights"], state(step)["arena.weights"])
 

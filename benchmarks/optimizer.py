@@ -1,0 +1,286 @@
+"""ASAM + SGD + EMA on one model's parameters: the arena's three operations against what torch offers.
+
+Sides: a Python loop over tensors (as public SAM implementations do it), ``torch._foreach_*``, and
+``torch.optim.SGD(fused=True)`` with a foreach climb and average. Bytes are counted, not estimated: by operator for
+everything made of torch calls, by buffer for the Triton kernels. On a GPU every side is also captured as a CUDA graph,
+so that launch overhead is out of the comparison, and the share of the measured copy bandwidth is given.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common import Row, alternate, device, main, result, timed
+from fastcifar.models import build_model
+from fastcifar.optim.arena import Arena
+from fastcifar.optim.asam import Perturbation
+from fastcifar.optim.ema import build_averages
+from fastcifar.optim.update import build_update
+from fastcifar.recipe.models import AsamConfig, EmaConfig, Recipe, SGDConfig
+
+RHO, LR, MOMENTUM, WEIGHT_DECAY, DECAY = 2.0, 0.1, 0.9, 5e-4, 0.999
+# norm: w, g; ascend: reads w, g, writes w, saved, g; descend: reads saved, g, v, a, writes w, v, a, g. The two
+# gradients lie between the three passes, so that no fewer bytes are possible in fp32.
+LEAST_BYTES = 4 * (2 + 5 + 8)
+
+
+class CountBytes(TorchDispatchMode):
+    """Adds up the bytes that each operator reads and writes; views cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.calls = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
+            return out
+        self.calls += 1
+        self.bytes += _written(func, args, kwargs or {}) + _bytes(args[_skipped(func) :])
+        if not any(r.alias_info is not None for r in returns):
+            self.bytes += _bytes(out)
+        return out
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> int:
+    """Return the bytes of the arguments that the operator changes in place."""
+    named = list(zip(func._schema.arguments, args, strict=False))
+    named += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
+    return sum(_bytes(value) for a, value in named if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _skipped(func: Any) -> int:
+    """Return 1 where the first argument is only written, not read."""
+    return int(func._schema.name.split("::")[1] in ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"))
+
+
+class Side:
+    """One way to do it; a subclass climbs and descends by gradients that `refill` puts in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = list(model.parameters())
+        self.stats = [b for b in model.buffers() if b.is_floating_point()]
+        self.averages = [t.detach().clone() for t in [*self.parameters, *self.stats]]
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+
+    def refill(self) -> None:
+        """Put gradients in place."""
+        for p in self.parameters:
+            p.grad.fill_(0.01)  # type: ignore[union-attr]
+
+    def __call__(self) -> None:
+        """Do both."""
+        with torch.no_grad():
+            self.climb()
+            self.descend()
+
+    def climb(self) -> None:
+        """Save w, go to w + e, clear the gradient."""
+        raise NotImplementedError
+
+    def descend(self) -> None:
+        """Go back to w, update, average, clear the gradient."""
+        raise NotImplementedError
+
+
+class ArenaSide(Side):
+    """fastcifar's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.arena = Arena(model)
+        averages = build_averages(self.arena, EmaConfig(decay=DECAY))
+        self.perturbation = Perturbation(self.arena, AsamConfig(rho=RHO))
+        config = SGDConfig(name="sgd", lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        self.update = build_update(config, self.arena, averages)
+        on_gpu = self.arena.weights.is_cuda
+        self.lr: Any = torch.full((1,), LR, device=self.arena.weights.device) if on_gpu else LR
+
+    def refill(self) -> None:
+        """Put gradients in place."""
+        self.arena.grads.fill_(0.01)
+
+    def climb(self) -> None:
+        """Save w, go to w + e, clear the gradient."""
+        self.perturbation.climb()
+
+    def descend(self) -> None:
+        """Go back to w, update, average, clear the gradient."""
+        self.update(self.lr, saved=self.perturbation.saved)
+
+
+class LoopSide(Side):
+    """A Python loop over tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.saved = [torch.empty_like(p) for p in self.parameters]
+        self.momenta = [torch.zeros_like(p) for p in self.parameters]
+
+    def climb(self) -> None:
+        """Save w, go to w + e, clear the gradient."""
+        norms = [(p.abs() * p.grad).norm() for p in self.parameters]
+        factor = RHO / (torch.stack(norms).norm() + 1e-12)
+        for p, saved in zip(self.parameters, self.saved, strict=True):
+            saved.copy_(p)
+            p.add_(p * p * p.grad * factor)
+            p.grad.zero_()  # type: ignore[union-attr]
+
+    def descend(self) -> None:
+        """Go back to w, update, average, clear the gradient."""
+        for p, saved, v in zip(self.parameters, self.saved, self.momenta, strict=True):
+            p.copy_(saved)
+            g = p.grad.add(p, alpha=WEIGHT_DECAY)  # type: ignore[union-attr]
+            v.mul_(MOMENTUM).add_(g)
+            p.add_(g.add(v, alpha=MOMENTUM), alpha=-LR)
+            p.grad.zero_()  # type: ignore[union-attr]
+        for average, value in zip(self.averages, [*self.parameters, *self.stats], strict=True):
+            average.lerp_(value, 1 - DECAY)
+
+
+class ForeachSide(Side):
+    """``torch._foreach_*`` for the climb and the average; torch.optim.SGD, foreach or fused, for the update."""
+
+    def __init__(self, model: nn.Module, fused: bool) -> None:
+        super().__init__(model)
+        self.saved = [torch.empty_like(p) for p in self.parameters]
+        how = {"fused": True} if fused else {"foreach": True}
+        settings: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "nesterov": True, "weight_decay": WEIGHT_DECAY}
+        self.optimizer = torch.optim.SGD(self.parameters, **settings, **how)
+
+    def climb(self) -> None:
+        """Save w, go to w + e, clear the gradient."""
+        grads = [p.grad for p in self.parameters]
+        scaled = torch._foreach_abs(self.parameters)
+        torch._foreach_mul_(scaled, grads)
+        factor = RHO / (torch.stack(torch._foreach_norm(scaled)).norm() + 1e-12)
+        torch._foreach_copy_(self.saved, self.parameters)
+        torch._foreach_mul_(grads, self.parameters)
+        torch._foreach_mul_(grads, self.parameters)
+        torch._foreach_mul_(grads, factor)
+        torch._foreach_add_(self.parameters, grads)
+        torch._foreach_zero_(grads)
+
+    def descend(self) -> None:
+        """Go back to w, update, average, clear the gradient."""
+        torch._foreach_copy_(self.parameters, self.saved)
+        self.optimizer.step()
+        torch._foreach_lerp_(self.averages, [*self.parameters, *self.stats], 1 - DECAY)
+        torch._foreach_zero_([p.grad for p in self.parameters])
+
+
+SIDES: dict[str, Callable[[nn.Module], Side]] = {
+    "arena": ArenaSide,
+    "loop": LoopSide,
+    "foreach": lambda model: ForeachSide(model, fused=False),
+    "fused SGD": lambda model: ForeachSide(model, fused=True),
+}
+
+
+def make_sides(name: str, where: torch.device) -> dict[str, Side]:
+    table = {"name": "t", "model": {"name": name}, "optimizer": {"name": "sgd", "lr": LR}, "train": {"epochs": 1}}
+    config = Recipe.model_validate(table).model
+    return {side: make(build_model(config, seed=0).to(where)) for side, make in SIDES.items()}
+
+
+def check(sides: dict[str, Side]) -> None:
+    """Make sure that all sides do the same thing before they are timed."""
+    for side in sides.values():
+        side.refill()
+        side()
+    ours = [p.detach().clone() for p in sides["arena"].parameters]
+    for name, side in sides.items():
+        for a, b in zip(ours, side.parameters, strict=True):
+            if not torch.allclose(a, b, rtol=1e-4, atol=1e-6):
+                raise RuntimeError(f"{name} computes something else than the arena")
+
+
+def graphed(side: Side) -> Callable[[], None]:
+    """Capture one call of a side as a CUDA graph and return its replay."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            side()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        side()
+    return graph.replay
+
+
+def measure(work: Callable[[], None], side: Side, where: torch.device, repeats: int) -> float:
+    """Return milliseconds a call (the median of some), refilled gradients not counted."""
+    times = []
+    for _ in range(repeats):
+        side.refill()
+        times.append(timed(work, where))
+    return 1e3 * statistics.median(times)
+
+
+def bytes_of(side: Side, parameters: int, statistics: int) -> tuple[int, int]:
+    """Return the bytes that one call moves, and its number of operators or kernels."""
+    if isinstance(side, ArenaSide) and side.arena.weights.is_cuda:
+        return LEAST_BYTES * parameters + 12 * statistics, 3
+    with CountBytes() as count:
+        side()
+    return count.bytes, count.calls
+
+
+def copy_bandwidth(where: torch.device, megabytes: int) -> float:
+    """Return the bytes a second of a plain copy, reads and writes added: the median of five."""
+    source = torch.ones(megabytes * 2**18, device=where)
+    target = torch.empty_like(source)
+    seconds = sorted(timed(lambda: target.copy_(source), where) for _ in range(6))[2]
+    return 2 * source.numel() * 4 / seconds
+
+
+def rows_for(name: str, where: torch.device, rounds: int, repeats: int) -> list[Row]:
+    sides = make_sides(name, where)
+    check(sides)
+    n, m = (sum(t.numel() for t in ts) for ts in (sides["arena"].parameters, sides["arena"].stats))
+    works: dict[str, tuple[Callable[[], None], Side]] = {side: (s, s) for side, s in sides.items()}
+    if where.type == "cuda":
+        works |= {f"{side}, graph": (graphed(s), s) for side, s in sides.items()}
+    times = alternate({k: lambda w=w: measure(*w, where, repeats) for k, w in works.items()}, rounds)  # type: ignore
+    best = "arena, graph" if where.type == "cuda" else "arena"
+    rows = [result(f"{name} ({n:,} parameters): {best}", times[best], "ms")]
+    for other in works:
+        ours = times["arena, graph" if other.endswith("graph") else "arena"]
+        if not other.startswith("arena"):
+            label = f"{name}: {'arena, graph' if other.endswith('graph') else 'arena'} against {other}"
+            rows.append(result(label, ours, "ms", other, times[other], higher_is_better=False))
+    counted = {side: bytes_of(s, n, m) for side, s in sides.items()}
+    for side, (moved, calls) in counted.items():
+        least = (LEAST_BYTES * n + 12 * m) / 1e6
+        label = f"{name}: {side} moves (least {least:,.4g} MB, {calls:,} operators)"
+        rows.append(result(label, [moved / 1e6], "MB"))
+    if where.type == "cuda":
+        speed = copy_bandwidth(where, 1024)
+        rows.append(result(f"{name}: copy bandwidth", [speed / 1e9], "GB/s"))
+        shares = [100 * counted["arena"][0] / (ms / 1e3) / speed for ms in times[best]]
+        rows.append(result(f"{name}: arena's share of copy bandwidth", shares, "%"))
+    return rows
+
+
+def run(quick: bool) -> list[Row]:
+    where = device()
+    if where.type == "cuda":
+        names, repeats = (["wrn16_8"] if quick else ["lenet5", "wrn16_8", "pyramidnet110_a150", "wrn28_10"]), 50
+    else:
+        names, repeats = (["lenet5"] if quick else ["lenet5", "deep_baseline_bn", "wrn16_8"]), 9
+    return [row for name in names for row in rows_for(name, where, 3 if quick else 7, repeats)]
+
+
+if __name__ == "__main__":
+    main("optimizer", run)

@@ -1,0 +1,129 @@
+"""The published experiment's training loop, written plainly: what fastcifar is compared with.
+
+fp32, no compilation, a DataLoader whose workers run PIL transforms, ASAM and the moving average tensor by tensor.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as T
+
+
+class ImageSet(Dataset):
+    """Images in memory, each transformed as PIL when it is asked for."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def transform(augment: str) -> Callable:
+    """Return the published transform: "none", "standard" (crop, flip, rotation) or "autoaugment" (crop, flip, it)."""
+    steps: list[Callable] = []
+    if augment != "none":
+        steps += [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()]
+    if augment == "standard":
+        steps.append(T.RandomRotation(15))
+    if augment == "autoaugment":
+        steps.append(T.AutoAugment(T.AutoAugmentPolicy.CIFAR10))
+    return T.Compose([*steps, T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)])
+
+
+class Asam:
+    """ASAM tensor by tensor: e = rho w^2 g / (|| |w| g || + 1e-12), one norm over all tensors."""
+
+    def __init__(self, model: nn.Module, rho: float) -> None:
+        self.model, self.rho, self.climbs = model, rho, {}
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """Go to w + e and clear the gradient."""
+        norms = [(p.abs() * p.grad).norm(p=2) for p in self.model.parameters()]
+        norm = torch.norm(torch.stack(norms), p=2) + 1e-12
+        for p in self.model.parameters():
+            e = p.pow(2) * p.grad * (self.rho / norm)
+            p.add_(e)
+            self.climbs[p] = e
+        self.model.zero_grad()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back to w."""
+        for p in self.model.parameters():
+            p.sub_(self.climbs[p])
+
+
+class Ema:
+    """The moving average of every floating-point entry of the state dict."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay, self.average = model, decay, copy.deepcopy(model).eval()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average."""
+        state = self.model.state_dict()
+        for name, average in self.average.state_dict().items():
+            if average.dtype.is_floating_point:
+                average.mul_(self.decay).add_(state[name], alpha=1 - self.decay)
+
+
+class PublishedLoop:
+    """Trains for a number of steps at a time; the loader goes on where it stopped."""
+
+    def __init__(
+        self, model: nn.Module, images: np.ndarray, labels: np.ndarray, *, device: torch.device, augment: str,
+        optimizer: str, lr: float, rho: float = 0.0, decay: float = 0.0, smoothing: float = 0.0, batch_size: int = 128,
+        workers: int = 4,
+    ) -> None:  # fmt: skip
+        self.model, self.device, self.smoothing = model.to(device).train(), device, smoothing
+        if optimizer == "sgd":
+            settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=lr, **settings)
+        else:
+            self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=5e-4)
+        self.asam, self.ema = Asam(model, rho) if rho else None, Ema(model, decay) if decay else None
+        data = ImageSet(images, labels, transform(augment))
+        self.loader = DataLoader(data, batch_size, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda")
+        self._batches = self._forever()
+
+    def _forever(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from self.loader
+
+    def close(self) -> None:
+        """Stop the loader's workers."""
+        self._batches.close()
+
+    def steps(self, count: int) -> float:
+        """Take ``count`` steps and return their mean loss."""
+        total = 0.0
+        for _ in range(count):
+            images, labels = (t.to(self.device, non_blocking=True) for t in next(self._batches))
+            total += self.step(images, labels)
+        return total / count
+
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        """Take one step; reading the loss waits for the device, as the published loop did."""
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.smoothing)
+        loss.backward()
+        if self.asam is not None:
+            self.asam.ascend()
+            F.cross_entropy(self.model(images), labels, label_smoothing=self.smoothing).backward()
+            self.asam.restore()
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        return loss.item()

@@ -1,0 +1,191 @@
+"""The training step: against a bare PyTorch loop, against the published loop, by mode, and by its parts.
+
+Each kind of step is the one of a shipped recipe, on drawn images that are resident. The bare loop trains lenet5 on
+tensors that are normalized beforehand and lie in memory: nothing but indexing, forward, backward and Adam. The
+published loop is ``published.py``: DataLoader with four workers, PIL transforms, fp32, ASAM and averages per tensor.
+"""
+
+import resource
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import Row, alternate, device, main, result, timed
+from fastcifar.augment.apply import build_augment
+from fastcifar.augment.mix import build_mix
+from fastcifar.augment.ops import AutoAugment, Rotate
+from fastcifar.data.batch import Batch
+from fastcifar.engine.run import DTYPES
+from fastcifar.engine.step import Step, build_step
+from fastcifar.models import build_model
+from fastcifar.optim.asam import Perturbation
+from fastcifar.recipe import load_recipe
+from fastcifar.recipe.models import Recipe
+from published import PublishedLoop
+
+IMAGES, BATCH = 50_000, 128
+
+
+def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), generator.integers(0, 10, count)
+
+
+class Ours:
+    """A recipe's step on resident images, a number of steps at a time."""
+
+    def __init__(self, recipe: Recipe, images: np.ndarray, labels: np.ndarray, mode: str = "auto") -> None:
+        changed = recipe.engine.model_copy(update={"mode": mode})
+        self.recipe, self.device = recipe.model_copy(update={"engine": changed}), device()
+        self.images, self.labels = (torch.from_numpy(a).to(self.device) for a in (images, labels))
+        augment = build_augment(
+            recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=(32, 32, 3), seed=0,
+            device=self.device, dtype=DTYPES[recipe.engine.precision],
+        )  # fmt: skip
+        self.size, per_epoch = recipe.train.batch_size, len(images) // recipe.train.batch_size
+        mix = build_mix(recipe.mix, seed=0, epochs=recipe.train.epochs, steps_per_epoch=per_epoch)
+        model = build_model(recipe.model, seed=0).to(self.device)
+        self.step: Step = build_step(
+            self.recipe, model, augment, mix, steps_per_epoch=per_epoch, device=self.device
+        )  # fmt: skip
+        self._batches = self._forever(per_epoch)
+
+    def _forever(self, per_epoch: int) -> Iterator[Batch]:
+        epoch = 0
+        while True:
+            self.step.begin_epoch(epoch % self.recipe.train.epochs)
+            order = torch.randperm(len(self.images), device=self.device)
+            for rows in order[: per_epoch * self.size].split(self.size):
+                yield Batch(self.images, rows, self.labels[rows], rows)
+            epoch += 1
+
+    def take(self, count: int) -> None:
+        """Train ``count`` steps."""
+        for _ in range(count):
+            self.step(next(self._batches))
+
+    def batch(self) -> Batch:
+        """Return the next batch."""
+        return next(self._batches)
+
+
+class Bare:
+    """What a user writes by hand: lenet5 on normalized tensors in memory, under the recipe's autocast."""
+
+    def __init__(self, recipe: Recipe, images: np.ndarray, labels: np.ndarray) -> None:
+        self.device = device()
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.5)
+        # Neither a slower layout nor a slower precision than ours.
+        self.x = x.to(self.device, torch.bfloat16, memory_format=torch.channels_last)
+        self.y = torch.from_numpy(labels).to(self.device)
+        self.model = build_model(recipe.model, seed=0).to(self.device).train()
+        settings = {"lr": recipe.optimizer.lr, "weight_decay": recipe.optimizer.weight_decay}
+        self.optimizer = torch.optim.Adam(self.model.parameters(), **settings)
+        self.order, self.at = torch.randperm(len(self.x), device=self.device), 0
+
+    def take(self, count: int) -> None:
+        """Train ``count`` steps."""
+        for _ in range(count):
+            rows = self.order[self.at : self.at + BATCH]
+            self.at = (self.at + BATCH) % (len(self.x) - BATCH)
+            self.optimizer.zero_grad()
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                loss = F.cross_entropy(self.model(self.x[rows]), self.y[rows])
+            loss.backward()
+            self.optimizer.step()
+
+
+def published(recipe: Recipe, images: np.ndarray, labels: np.ndarray) -> PublishedLoop:
+    """Return the published loop with a recipe's settings."""
+    kinds = {type(op) for op in recipe.augment.ops}
+    augment = "autoaugment" if AutoAugment in kinds else "standard" if Rotate in kinds else "none"
+    model = build_model(recipe.model, seed=0).to(memory_format=torch.contiguous_format)
+    return PublishedLoop(
+        model, images, labels, device=device(), augment=augment, optimizer=recipe.optimizer.name,
+        lr=recipe.optimizer.lr, rho=recipe.asam.rho if recipe.asam else 0.0,
+        decay=recipe.ema.decay if recipe.ema else 0.0, smoothing=recipe.loss.label_smoothing,
+        batch_size=recipe.train.batch_size,
+    )  # fmt: skip
+
+
+def rate(take: Callable[[int], Any], steps: int, size: int) -> Callable[[], float]:
+    """Return a side for `alternate`: images a second over some steps."""
+    return lambda: steps * size / timed(lambda: take(steps), device())
+
+
+def against_bare(images: np.ndarray, labels: np.ndarray, rounds: int, steps: int) -> list[Row]:
+    recipe = _recipe("lenet5")
+    ours = Ours(recipe, images, labels)
+    ours.take(3)
+    # The highest so far, before the bare loop makes its own tensors.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    bare = Bare(recipe, images, labels)
+    sides = {"ours": rate(ours.take, steps, BATCH), "bare": rate(bare.take, steps, BATCH)}
+    found = alternate(sides, rounds, warmup=2)
+    return [
+        result("lenet5", found["ours"], "images/s", "bare PyTorch loop over tensors in memory", found["bare"]),
+        result("lenet5: peak host memory", [peak], "GiB"),
+    ]
+
+
+def by_mode(name: str, images: np.ndarray, labels: np.ndarray, rounds: int, steps: int) -> list[Row]:
+    """Compare the modes that make sense on this device with each other and with the published loop."""
+    recipe = _recipe(name)
+    modes = ("eager", "compile", "graph", "auto") if device().type == "cuda" else ("eager",)
+    ours = {mode: Ours(recipe, images, labels, mode) for mode in modes}
+    theirs, size = published(recipe, images, labels), recipe.train.batch_size
+    sides = {mode: rate(side.take, steps, size) for mode, side in ours.items()}
+    found = alternate(sides | {"published": rate(theirs.steps, steps, size)}, rounds)
+    theirs.close()
+    rows = []
+    for mode, side in ours.items():
+        label = f"{name}: {mode}" + (f" ({side.step.mode}; {side.step.fallback})" if side.step.fallback else "")
+        rows.append(result(label, found[mode], "images/s", "published loop", found["published"]))
+    return rows + parts(name, ours["eager"], steps)
+
+
+def parts(name: str, ours: Ours, repeats: int) -> list[Row]:
+    """Time an eager step and each of its parts alone, on one batch."""
+    step, batch = ours.step, ours.batch()
+    images, target = step.inputs(batch)
+    sides: dict[str, Callable[[], Any]] = {
+        "whole step, eager": lambda: step(ours.batch()),
+        "augmentation and mixing": lambda: step.inputs(batch),
+        "forward and backward, once": lambda: step.passes(images, target),
+    }
+    if ours.recipe.asam is not None:
+        sides["norm and climb"] = Perturbation(step.arena, ours.recipe.asam).climb
+    sides["update, average, clearing"] = lambda: step.update(step.cursor.lr)
+    rows = []
+    for what, work in sides.items():
+        work()
+        rows.append(result(f"{name}: {what}", [1e3 * timed(work, ours.device) for _ in range(repeats)], "ms"))
+    return rows
+
+
+def _recipe(name: str) -> Recipe:
+    recipe = load_recipe(name)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"{name} is no recipe of a training run")
+    return recipe
+
+
+def run(quick: bool) -> list[Row]:
+    warnings.filterwarnings("ignore", message="This DataLoader will create 4 worker")
+    images, labels = drawn(5_000 if quick else IMAGES)
+    rows = against_bare(images, labels, 3 if quick else 9, 10 if quick else 60)
+    if device().type == "cuda":
+        names = ["wrn-200"] if quick else ["deep-bn", "wrn-sgd", "wrn-200", "pyramid200"]
+    else:
+        names = ["lenet5"] if quick else ["lenet5", "deep-bn"]
+    for name in names:
+        rows += by_mode(name, images, labels, 2 if quick else 5, 5 if quick else 20)
+    return rows
+
+
+if __name__ == "__main__":
+    main("step", run)
