@@ -97,6 +97,7 @@ def table(rows: list[dict[str, Any]]) -> Any:
 
     shown = Table(
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         caption="MB moved and FLOP/byte: per image, forward + backward, bf16. Floor: s per 50,000 images, computed.",
     )
     shown.add_column("model", no_wrap=True)
