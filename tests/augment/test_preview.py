@@ -1,0 +1,49 @@
+"""``fastcifar augment preview``."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastcifar.commands.augment import app, seen
+from fastcifar.errors import UserError
+from fastcifar.recipe import load_recipe
+
+SYNTHETIC = ["--set", "data.source=synthetic"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["preview", *arguments], catch_exceptions=False)
+
+
+def test_a_sheet_and_its_description(synthetic_store, tmp_path):
+    path = tmp_path / "sheet.png"
+    result = run("aug-cutout-aa", "--out", str(path), "--count", "3", "--epochs", "2", "--json", *SYNTHETIC)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["epochs"] == [0, 1]
+    assert json.loads(result.stdout)["augment"][2] == "autoaugment"
+    with Image.open(path) as picture:
+        assert picture.size == (3 * 98 + 10, 3 * 98 + 2)
+
+
+def test_the_first_column_is_the_originals(synthetic_store):
+    columns = seen(load_recipe("aug-cutmix", ["data.source=synthetic"]), None, 4, range(2))
+    np.testing.assert_array_equal(columns[0], np.array(synthetic_store.split("train").images[:4]))
+    assert len(columns) == 3
+    assert not np.array_equal(columns[1], columns[2])
+
+
+def test_no_operations_show_the_originals(synthetic_store):
+    columns = seen(load_recipe("lenet5", ["data.source=synthetic"]), None, 4, range(1))
+    np.testing.assert_array_equal(columns[0], columns[1])
+
+
+def test_bad_input(synthetic_store, tmp_path):
+    with pytest.raises(UserError, match="combines runs"):
+        run("ensemble-soft")
+    with pytest.raises(UserError, match="could not be written"):
+        run("lenet5", "--out", str(tmp_path / "missing" / "x.png"), *SYNTHETIC)
+    with pytest.raises(UserError, match="could not be written"):
+        run("lenet5", "--out", str(tmp_path / "sheet.nonsense"), *SYNTHETIC)
