@@ -190,8 +190,8 @@ def write_parts(files: list[Path], root: Path, limit: int) -> list[Path]:
         data, name = path.read_bytes(), path.relative_to(root).as_posix()
         whole = {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         offset = 0
-        while offset < len(data) or not data:
-            if room < min(2**20, len(data) - offset):
+        while True:
+            if not parts or room < min(2**20, len(data) - offset):
                 parts.append(PACK / f"part-{len(parts) + 1:02d}")
                 fresh(parts[-1])
                 room, pieces = limit - 2**20, []  # what is left out is more than the manifest takes
@@ -201,7 +201,7 @@ def write_parts(files: list[Path], root: Path, limit: int) -> list[Path]:
             pieces.append({"piece": stored, "offset": offset, **whole})
             (parts[-1] / "manifest.json").write_text(json.dumps(pieces, indent=1))
             offset, room = offset + len(piece), room - len(piece)
-            if not data:
+            if offset == len(data):
                 break
     return parts
 
