@@ -19,7 +19,6 @@ from fastcifar.ladder.state import Ledger, stored_state
 from fastcifar.record import Run
 from tests.ladder.test_climb import accuracies, table
 
-
 EPOCHS = 14
 
 
