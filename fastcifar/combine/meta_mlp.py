@@ -1,6 +1,7 @@
 """The multilayer perceptron that stacking puts on top of its members' logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +64,7 @@ def fit_mlp(
         The model in evaluation mode.
     """
     data = Training(torch.from_numpy(features), torch.from_numpy(labels), classes)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(_torch_seed(seed))
         model = build_mlp(features.shape[1], classes)
         optimizer = torch.optim.Adam(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
@@ -74,6 +75,17 @@ def fit_mlp(
             if after_epoch is not None:
                 after_epoch(epoch + 1, model.eval())
     return model.eval()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: layers this small lose more to the threads' waiting than they win."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _torch_seed(seed: int) -> int:

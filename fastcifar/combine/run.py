@@ -52,11 +52,72 @@ def run_combine(
     Raises:
         UserError: a member is missing, lacks the logits that the protocol needs, or does not match the others.
     """
+    done = results_of(recipe, members, tta=tta)
+    return record(done, folder or next(iter(done.members.values())).folder.parent / recipe.name).summary
+
+
+@dataclass(frozen=True)
+class Done:
+    """A combination that has been carried out.
+
+    Attributes:
+        recipe: what was wanted.
+        members: its runs, in its order.
+        results: by ``last``, ``best`` and ``selected``, as far as there are such.
+        seconds: how long it took.
+        environment: hardware and versions.
+    """
+
+    recipe: CombineRecipe
+    members: dict[str, Run]
+    results: dict[str, Combined]
+    seconds: float
+    environment: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the content of ``summary.json``."""
+        recipe, clocks = self.recipe, {"total_s": self.seconds, "training_s": self.seconds, "compilation_s": 0.0}
+        return {
+            "name": recipe.name,
+            "stage": recipe.stage,
+            "published": recipe.published.model_dump() if recipe.published else None,
+            "status": "finished",
+            "how": recipe.combine.how,
+            "members": [{"name": name, "run": str(run.folder), **_figures(run)} for name, run in self.members.items()],
+            "epochs": 0,
+            "epochs_done": 0,
+            "weights": "raw",
+            **{which: self.results[which].figures if which in self.results else None for which in PROTOCOLS},
+            "tta": None,
+            "combined": {which: result.details for which, result in self.results.items()},
+            "clocks": clocks,
+            "images_per_s": None,
+            "seed": recipe.combine.meta_seed,
+            "source": source_of(next(iter(self.members.values()))),
+            "loader": None,
+            "environment": self.environment,
+            "git": self.environment.get("git"),
+        }
+
+
+def results_of(recipe: CombineRecipe, members: Mapping[str, Run], *, tta: bool = False) -> Done:
+    """Combine runs as a recipe says, without writing anything; see `run_combine`."""
+    from fastcifar.environment import describe
+
     start = time.perf_counter()
     chosen = _in_order(recipe, members)
     results = combine(recipe.combine, chosen, tta=tta)
-    target = folder or next(iter(chosen.values())).folder.parent / recipe.name
-    return _record(recipe, chosen, results, target, time.perf_counter() - start)
+    return Done(recipe, chosen, results, time.perf_counter() - start, describe())
+
+
+def record(done: Done, folder: Path) -> Run:
+    """Write the run directory of a combination: recipe, environment, logits, and last of all the summary."""
+    run = Run.create(folder, done.recipe, done.environment)
+    first = next(iter(done.members.values()))
+    arrays = {f"test/{which}/raw": r.log_probabilities.astype(np.float32) for which, r in done.results.items()}
+    run.write_logits({**arrays, "test/labels": first.logits("test/labels")})
+    run.write_summary(done.summary())
+    return run
 
 
 def combine_run(run: Run) -> dict[str, Any]:
@@ -173,49 +234,6 @@ def _combined(log_probabilities: np.ndarray, test: Scores, protocol: str, detail
         "protocol": protocol,
     }
     return Combined(log_probabilities, figures, details)
-
-
-def _record(
-    recipe: CombineRecipe, members: Mapping[str, Run], results: dict[str, Combined], folder: Path, seconds: float
-) -> dict[str, Any]:
-    """Write the run directory: recipe, environment, logits, and last of all the summary."""
-    from fastcifar.environment import describe
-
-    environment = describe()
-    run = Run.create(folder, recipe, environment)
-    first = next(iter(members.values()))
-    arrays = {f"test/{which}/raw": result.log_probabilities.astype(np.float32) for which, result in results.items()}
-    run.write_logits({**arrays, "test/labels": first.logits("test/labels")})
-    run.write_summary(_summary(recipe, members, results, environment, seconds))
-    return run.summary
-
-
-def _summary(
-    recipe: CombineRecipe, members: Mapping[str, Run], results: dict[str, Combined], environment: dict[str, Any],
-    seconds: float,
-) -> dict[str, Any]:  # fmt: skip
-    figures = {which: results[which].figures if which in results else None for which in PROTOCOLS}
-    return {
-        "name": recipe.name,
-        "stage": recipe.stage,
-        "published": recipe.published.model_dump() if recipe.published else None,
-        "status": "finished",
-        "how": recipe.combine.how,
-        "members": [{"name": name, "run": str(run.folder), **_figures(run)} for name, run in members.items()],
-        "epochs": 0,
-        "epochs_done": 0,
-        "weights": "raw",
-        **figures,
-        "tta": None,
-        "combined": {which: result.details for which, result in results.items()},
-        "clocks": {"total_s": seconds, "training_s": seconds, "compilation_s": 0.0},
-        "images_per_s": None,
-        "seed": recipe.combine.meta_seed,
-        "source": source_of(next(iter(members.values()))),
-        "loader": None,
-        "environment": environment,
-        "git": environment.get("git"),
-    }
 
 
 def _figures(run: Run) -> dict[str, float | None]:

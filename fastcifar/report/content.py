@@ -187,6 +187,7 @@ def _label_errors(logits: np.ndarray, labels: np.ndarray, most: int) -> dict[str
     return {
         "suspected": len(found.rows),
         "estimated": found.estimated_errors,
+        "disagreement_percent": 100 * float((logits.argmax(1) != labels).mean()),
         "images": [image._asdict() for image in describe(logits, labels, found.rows[:most])],
         "all_rows": found.rows.tolist(),
     }

@@ -68,6 +68,7 @@ def curves_svg(metrics: Sequence[dict[str, Any]], weights: str, identity: str) -
         _draw(loss, "Loss, nats", _series(metrics, weights, "loss"))
         _draw(accuracy, "Accuracy, %", _series(metrics, weights, "accuracy"))
         _draw(rate, "Learning rate", [("", TRAIN, _epochs(metrics), [row["lr"] for row in metrics])])
+        rate.set_ylim(bottom=0)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _for_page(buffer.getvalue(), identity)
