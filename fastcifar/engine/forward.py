@@ -1,4 +1,4 @@
-"""What the step calls as its model: the model itself, with shadow weights, compiled."""
+"""What the step calls as its model: the model itself, with shadow weights or without, compiled or not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,16 +39,17 @@ class Shadowed(nn.Module):
         return functional_call(self.model, weights, (images,))
 
 
-def build_forward(
-    model: nn.Module, arena: Arena, shadow: torch.dtype | None, compiled: bool
-) -> Callable[[Tensor], Tensor]:
+def build_forward(model: nn.Module, arena: Arena, shadow: torch.dtype | None) -> Callable[[Tensor], Tensor]:
     """Return a callable (B, C, H, W) -> (B, K) with the model's parameters.
 
     Args:
         model: in training mode when it is called.
         arena: the model's.
         shadow: dtype of shadow weights, or None for none.
-        compiled: whether torch.compile is to make one kernel out of many.
     """
-    forward: Any = model if shadow is None else Shadowed(model, arena, shadow)
-    return torch.compile(forward, dynamic=False) if compiled else forward
+    return model if shadow is None else Shadowed(model, arena, shadow)
+
+
+def compile_forward(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Let torch.compile make few kernels out of many; it happens at the first call for each shape."""
+    return torch.compile(forward, dynamic=False)

@@ -61,7 +61,8 @@ class Capturer:
                 for _ in range(WARMUP_RUNS):
                     self._run(own, kind)
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph, pool=self._pool()):
+            # Threads of a loader may talk to the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool(), capture_error_mode="thread_local"):
                 self._run(own, kind)
         return Captured(graph, own)
 

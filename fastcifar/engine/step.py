@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastcifar.data.batch import Batch
 from fastcifar.engine.cursor import build_cursor
-from fastcifar.engine.forward import build_forward
+from fastcifar.engine.forward import build_forward, compile_forward
 from fastcifar.engine.gradient import build_gradients
 from fastcifar.engine.graph import Capturer
 from fastcifar.engine.passes import AUTOCAST, Passes
@@ -48,7 +48,8 @@ class Step:
         self._rate = learning_rate(recipe.schedule, recipe.optimizer.lr, recipe.train.epochs, steps_per_epoch)
         self.cursor = build_cursor(self._rate, steps_per_epoch, device)
         shadow = AUTOCAST[recipe.engine.precision] if recipe.engine.shadow_weights else None
-        forward = build_forward(model, self.arena, shadow, compiled)
+        self._forward = build_forward(model, self.arena, shadow)
+        forward = compile_forward(self._forward) if compiled else self._forward
         self.passes = Passes(recipe, model, forward, self.cursor, self._scaler)
         bind_counter(model, self.passes.counter, recipe.seed)
         self._gradients = build_gradients(recipe.asam, self.passes, self.arena)
@@ -83,21 +84,27 @@ class Step:
     def __call__(self, batch: Batch) -> None:
         """Train on one batch."""
         kind = int((self._first + len(self._sizes)) % self._every != 0)
-        if self._capturer is None:
+        if not self._replayed(batch, kind):
             self._run(batch, kind)
-        else:
-            self._replay(batch, kind)
         self._sizes.append(len(batch.rows))
         self.warm = True
 
-    def _replay(self, batch: Batch, kind: int) -> None:
-        """Run the captured step; where it cannot be captured, say why and go on without."""
-        try:
-            self._capturer(batch, kind)  # type: ignore[misc]
-        except RuntimeError as error:
-            self._capturer = None
-            self.fallback = f"the step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}"
-            self._run(batch, kind)
+    def _replayed(self, batch: Batch, kind: int) -> bool:
+        """Run the captured step, first capturing it; return False where there is none.
+
+        Where it cannot be captured, say why and give up compilation first, then capturing. A failed attempt leaves
+        the state as it was.
+        """
+        while self._capturer is not None:
+            try:
+                self._capturer(batch, kind)
+                return True
+            except RuntimeError as error:
+                self.fallback = f"{self.mode}: the step cannot be captured as a CUDA graph: {_headline(error)}"
+                if not self._compiled:
+                    self._capturer = None
+                self._compiled, self.passes.forward = False, self._forward
+        return False
 
     def _run(self, batch: Batch, kind: int) -> None:
         """Carry out a step, operation by operation; ``kind`` 1 is a step between two full ones of LookSAM."""
@@ -191,6 +198,10 @@ class Step:
         if self._averages is None:
             raise ValueError("the recipe has no ema, so there are no averaged weights")
         return averaged(self.arena, self._averages)
+
+
+def _headline(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def torch_seed(seed: int, epoch: int) -> int:

@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from fastcifar.augment.apply import build_augment
+from fastcifar.data.batch import Batch
 from fastcifar.engine.graph import untouched
+from fastcifar.engine.step import build_step
+from fastcifar.models import build_model
 from tests.engine.step_parts import batches, make_step, recipe, state, train
 
 # What torch itself warns about while it imports its compiler.
@@ -87,6 +91,34 @@ def test_no_step_waits_for_the_host(name: str, mode: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("model", ["wide_resnet", "pyramidnet"])
+def test_a_recipe_as_published_is_captured_with_its_augmentation(model: str) -> None:
+    small = {"wide_resnet": {"depth": 10, "widen": 1}, "pyramidnet": {"depth": 8, "alpha": 8, "shakedrop": 0.5}}
+    tables = {
+        "model": {"name": model, **small[model]}, "augment": ["crop(4)", "flip", "autoaugment"],
+        "asam": {"rho": 2.0}, "ema": {}, "loss": {"label_smoothing": 0.1}, "engine": {"mode": "auto"},
+    }  # fmt: skip
+    config, device = recipe(**tables), torch.device("cuda")
+    augment = build_augment(
+        config.augment, mean=[0.5] * 3, std=[0.5] * 3, image_shape=(32, 32, 3), seed=1, device=device,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    step = build_step(config, build_model(config.model, seed=1), augment, None, steps_per_epoch=6, device=device)
+    images = torch.randint(0, 256, (96, 32, 32, 3), dtype=torch.uint8, device=device)
+    given = [Batch(images, b.rows, b.labels, b.indices) for b in batches(0, "cuda")]
+    step.begin_epoch(0)
+    step(given[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in given[1:]:
+            step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (step.mode, step.fallback) == ("compile+graph", None)
+    assert step.end_epoch()["nonfinite_step"] is None
+
+
+@pytest.mark.gpu
 def test_capture_leaves_no_trace() -> None:
     """Steps that only warm up and capture must not train: one captured step equals one eager step."""
     found = []
@@ -112,12 +144,17 @@ def test_state_is_put_back() -> None:
 def test_a_step_that_cannot_be_captured_goes_on_eagerly_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     step, reference = make_step(recipe()), make_step(recipe())
 
+    attempts = []
+
     def refuse(batch: Any, kind: int) -> None:
+        attempts.append(step.mode)
         raise RuntimeError("operation not permitted when stream is capturing\nlong explanation")
 
     monkeypatch.setattr(step, "_capturer", refuse)
+    monkeypatch.setattr(step, "_compiled", True)
     train(step, 0, 1)
     train(reference, 0, 1)
+    assert attempts == ["compile+graph", "graph"]
     assert step.mode == "eager"
-    assert re.fullmatch(r"the step cannot be captured .*: operation not permitted.*capturing", str(step.fallback))
+    assert re.fullmatch(r"graph: the step cannot be captured .*: operation .* is capturing", str(step.fallback))
     assert all(torch.equal(a, b) for a, b in zip(state(step).values(), state(reference).values(), strict=True))
