@@ -40,8 +40,9 @@ def _key(run: Run) -> str:
 def _row(group: list[Run]) -> dict[str, Any]:
     figures = {}
     for which in WHICH:
-        entries = [run.summary.get(which) for run in group]
-        figures[which] = mean_and_error([e["accuracy"] for e in entries]) if all(entries) else None
+        entries = [entry for run in group if (entry := run.summary.get(which))]
+        complete = len(entries) == len(group)
+        figures[which] = mean_and_error([entry["accuracy"] for entry in entries]) if complete else None
     training = mean_and_error([run.summary["clocks"]["training_s"] for run in group])
     return {
         "name": group[0].recipe.name,
@@ -58,7 +59,8 @@ def mcnemar(logits_a: np.ndarray, logits_b: np.ndarray, labels: np.ndarray) -> d
     Only images that one has right and the other wrong count: under equality each falls to either with probability 1/2.
 
     Args:
-        logits_a, logits_b: (N, K).
+        logits_a: (N, K) of the first model.
+        logits_b: (N, K) of the second.
         labels: int64 (N,).
 
     Returns:
