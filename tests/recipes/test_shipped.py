@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from fastcifar.ladder.plan import catalogue
 from fastcifar.recipe import CombineRecipe, Recipe, find_recipe, load_recipe, recipes_folder, shipped_recipes, to_toml
 
 FILES = {p.relative_to(recipes_folder()).with_suffix("").as_posix(): p for p in shipped_recipes()}
@@ -29,7 +30,7 @@ def test_loads_and_survives_a_round_trip(name, tmp_path):
 
 
 def test_names_are_distinct():
-    names = [load_recipe(name).name for name in FILES]
+    names = [recipe.name for recipe in catalogue().values()]
     assert len(set(names)) == len(names)
 
 
@@ -87,9 +88,9 @@ def test_a_twin_differs_from_its_row_only_in_size(name):
     assert twin.data.source == "cifar10-or-synthetic"
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if isinstance(load_recipe(n), CombineRecipe)])
+@pytest.mark.parametrize("name", [n for n, recipe in catalogue().items() if isinstance(recipe, CombineRecipe)])
 def test_members_of_combinations_exist_and_record_what_is_needed(name):
-    recipes = {r.name: r for r in map(load_recipe, FILES)}
+    recipes = {r.name: r for r in catalogue().values()}
     combine = load_recipe(name).combine
     for member in combine.members:
         if combine.how == "stacking" and combine.protocol == "published":

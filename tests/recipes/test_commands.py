@@ -1,0 +1,64 @@
+"""``fastcifar recipes`` and ``fastcifar show``."""
+
+import json
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from fastcifar.ladder.figures import NOT_MEASURED
+from fastcifar.recipe import load_recipe
+
+
+def fastcifar(*arguments):
+    command = [sys.executable, "-m", "fastcifar", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_recipes_lists_the_ladder_and_what_is_beyond_as_json():
+    done = fastcifar("recipes", "--json")
+    assert done.returncode == 0
+    rows = {row["name"]: row for row in json.loads(done.stdout)["recipes"]}
+    assert len([name for name in rows if "/" not in name]) == 37
+    assert not [name for name in rows if name.startswith("smoke/")]
+    wanted = {"stage": "5 wide residual", "model": "wide_resnet", "epochs": 200, "target": None}
+    assert wanted.items() <= rows["wrn-200"].items()
+    assert rows["wrn-200"]["published"] == {"best": 97.07, "last": 96.99}
+    assert rows["beyond/speed94"]["target"] == 94.0
+    assert rows["stacking"]["model"] == "3 models"
+    assert all(row["ours"] for row in rows.values())
+
+
+def test_recipes_prints_a_table_for_people_to_stderr():
+    done = fastcifar("recipes", "pyramid4*")
+    assert done.returncode == 0
+    assert done.stdout == ""
+    assert "pyramid400" in done.stderr
+    assert "97.70" in done.stderr
+    assert NOT_MEASURED in " ".join(done.stderr.split())
+
+
+def test_recipes_finds_twins_when_asked():
+    rows = json.loads(fastcifar("recipes", "smoke/*", "--json").stdout)["recipes"]
+    assert len(rows) == 36
+
+
+def test_recipes_without_a_match_is_a_user_error():
+    done = fastcifar("recipes", "wrn-sdg")
+    assert done.returncode == 2
+    assert 'did you mean "wrn-sgd"' in done.stderr
+
+
+def test_show_prints_a_recipe_that_can_be_run(tmp_path):
+    done = fastcifar("show", "wrn-200", "--set", "train.epochs=3")
+    assert done.returncode == 0
+    assert tomllib.loads(done.stdout)["train"]["epochs"] == 3
+    (tmp_path / "shown.toml").write_text(done.stdout)
+    assert load_recipe(tmp_path / "shown.toml") == load_recipe("wrn-200", ["train.epochs=3"])
+
+
+@pytest.mark.parametrize("name", ["lenet5", "stacking"])
+def test_show_as_json(name):
+    done = fastcifar("show", name, "--json")
+    assert json.loads(done.stdout) == json.loads(load_recipe(name).model_dump_json())
