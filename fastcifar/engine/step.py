@@ -1,7 +1,7 @@
 """One training step: augment, mix, forward, backward, update. Nothing in it waits for the host."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -187,14 +187,16 @@ class Step:
         state = [*self.state_dict().values(), *self.cursor.tensors(), self.passes.losses, self.passes.correct]
         return [*state, self.arena.grads, *([] if self.arena.shadow is None else [self.arena.shadow])]
 
-    def weights(self, which: Literal["raw", "ema"]) -> AbstractContextManager[None]:
-        """Return a context in which the model has its raw or averaged weights and BatchNorm statistics.
+    def weights(self, which: str) -> AbstractContextManager[None]:
+        """Return a context in which the model has its "raw" or averaged ("ema") weights and BatchNorm statistics.
 
         Raises:
-            ValueError: the recipe has no moving average.
+            ValueError: the recipe has no moving average, or there are no such weights.
         """
         if which == "raw":
             return nullcontext()
+        if which != "ema":
+            raise ValueError(f'"{which}": the weights are "raw" or "ema"')
         if self._averages is None:
             raise ValueError("the recipe has no ema, so there are no averaged weights")
         return averaged(self.arena, self._averages)
