@@ -22,9 +22,11 @@ from fastcifar.engine.results import Results
 from fastcifar.engine.step import Step, build_step
 from fastcifar.errors import UserError
 from fastcifar.models import build_model
+from fastcifar.models.speednet import SpeedNet
 from fastcifar.recipe.models import DataConfig, EngineConfig, Recipe
 from fastcifar.record import Run
 
+WHITENING_IMAGES = 5000
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
@@ -57,6 +59,8 @@ def train(
     )
     mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=len(loader))
     model = build_model(recipe.model, num_classes=len(store.classes), image_px=shape[0], seed=recipe.seed).to(device)
+    if isinstance(model, SpeedNet):
+        fit_whitening(model, store, rows, augment, device)
     step = build_step(recipe, model, augment, mix, steps_per_epoch=len(loader), device=device)
     results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, augment, device))
     done, end = results.progress.epochs_done, min(stop_after or recipe.train.epochs, recipe.train.epochs)
@@ -139,6 +143,12 @@ def choose_rows(config: DataConfig, store: Store, seed: int) -> Rows:
         kept, held = holdout_split(labels[train], config.holdout, seed)
         train, holdout = train[kept], train[held]
     return Rows(train, holdout, test)
+
+
+def fit_whitening(model: SpeedNet, store: Store, rows: Rows, augment: Augment, device: torch.device) -> None:
+    """Compute the first layer's filters from the first training images; before the step copies weights for its EMA."""
+    images = torch.from_numpy(store.split("train").images[rows.train[:WHITENING_IMAGES]])
+    model.whiten(augment.plain(images.to(device)).float())
 
 
 def evaluation_sets(

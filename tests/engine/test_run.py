@@ -29,7 +29,8 @@ def _one_thread():
 
 
 def run_in(folder: Path, wanted: Recipe, **options) -> dict:
-    made = Run.open(folder) if folder.exists() else Run.create(folder, wanted, describe())
+    there = (folder / "recipe.toml").exists()
+    made = Run.open(folder) if there else Run.create(folder, wanted, describe())
     return train(wanted, made, quiet=True, **options)
 
 
@@ -131,6 +132,17 @@ def test_the_holdout_is_stratified_and_not_trained_on():
     assert not set(rows.train) & set(rows.holdout)
     assert len(rows.train) + len(rows.holdout) == 200
     assert np.bincount(store.split("train").labels[rows.holdout]).tolist() == [5] * 10
+
+
+def test_the_whitening_layer_is_fitted_to_the_training_images(tmp_path):
+    speed = {"name": "speednet", "widths": [8, 8, 8]}
+    run_in(tmp_path / "run", recipe(model=speed, train={"epochs": 1, "batch_size": 100}))
+    filters = load_file(tmp_path / "run/weights/last.safetensors")["whitening.weight"]
+    flat = filters.reshape(len(filters), -1).astype(np.float64)
+    rows = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+    half = rows[: len(rows) // 2]
+    # Whitening filters are orthogonal, random ones are not.
+    np.testing.assert_allclose(half @ half.T, np.eye(len(half)), atol=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------- kill -9
