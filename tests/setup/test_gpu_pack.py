@@ -96,7 +96,7 @@ def test_the_closure_holds_what_fastcifar_needs_and_not_what_it_does_not():
     assert {"torch", "numba", "llvmlite", "pydantic", "pydantic-core", "typer", "pluggy"} <= found
     assert "ffcv" not in found
     assert {"ffcv", "nvidia-dali-cuda120"} <= packing.closure(["fastcifar[ffcv,dali]"])
-    assert list(packing.pins({"pydantic-core"}))[0].startswith("pydantic-core==")
+    assert next(packing.pins({"pydantic-core"})).startswith("pydantic-core==")
 
 
 def test_an_installed_package_is_not_installed_again(pack):

@@ -13,7 +13,8 @@ TOOLS = ("bash", "cat", "cksum", "dirname", "env", "grep", "id", "rm", "touch", 
 UV = """#!{bash}
 echo "uv $*" >>"$CALLS"
 case "$*" in
-  venv*) mkdir -p .venv/bin && printf '#!{bash}\\nexec "{python}" "$@"\\n' >.venv/bin/python && chmod +x .venv/bin/python;;
+  venv*) mkdir -p .venv/bin && printf '#!{bash}\\nexec "{python}" "$@"\\n' >.venv/bin/python
+         chmod +x .venv/bin/python;;
   *ffcv==*) exit "${{FFCV_STATUS:-0}}";;
   *nvidia-dali-cuda120==*) exit "${{DALI_STATUS:-0}}";;
 esac
