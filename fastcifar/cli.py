@@ -11,6 +11,7 @@ from fastcifar.commands.bench import bench
 from fastcifar.commands.doctor import doctor
 from fastcifar.commands.ladder import ladder
 from fastcifar.commands.models import models
+from fastcifar.commands.plan import plan
 from fastcifar.commands.recipes import recipes, show
 from fastcifar.commands.run import run
 from fastcifar.errors import UserError
@@ -39,7 +40,7 @@ def fastcifar(
     """From a recipe file to a trained, evaluated and explained CIFAR-10 model."""
 
 
-for command in (run, recipes, show, ladder, models, bench, doctor):
+for command in (run, recipes, show, plan, ladder, models, bench, doctor):
     app.command()(command)
 
 
