@@ -48,7 +48,7 @@ for step, batch in enumerate(epochs()):
 def start(name: str, script: str) -> subprocess.Popen:
     if name in MODULES and not loaders._installed(MODULES[name]):
         pytest.skip(f"{name} is not installed")
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", START.format(name=name) + script],
         stdout=subprocess.PIPE,
@@ -61,7 +61,7 @@ def start(name: str, script: str) -> subprocess.Popen:
 
 def check(process: subprocess.Popen, last_line: str) -> None:
     """The program's own traceback is all that stands on stderr, and nobody of its session lives on."""
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     lines = errors.strip().splitlines()
     assert lines, "no traceback at all"
     assert lines[0] == "Traceback (most recent call last):", errors
