@@ -23,7 +23,7 @@ def ladder(
         bool, typer.Option(help="Train in this process: no start per row, but a crash ends the ladder.")
     ] = False,
     dry_run: Annotated[bool, typer.Option(help="Only show the table, with what would run.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print ladder.json's content to stdout.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the table of these rows as one JSON object.")] = False,
 ) -> None:
     """Run every row of the ladder that is missing, resume what was cut, and keep one table of it all.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastcifar.errors import UserError
-from fastcifar.ladder.plan import Job
+from fastcifar.ladder.plan import Job, found_in
 from fastcifar.ladder.state import BLOCKED, DONE, FAILED, RUNNING, Ledger, Note, Row, content, stored_state
 from fastcifar.record import write_json
 
@@ -50,6 +50,7 @@ class Climb:
         self, ledger: Ledger, run_row: RunRow, out: Path, view: View, until_s: float | None = None
     ) -> None:
         self.ledger, self.run_row, self.out, self.view = ledger, run_row, out, view
+        self.others = found_in(out)
         self.deadline = None if until_s is None else time.monotonic() + until_s
 
     def climb(self) -> None:
@@ -104,14 +105,14 @@ class Climb:
         self.view.say(f"{job.row}, seed {job.seed}: failed: {message}")
 
     def _publish(self) -> None:
-        """Write ``ladder.json`` and ``ladder.html``, and show the table."""
+        """Write ``ladder.json`` and ``ladder.html``, with the rows and seeds of earlier climbs, and show the table."""
         from fastcifar.report.ladder import write_html
 
-        rows = self.ledger.table()
+        rows = self.ledger.table(self.others)
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "ladder.json", content(rows))
         write_html(self.out / "ladder.html", rows)
-        self.view.update(rows)
+        self.view.update(self.ledger.table())
 
 
 @contextmanager

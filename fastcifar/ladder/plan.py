@@ -101,6 +101,18 @@ def plan(rows: Sequence[str], seeds: int, out: Path) -> list[Job]:
     return sorted(jobs, key=order)
 
 
+def found_in(out: Path) -> list[Job]:
+    """Return the jobs, of any row and seed, whose run directories lie in a ladder's folder already."""
+    jobs = []
+    for row, recipe in catalogue().items():
+        seeds = sorted(
+            int(p.parent.name[5:]) for p in (out / row).glob("seed-*/recipe.toml") if p.parent.name[5:].isdigit()
+        )
+        first = _first_seed(recipe)
+        jobs += [_job(row, seed - first, out) for seed in seeds]
+    return jobs
+
+
 def with_members(rows: Iterable[str]) -> list[str]:
     """Return the rows with the members of their combinations added, in the ladder's order."""
     wanted = set(rows)
@@ -120,11 +132,18 @@ def _job(row: str, number: int, out: Path) -> Job:
     recipe = catalogue()[row]
     if isinstance(recipe, CombineRecipe):
         files = {member: _file_of(member) for member in recipe.combine.members}
-        seed = min(getattr(catalogue()[file], "seed", 0) for file in files.values()) + number
+        seed = _first_seed(recipe) + number
         members = {member: run_folder(out, file, seed) for member, file in files.items()}
         return Job(row, seed, recipe, run_folder(out, row, seed), members, 0.0)
     seeded = recipe.model_copy(update={"seed": recipe.seed + number})
     return Job(row, seeded.seed, seeded, run_folder(out, row, seeded.seed), {}, cost(recipe))
+
+
+def _first_seed(recipe: Recipe | CombineRecipe) -> int:
+    """Return the seed of a recipe, or the lowest of a combination's members."""
+    if isinstance(recipe, Recipe):
+        return recipe.seed
+    return min(_first_seed(catalogue()[_file_of(member)]) for member in recipe.combine.members)
 
 
 def run_folder(out: Path, row: str, seed: int) -> Path:

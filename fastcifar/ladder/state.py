@@ -8,7 +8,7 @@ from typing import Any
 
 from fastcifar.errors import UserError
 from fastcifar.ladder.figures import Difference, Figures, Mean, difference, figures_of
-from fastcifar.ladder.plan import Job
+from fastcifar.ladder.plan import Job, catalogue
 from fastcifar.recipe import CombineRecipe, Recipe
 from fastcifar.record import Run
 
@@ -172,12 +172,13 @@ class Ledger:
         job = next(job for job in self.jobs if job.folder == folder)
         return self._record(job)["state"] == DONE
 
-    def table(self) -> list[Row]:
-        """Return the table of all jobs, one row per recipe, in the order of the jobs."""
+    def table(self, others: Sequence[Job] = ()) -> list[Row]:
+        """Return the table of all jobs, and of others, one row per recipe, in the ladder's order."""
         by_row: dict[str, list[Job]] = {}
-        for job in self.jobs:
+        for job in {job.folder: job for job in (*others, *self.jobs)}.values():
             by_row.setdefault(job.row, []).append(job)
-        return [self._row(name, sorted(group, key=lambda j: j.seed)) for name, group in by_row.items()]
+        in_order = [name for name in catalogue() if name in by_row]
+        return [self._row(name, sorted(by_row[name], key=lambda job: job.seed)) for name in in_order]
 
     def _record(self, job: Job) -> dict[str, Any]:
         if job.folder in self._done:

@@ -94,6 +94,14 @@ def test_more_seeds_later_run_only_the_new_ones(tmp_path, view):
     assert row["best"]["standard_error"] > 0
 
 
+def test_files_keep_the_rows_and_seeds_of_earlier_climbs(tmp_path, view):
+    climb(plan(["lenet5"], 2, tmp_path), FakeRows(), tmp_path, view)
+    climb(plan(["deep"], 1, tmp_path), FakeRows(), tmp_path, view)
+    ledger = climb(plan(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
+    assert [(row["name"], len(row["seeds"])) for row in table(tmp_path)["rows"]] == [("lenet5", 2), ("deep", 1)]
+    assert [(row.name, len(row.seeds)) for row in ledger.table()] == [("lenet5", 1)]
+
+
 def test_a_cut_row_goes_on_where_it_was(tmp_path, view):
     jobs = plan(["lenet5"], 1, tmp_path)
     climb(jobs, FakeRows(), tmp_path, view)
