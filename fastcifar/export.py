@@ -1,6 +1,7 @@
 """A trained run for other programs: a torch state dict, or ONNX checked against torch."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ OPSET = 18
 
 class FromPixels(nn.Module):
     """Normalization and model in one: maps uint8 (B, S, S, 3) pixels to logits float32 (B, K)."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, trained: Trained) -> None:
         super().__init__()
@@ -58,10 +62,13 @@ def export_onnx(trained: Trained, path: Path) -> float:
     model = FromPixels(trained).eval()
     example = _random_pixels(trained.image_px, 2)
     batch = torch.export.Dim("batch", min=1)
-    program = torch.onnx.export(
-        model, (example,), dynamo=True, input_names=["pixels"], output_names=["logits"], opset_version=OPSET,
-        dynamic_shapes=({0: batch},), verbose=False,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        # The exporter warns about its own use of deprecated parts of torch.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model, (example,), dynamo=True, input_names=["pixels"], output_names=["logits"], opset_version=OPSET,
+            dynamic_shapes=({0: batch},), verbose=False,
+        )  # fmt: skip
     if program is None:
         raise UserError(f"{path}: torch could not turn this model into ONNX")
     program.save(str(path), external_data=False)

@@ -65,8 +65,16 @@ def load_trained(run: Run, which: str | None = None) -> Trained:
     image_px = int(run.summary.get("image_px", 32))
     model = build_model(recipe.model, num_classes=num_classes, image_px=image_px, seed=recipe.seed)
     _load_weights(model, path)
-    names = run.summary.get("classes") or (list(CIFAR10) if num_classes == len(CIFAR10) else map(str, range(num_classes)))
-    return Trained(model.eval(), list(names), list(recipe.data.mean), list(recipe.data.std), image_px)
+    return Trained(model.eval(), class_names(run, num_classes), list(recipe.data.mean), list(recipe.data.std), image_px)
+
+
+def class_names(run: Run, num_classes: int) -> list[str]:
+    """Return the class names that a run has recorded, else CIFAR-10's where that was its data, else numbers."""
+    if "classes" in run.summary:
+        return list(run.summary["classes"])
+    source = None if isinstance(run.recipe, CombineRecipe) else run.recipe.data.source
+    is_cifar10 = source == "cifar10" and num_classes == len(CIFAR10)
+    return list(CIFAR10) if is_cifar10 else [str(i) for i in range(num_classes)]
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

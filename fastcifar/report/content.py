@@ -90,6 +90,8 @@ def _splits(run: Run, config: DataConfig, store: Store) -> dict[str, np.ndarray]
 
 def _class_names(run: Run) -> list[str]:
     """Return class names without the data: CIFAR-10's own, else numbers."""
+    if "classes" in run.summary:
+        return list(run.summary["classes"])
     classes = run.logits("test/last/" + run.summary["weights"]).shape[1]
     try:
         source = data_config(run).source
