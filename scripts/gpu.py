@@ -147,8 +147,15 @@ def commands(piece: Piece, minutes: float) -> list[list[str]]:
     if piece.benchmarks:
         quick = ["--quick"] if piece.quick or REHEARSAL else []
         to = ["--out", str(FOLDER / "results.json")] if REHEARSAL else []
-        return [[*command, "bench", name, *quick, *to] for name in piece.benchmarks]
+        return [[*command, "bench", name, *quick, *to] for name in every(piece.benchmarks)]
     return [[*command, "ladder", *ladder_options(piece), "--until", f"{60 * minutes - GRACE_S:.0f}s"]]
+
+
+def every(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names with ``all`` spelled out, so that a piece can be resumed between benchmarks."""
+    from fastcifar.commands.bench import NAMES
+
+    return NAMES if names == ("all",) else names
 
 
 def ladder_options(piece: Piece) -> list[str]:
