@@ -1,5 +1,6 @@
 """What the step calls as its model: the model itself, with shadow weights or without, compiled or not."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -52,4 +53,6 @@ def build_forward(model: nn.Module, arena: Arena, shadow: torch.dtype | None) ->
 
 def compile_forward(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Let torch.compile make few kernels out of many; it happens at the first call for each shape."""
+    # Whether fp32 may be rounded to tf32 is the recipe's decision, not something to be reminded of.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     return torch.compile(forward, dynamic=False)

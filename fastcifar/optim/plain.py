@@ -1,21 +1,38 @@
 """The arena's three operations in plain torch: what the Triton kernels must equal, and what a CPU runs.
 
-All tensors are flat float32 buffers of one size n unless stated otherwise. See `fastcifar.optim.kernels`.
+All tensors are flat float32 buffers of one size n unless stated otherwise. See `fastcifar.optim.kernels`. Elementwise
+work goes through the buffers in blocks that stay in a core's cache, so that its several calls read memory once.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from fastcifar.optim.flat import Ascent, Averages, Descent
 
+BLOCK = 2**17  # elements: the six buffers of a block take 3 MB
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    return (slice(start, start + BLOCK) for start in range(0, n, BLOCK))
+
 
 def norm_squared(weights: Tensor, grads: Tensor, ascent: Ascent | None = None) -> Tensor:
-    """Return the squared norm of the gradient, scaled elementwise by |w| + eta where ``ascent`` is adaptive: (1,)."""
+    """Return the squared norm of the gradient, scaled elementwise by |w| + eta where ``ascent`` is adaptive.
+
+    Returns:
+        float32 (P,): partial sums, to be added up by whoever needs the norm.
+    """
     if ascent is None or not ascent.adaptive:
         return torch.dot(grads, grads)[None]
-    scaled = _scale(weights[: ascent.scaled_end], ascent.eta).mul_(grads[: ascent.scaled_end])
     rest = grads[ascent.scaled_end :]
-    return (torch.dot(scaled, scaled) + torch.dot(rest, rest))[None]
+    parts = [torch.dot(rest, rest)]
+    for block in _blocks(ascent.scaled_end):
+        block = slice(block.start, min(block.stop, ascent.scaled_end))
+        scaled = _scale(weights[block], ascent.eta).mul_(grads[block])
+        parts.append(torch.dot(scaled, scaled))
+    return torch.stack(parts)
 
 
 def ascend(
@@ -25,13 +42,16 @@ def ascend(
 
     A gradient that is not finite moves nothing. ``shadow`` (k,) receives the first k weights in its own dtype.
     """
-    saved.copy_(weights)
-    total = partials.sum()
-    if torch.isfinite(total):
-        end = ascent.scaled_end if ascent.adaptive else 0
-        grads[:end].mul_(_scale(weights[:end], ascent.eta).square_())
-        weights.addcmul_(grads, ascent.rho / (total.sqrt() + 1e-12))
-    grads.zero_()
+    total, end = partials.sum(), ascent.scaled_end if ascent.adaptive else 0
+    finite, factor = bool(torch.isfinite(total)), ascent.rho / (total.sqrt() + 1e-12)
+    for block in _blocks(weights.numel()):
+        w, g = weights[block], grads[block]
+        saved[block].copy_(w)
+        if finite:
+            scaled = max(0, min(end - block.start, w.numel()))
+            g[:scaled].mul_(_scale(w[:scaled], ascent.eta).square_())
+            w.addcmul_(g, factor)
+        g.zero_()
     _cast(weights, shadow)
 
 
@@ -57,24 +77,32 @@ def descend(
     ``coefficient`` (1,) multiplies the gradient (unscaling, clipping); where it is not finite and ``descent.skip``
     is set, the step is left out. ``shadow`` (k,) receives the first k new weights in its own dtype.
     """
-    if saved is not None:
-        weights.copy_(saved)
-    if not descent.skip or coefficient is None or torch.isfinite(coefficient):
-        if coefficient is not None:
-            grads.mul_(coefficient)
-        if descent.weight_decay:
-            grads.add_(weights, alpha=descent.weight_decay)
-        direction = momentum.mul_(descent.momentum).add_(grads)
-        if descent.nesterov:
-            direction = grads.add_(momentum, alpha=descent.momentum)
-        if isinstance(lr, Tensor):
-            weights.sub_(direction.mul(lr))
-        else:
-            weights.add_(direction, alpha=-lr)
+    skip = descent.skip and coefficient is not None and not torch.isfinite(coefficient)
+    for block in _blocks(weights.numel()):
+        w, g = weights[block], grads[block]
+        if saved is not None:
+            w.copy_(saved[block])
+        if not skip:
+            _move(w, g if coefficient is None else g.mul_(coefficient), momentum[block], descent, lr)
+        if averages is not None:
+            averages.weights[block].lerp_(w, 1 - averages.decay)
+        g.zero_()
     if averages is not None:
-        average(weights, averages)
-    grads.zero_()
+        averages.stats_average.lerp_(averages.stats, 1 - averages.decay)
     _cast(weights, shadow)
+
+
+def _move(w: Tensor, g: Tensor, momentum: Tensor, descent: Descent, lr: Tensor | float) -> None:
+    """Take the step; the gradient's memory is used up."""
+    if descent.weight_decay:
+        g.add_(w, alpha=descent.weight_decay)
+    direction = momentum.mul_(descent.momentum).add_(g)
+    if descent.nesterov:
+        direction = g.add_(momentum, alpha=descent.momentum)
+    if isinstance(lr, Tensor):
+        w.sub_(direction * lr)
+    else:
+        w.add_(direction, alpha=-lr)
 
 
 def _cast(weights: Tensor, shadow: Tensor | None) -> None:

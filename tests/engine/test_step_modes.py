@@ -13,8 +13,11 @@ from fastcifar.engine.step import build_step
 from fastcifar.models import build_model
 from tests.engine.step_parts import batches, make_step, recipe, state, train
 
-# What torch itself warns about while it imports its compiler.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+# torch's compiler warns about itself: while it is imported, and with advice on performance.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("default::UserWarning"),
+]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sgd": {},

@@ -42,7 +42,7 @@ def check_climb(n: int, ascent: Ascent, poison: bool) -> float:
         buffers = [w.clone(), g.clone(), torch.ones(n), torch.zeros(n // 3, dtype=torch.float16)]
         module.ascend(*buffers[:3], partials if module is kernels else total, ascent, buffers[3])
         sides.append(buffers)
-    return max(compare([partials.sum()[None]], [total]), compare(*sides))
+    return max(compare([partials.sum()[None]], [total.sum()[None]]), compare(*sides))
 
 
 def check_descent(n: int, m: int, descent: Descent, restore: bool, decay: float, coefficient: float | None) -> float:
