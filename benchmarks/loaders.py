@@ -147,7 +147,10 @@ def images_per_s(start: Callable[[], Iterable[Any]], count: int) -> float:
     """Time one whole epoch."""
     import torch
 
-    with warnings.catch_warnings():
+    from fastcifar.data.loaders.ffcv import kept_threads
+
+    # Stock ffcv leaves torch with another number of threads, which would be the next side's.
+    with kept_threads(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numba's and the DataLoader's advice
         begin = time.perf_counter()
         for _ in start():

@@ -25,4 +25,4 @@ class Batch(NamedTuple):
 
     def gathered(self) -> Tensor:
         """Return the batch's images alone: uint8 (B, H, W, C), a copy."""
-        return self.images[self.rows]
+        return self.images.index_select(0, self.rows)  # copies whole rows; indexing would go element by element

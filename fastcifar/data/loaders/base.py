@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numba as nb
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastcifar.data.batch import Batch
-from fastcifar.philox import epoch_order
+from fastcifar.philox import Stream, epoch_order, philox_scalar, split_seed
 
 
 @runtime_checkable
@@ -39,6 +40,22 @@ class Loader(Protocol):
     def close(self) -> None:
         """Let go of workers, memory and files. A closed loader yields nothing more."""
         ...
+
+
+@nb.njit(cache=True)
+def _keys(seed_low: Any, seed_high: Any, count: int, epoch: int, stream: int) -> Any:
+    keys = np.empty(count, np.int64)
+    for index in range(count):
+        word = philox_scalar(seed_low, seed_high, index, epoch, 0, stream)[0]
+        keys[index] = np.int64((word >> np.uint64(1) << np.uint64(32)) | np.uint64(index))
+    return keys
+
+
+def _cpu_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Return what `epoch_order` does, in one pass: its 150 small parallel operations crawl on a busy machine."""
+    low, high = split_seed(seed)
+    keys = _keys(np.uint64(low), np.uint64(high), count, epoch, int(Stream.ORDER))
+    return torch.from_numpy(np.argsort(keys))
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,10 @@ class Plan:
 
     def positions(self, epoch: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the positions within ``rows`` that this rank visits, in order: int64 (samples,)."""
-        return epoch_order(len(self.rows), self.seed, epoch, device)[self.rank :: self.world][: self.samples]
+        count = len(self.rows)
+        on_cpu = torch.device(device).type == "cpu"
+        order = _cpu_order(count, self.seed, epoch) if on_cpu else epoch_order(count, self.seed, epoch, device)
+        return order[self.rank :: self.world][: self.samples]
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the rows of the training set that this rank visits, in order: int64 (samples,)."""

@@ -57,21 +57,21 @@ class DaliLoader(StreamingLoader):
 
     def _deliver(self, epoch: int) -> Generator[Batch, None, None]:
         """Batches come from DALI on the device already, through DLPack, without a copy."""
-        held: deque[tuple[HostBatch, torch.cuda.Event | None]] = deque()
-        for batch in self._batches(epoch):
+        for batch in self._batches(epoch) if self._device.type == "cpu" else self._held(epoch):
             yield as_batch(batch)
-            held.append((batch, self._used()))
-            # Torch knows nothing of the streams that use DALI's memory, so a batch is let go of only after the work
-            # that was queued while it was the current one. A few batches later that is hardly ever a wait.
-            while len(held) > HELD_BATCHES:
-                _, used = held.popleft()
-                if used is not None:
-                    used.synchronize()
 
-    def _used(self) -> torch.cuda.Event | None:
-        if self._device.type != "cuda":
-            return None
-        return torch.cuda.current_stream(self._device).record_event()
+    def _held(self, epoch: int) -> Iterator[HostBatch]:
+        """Keep each batch until the device has done with it.
+
+        Torch knows nothing of the streams that use DALI's memory, so a batch is let go of only after the work that
+        was queued while it was the current one. A few batches later that is hardly ever a wait.
+        """
+        held: deque[tuple[HostBatch, torch.cuda.Event]] = deque()
+        for batch in self._batches(epoch):
+            yield batch
+            held.append((batch, torch.cuda.current_stream(self._device).record_event()))
+            if len(held) > HELD_BATCHES:
+                held.popleft()[1].synchronize()
 
     def _settings(self, seed: int) -> dict[str, Any]:
         return {
