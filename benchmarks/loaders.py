@@ -8,11 +8,15 @@ Without CIFAR-10 (``FASTCIFAR_DATA`` or ``./data``) the drawn images are read, w
 """
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -160,33 +164,65 @@ def images_per_s(start: Callable[[], Iterable[Any]], count: int) -> float:
         return count / (time.perf_counter() - begin)
 
 
-def probe(name: str) -> None:
-    """Print the seconds of one loader's first epoch and the peak memory of the process, which this is to end."""
-    import resource
-
+def probe(name: str, what: str) -> None:
+    """Print the seconds of one loader's first epoch, or the peak of its memory; the process is its alone."""
     import torch  # noqa: F401  (its import is not part of a loader's first epoch)
 
     store = find_store()
-    begin = time.perf_counter()
-    if name != "nothing":
-        images_per_s(starter(name, store), store.count("train"))
-    seconds = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(json.dumps({"seconds": seconds, "peak_mib": peak / 1024}))
-
-
-def first_epochs(names: list[str], n: int) -> list[Row]:
-    """Return rows of the first epoch's seconds and the peak memory of each loader, from processes of their own."""
-    rows = []
-    for name in ["nothing", *names]:
-        command = [sys.executable, str(Path(__file__)), "--probe", name]
-        outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(n)]
-        found = [json.loads(output.splitlines()[-1]) for output in outputs]
+    with peak_memory() if what == "memory" else nullcontext([0.0]) as peak:
+        begin = time.perf_counter()
         if name != "nothing":
-            rows.append(result(f"{name}: first epoch, made and compiled", [f["seconds"] for f in found], "s"))
-        what = "torch alone" if name == "nothing" else name
-        rows.append(result(f"{what}: peak memory of the process", [f["peak_mib"] for f in found], "MiB"))
-    return rows
+            images_per_s(starter(name, store), store.count("train"))
+        seconds = time.perf_counter() - begin
+    print(json.dumps(peak[0] if what == "memory" else seconds))
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Watch this process and its workers; element 0 becomes the largest sum of their proportional shares, in MiB.
+
+    Proportional shares (PSS), because forked workers share most of their pages, and ``ru_maxrss`` would begin with
+    what the parent process once held.
+    """
+    peak, done = [shares_mib()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], shares_mib())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def shares_mib() -> float:
+    """Return the proportional share of memory of this process and its children, in MiB."""
+    total = 0
+    for process in [os.getpid(), *(p.pid for p in multiprocessing.active_children())]:
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has just ended
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+def probed(name: str, what: str, n: int) -> list[float]:
+    """Return n measures of `probe`, each from a process of its own."""
+    command = [sys.executable, str(Path(__file__)), "--probe", name, what]
+    outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(n)]
+    return [float(json.loads(output.splitlines()[-1])) for output in outputs]
+
+
+def first_epochs(names: list[str]) -> list[Row]:
+    """Return rows of the first epoch's seconds and the peak memory of each loader."""
+    seconds = [result(f"{name}: first epoch, made and compiled", probed(name, "seconds", 3), "s") for name in names]
+    memory = [result(f"{name}: peak memory with workers", probed(name, "memory", 2), "MiB") for name in names]
+    return [*seconds, result("torch alone: memory", probed("nothing", "memory", 2), "MiB"), *memory]
 
 
 def run(quick: bool) -> list[Row]:
@@ -200,11 +236,11 @@ def run(quick: bool) -> list[Row]:
         baseline = BASELINES.get(name, None if name == PUBLISHED else PUBLISHED)
         told = f"{name}: epochs of {count:,} {kind} images"
         rows.append(result(told, measures[name], "images/s", baseline, measures.get(baseline)))
-    return rows if quick else rows + first_epochs(names, 3)
+    return rows if quick else rows + first_epochs(names)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--probe"]:
-        probe(sys.argv[2])
+        probe(sys.argv[2], sys.argv[3])
     else:
         main("loaders", run)
