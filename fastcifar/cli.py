@@ -7,13 +7,20 @@ from typing import Annotated
 
 import typer
 
+from fastcifar.commands import augment, data
 from fastcifar.commands.bench import bench
+from fastcifar.commands.compare import compare
 from fastcifar.commands.doctor import doctor
+from fastcifar.commands.ensemble import ensemble
+from fastcifar.commands.export import export
 from fastcifar.commands.ladder import ladder
 from fastcifar.commands.models import models
 from fastcifar.commands.plan import plan
+from fastcifar.commands.predict import predict
 from fastcifar.commands.recipes import recipes, show
+from fastcifar.commands.report import report
 from fastcifar.commands.run import run
+from fastcifar.commands.stack import stack
 from fastcifar.errors import UserError
 from fastcifar.interrupt import Interrupted
 
@@ -40,8 +47,14 @@ def fastcifar(
     """From a recipe file to a trained, evaluated and explained CIFAR-10 model."""
 
 
-for command in (run, recipes, show, plan, ladder, models, bench, doctor):
-    app.command()(command)
+TRAIN = (run, recipes, show, plan, ladder)
+EXPLAIN = (report, compare, ensemble, stack, predict, export)
+ABOUT = (models, bench, doctor)
+for panel, commands in (("Train", TRAIN), ("Explain and combine", EXPLAIN), ("About this machine", ABOUT)):
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.add_typer(data.app, name="data", rich_help_panel="Train")
+app.add_typer(augment.app, name="augment", rich_help_panel="Train")
 
 
 def main() -> None:

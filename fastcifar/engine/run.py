@@ -75,7 +75,12 @@ def train(
                 display.epoch(row)
         finally:
             loader.close()
-    facts = {"loader": loader.name, "environment": run.environment, "git": run.environment.get("git")}
+    if step.fallback:
+        display.say(step.fallback)
+    facts: dict[str, Any] = {
+        "loader": loader.name, "mode": step.mode, "fallback": step.fallback, "classes": store.classes,
+        "image_px": shape[0], "environment": run.environment, "git": run.environment.get("git"),
+    }
     return results.finish(clock.seconds(), {**facts, "arrays": {"holdout/indices": rows.holdout}})
 
 

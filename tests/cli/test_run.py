@@ -73,7 +73,7 @@ def test_resume_auto_takes_up_the_unfinished_run(tiny):
         (["run", "nothing.toml"], "nothing.toml: no such recipe file"),
         (["run", "lenet"], "Did you mean lenet5"),
         (["run"], "which recipe?"),
-        (["run", "tiny.toml", "--set", "train.epoch=3"], 'tiny.toml: train.epoch: unknown key (did you mean "epochs"?)'),
+        (["run", "tiny.toml", "--set", "train.epoch=3"], 'train.epoch: unknown key (did you mean "epochs"?)'),
         (["run", "tiny.toml", "--set", "engine.device=cuda"], "no CUDA GPU is available"),
         (["run", "--resume", "nowhere"], "nowhere: is not a run directory"),
         (["run", "tiny.toml", "--data", "nowhere", "--set", "data.source=cifar10"], "nowhere"),

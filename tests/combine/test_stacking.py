@@ -11,7 +11,6 @@ from fastcifar.combine.members import Scores
 from fastcifar.combine.meta_mlp import build_mlp, fit_mlp, mlp_logits
 from tests.rundir import logits_for
 
-
 TEST_SETS = 30
 
 

@@ -61,7 +61,8 @@ def test_figures_follow_from_the_saved_logits(whole):
         logits = run.logits(f"test/{which}/raw").astype(np.float64)
         assert run.summary[which]["accuracy"] == pytest.approx(100 * np.mean(logits.argmax(1) == labels))
         log_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        assert run.summary[which]["loss"] == pytest.approx(-log_softmax[np.arange(len(labels)), labels].mean(), rel=1e-5)
+        loss = -log_softmax[np.arange(len(labels)), labels].mean()
+        assert run.summary[which]["loss"] == pytest.approx(loss, rel=1e-5)
     assert run.summary["best"]["accuracy"] == max(row["test"]["raw"]["accuracy"] for row in run.metrics())
 
 
@@ -194,7 +195,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_survives(tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device. Free some space"):
+    with pytest.raises(UserError, match=r"No space left on device\. Free some space"):
         run_in(tmp_path / "full", recipe())
     monkeypatch.undo()
     assert [p.name for p in checkpoint.complete(tmp_path / "full/checkpoints")] == ["epoch-00002"]

@@ -30,7 +30,8 @@ def recipe(**changes: Any) -> Recipe:
 def assert_same_run(one: Path, other: Path) -> None:
     """Check that two runs have the same weights, logits and metrics to the bit; only clocks may differ."""
     for name in ("last", "best"):
-        assert (one / f"weights/{name}.safetensors").read_bytes() == (other / f"weights/{name}.safetensors").read_bytes()
+        file = f"weights/{name}.safetensors"
+        assert (one / file).read_bytes() == (other / file).read_bytes()
     a, b = Run.open(one), Run.open(other)
     assert sorted(a.logits_keys()) == sorted(b.logits_keys())
     for key in a.logits_keys():
