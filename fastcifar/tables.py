@@ -177,7 +177,9 @@ def benchmark_tables(root: Path) -> dict[str, str]:
     from fastcifar.commands.bench import NAMES
 
     reports = list(_reports(root / "benchmarks" / "results"))
-    return {f"bench:{name}": _benchmark(name, [r for r in reports if r["benchmark"] == name]) for name in NAMES}
+    # A report bears its file's name, a command its hyphens.
+    by_name = {n: [r for r in reports if r["benchmark"].replace("_", "-") == n] for n in NAMES}
+    return {f"bench:{name}": _benchmark(name, found) for name, found in by_name.items()}
 
 
 def _reports(folder: Path) -> Iterator[dict[str, Any]]:

@@ -68,13 +68,16 @@ def describe(summary: dict[str, Any]) -> str:
     """Return a summary in a few lines for people, each figure with how its epoch was chosen."""
     lines = []
     last, best, selected, published = (summary.get(k) for k in ("last", "best", "selected", "published"))
+    trained = bool(summary["epochs"])  # a combination has no epochs of its own
     if last:
-        of = f"epoch {last['epoch']} of {summary['epochs']}, {summary['weights']} weights"
-        lines.append(f"last      {last['accuracy']:.2f}%  {of}")
+        of = f"  epoch {last['epoch']} of {summary['epochs']}, {summary['weights']} weights" if trained else ""
+        lines.append(f"last      {last['accuracy']:.2f}%{of}")
     if best:
-        lines.append(f"best      {best['accuracy']:.2f}%  epoch {best['epoch']}, chosen on the test set, as published")
+        of = f"epoch {best['epoch']}, chosen" if trained else "chosen"
+        lines.append(f"best      {best['accuracy']:.2f}%  {of} on the test set, as published")
     if selected:
-        lines.append(f"selected  {selected['accuracy']:.2f}%  epoch {selected['epoch']}, chosen on the holdout")
+        of = f"epoch {selected['epoch']}, chosen" if trained else "chosen"
+        lines.append(f"selected  {selected['accuracy']:.2f}%  {of} on the holdout")
     if summary.get("tta"):
         lines.append(f"tta       {summary['tta']['accuracy']:.2f}%  last epoch, {summary['tta']['kind']}")
     if published:

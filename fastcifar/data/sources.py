@@ -18,7 +18,7 @@ from fastcifar.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
-SYNTHETIC_VERSION = "1"
+SYNTHETIC_VERSION = "2"
 SYNTHETIC_COUNTS = {"train": 2000, "test": 1000}
 
 
