@@ -1,5 +1,6 @@
 """The published releases of CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): their files, and how to read them safely."""
 
+import gzip
 import hashlib
 import pickle
 import tarfile
@@ -166,6 +167,7 @@ def extracted(path: Path, release: Release, into: Path) -> Path:
         UserError: a damaged or truncated archive, or one with a refused member.
     """
     try:
+        _check_stream(path)
         with tarfile.open(path) as archive:
             archive.extractall(into, filter="data")
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
@@ -176,6 +178,16 @@ def extracted(path: Path, release: Release, into: Path) -> Path:
             raise
         raise UserError(f"{path}: damaged archive ({error}); get it again") from None
     return into / release.folder
+
+
+def _check_stream(path: Path) -> None:
+    """Read a compressed archive to its end, where its checksum is: extraction stops before that."""
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    if compressed:
+        with gzip.open(path) as stream:
+            while stream.read(1 << 20):
+                pass
 
 
 # --------------------------------------------------------------------------------------------------------------- files

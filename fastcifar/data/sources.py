@@ -156,7 +156,11 @@ def _release_folder(path: Path, release: Release, progress: Progress) -> Iterato
         return
     progress(f"extract {path.name}", 0, 1)
     with tempfile.TemporaryDirectory(prefix="fastcifar-") as folder:
-        yield extracted(path, release, Path(folder))
+        try:
+            yield extracted(path, release, Path(folder))
+        except UserError as error:
+            # The user knows the archive, not the place where it was extracted.
+            raise UserError(str(error).replace(f"{folder}/", f"{path}: ")) from None
 
 
 def _read_release(folder: Path, release: Release, about: dict[str, Any], progress: Progress) -> DataSet:

@@ -131,13 +131,22 @@ def test_archives_cannot_escape_or_be_damaged(tmp_path, smalls):
     assert not (tmp_path / "escaped").exists()
     path.unlink()
     write_release(tmp_path, release, 0)
-    content = bytearray(pack(tmp_path, release).read_bytes())
-    content[len(content) // 2] ^= 255
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=release.archive):
-        resolve_store(DataConfig(source="cifar10"), path)
+    content = pack(tmp_path, release).read_bytes()
+    for where in np.random.default_rng().integers(2000, len(content) - 4, 10):  # wherever the byte is
+        path.write_bytes(content[:where] + bytes([content[where] ^ 255]) + content[where + 1 :])
+        with pytest.raises(UserError, match=release.archive):
+            resolve_store(DataConfig(source="cifar10"), path)
     path.write_bytes(gzip.compress(b"nothing"))
     with pytest.raises(UserError, match="not a readable archive"):
+        resolve_store(DataConfig(source="cifar10"), path)
+
+
+def test_damage_within_an_archive_is_named_by_both(tmp_path, smalls):
+    release = smalls["cifar10", "binary"]
+    write_release(tmp_path, release, 0)
+    _truncate(tmp_path / release.folder / "data_batch_4.bin")
+    path = pack(tmp_path, release)
+    with pytest.raises(UserError, match=rf"^{path}: {release.folder}/data_batch_4\.bin: .* truncated"):
         resolve_store(DataConfig(source="cifar10"), path)
 
 

@@ -36,7 +36,7 @@ def kept_threads() -> Iterator[None]:
 
 
 class Reader:
-    """ffcv's compiled reading of one ``.beton``; compiling takes seconds and happens at the first batch."""
+    """ffcv's compiled reading of one ``.beton``; making it takes some seconds, most of them numba's."""
 
     def __init__(self, path: Path, workers: int):
         with kept_threads(), warnings.catch_warnings():
@@ -61,25 +61,32 @@ class Reader:
         # Labels and indices lie in the table that ffcv has read already: a gather, without a compiled pipeline each.
         self.labels, self.indices = (np.ascontiguousarray(metadata[f"f{k}"], np.int64) for k in (1, 2))
         self.image_shape = (int(metadata["f0"]["height"][0]), int(metadata["f0"]["width"][0]), 3)
+        with kept_threads(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numba's advice on ffcv's code
+            self._compile()
 
     def batches(self, order: np.ndarray, batch_size: int, pinned: bool) -> Iterator[HostBatch]:
         """Read the samples of ``order`` (int64 (N,)) batch by batch, each into fresh memory."""
         import numba
 
         numba.set_num_threads(self.workers)  # of the thread that runs this iterator only
+        labels, indices = torch.from_numpy(self.labels[order]), torch.from_numpy(self.indices[order])
         context = self._loader.memory_manager.schedule_epoch([order])
         with context:
             for first in range(0, len(order), batch_size):
-                rows = order[first : first + batch_size]
-                images = torch.empty((len(rows), *self.image_shape), dtype=torch.uint8, pin_memory=pinned)
-                self._read(rows, images.numpy(), context.state)
-                yield HostBatch(images, torch.from_numpy(self.labels[rows]), torch.from_numpy(self.indices[rows]))
+                batch = slice(first, first + batch_size)
+                images = torch.empty((len(order[batch]), *self.image_shape), dtype=torch.uint8, pin_memory=pinned)
+                self._read(order[batch], images.numpy(), context.state)
+                yield HostBatch(images, labels[batch], indices[batch])
+
+    def _compile(self) -> None:
+        """Read one sample, for which numba compiles: here and not on the reading thread, whose warnings would show."""
+        for _ in self.batches(np.zeros(1, np.int64), 1, pinned=False):
+            pass
 
     def _read(self, rows: np.ndarray, into: np.ndarray, state: Any) -> None:
         memory = {self._memory: into, self._shared: None}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numba's advice on ffcv's code, at the first batch
-            self._stage(batch_indices=rows, metadata=self._loader.reader.metadata, storage_state=state, **memory)
+        self._stage(batch_indices=rows, metadata=self._loader.reader.metadata, storage_state=state, **memory)
 
 
 @cache

@@ -86,8 +86,11 @@ def to_device(batches: Iterator[HostBatch], device: torch.device) -> Generator[B
 
 
 def _send_host(batches: Iterator[HostBatch], device: torch.device) -> Iterator[Batch]:
+    rows = torch.arange(0)
     for batch in batches:
-        yield as_batch(batch)
+        if len(rows) != len(batch.labels):
+            rows = torch.arange(len(batch.labels))
+        yield Batch(batch.images, rows, batch.labels, batch.indices)
 
 
 def as_batch(batch: HostBatch) -> Batch:
