@@ -11,12 +11,14 @@ from fastcifar.data import loaders
 
 MODULES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 START = """
-import sys, threading, time
+import signal, sys, threading, time
 import torch
 from fastcifar.data.loaders import build_loader
 from fastcifar.data.store import resolve_store
 from fastcifar.recipe.models import DataConfig, LoaderConfig
 
+# A parent that runs in the background may have handed down that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 threads = torch.get_num_threads()
 loader = build_loader(
     LoaderConfig(name="{name}", workers=2), resolve_store(DataConfig(source="synthetic")), None,
