@@ -334,6 +334,22 @@ def test_ffcv_readers_errors_reach_the_trainer(store):
         next(items)
 
 
+def test_ffcv_memory_is_used_again_only_when_nobody_looks():
+    from fastcifar.data.loaders.ffcv import _Buffers
+
+    buffers = _Buffers()
+    first = buffers.take((4, 2))
+    address = first.data_ptr()
+    for keep in (lambda t: t, lambda t: t[1:], lambda t: t.numpy()[2:], lambda t: t.view(-1).numpy()):
+        kept = keep(first)
+        del first
+        assert buffers.take((4, 2)).data_ptr() != address
+        del kept
+        first = buffers.take((4, 2))
+        assert first.data_ptr() == address
+    assert buffers.take((3, 2)).shape == (3, 2)
+
+
 def test_same_size_images_of_any_kind(tmp_path, backend):
     """Images of another size and another number of classes, through a folder, on every backend."""
     from PIL import Image

@@ -6,6 +6,7 @@ threads. The reading itself (memory map, address table, parallel copy) is ffcv's
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastcifar.data.formats import ffcv as layout
 from fastcifar.data.loaders.base import Plan
-from fastcifar.data.loaders.streaming import HostBatch, StreamingLoader, ahead
+from fastcifar.data.loaders.streaming import AHEAD_BATCHES, HostBatch, StreamingLoader, ahead
 from fastcifar.data.store import Store
 
 
@@ -33,6 +35,30 @@ def kept_threads() -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         numba.set_num_threads(before[1])
+
+
+def _references(arrays: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
+
+
+class _Buffers:
+    """Memory for batches, used again once nobody refers to it: fresh pages would cost a tenth of the speed."""
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+        # What the count is for an array that only a list holds depends on the version of Python.
+        self._idle = _references([np.empty(0)])[0]
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """Return uint8 memory that no living tensor or array shares."""
+        for k, count in enumerate(_references(self._arrays)):
+            # A tensor's storage, which all its views share, holds the array for as long as one of them lives.
+            if count == self._idle and self._arrays[k].shape == shape:
+                return torch.from_numpy(self._arrays[k])
+        array = np.empty(shape, np.uint8)
+        if len(self._arrays) < AHEAD_BATCHES + 4:
+            self._arrays.append(array)
+        return torch.from_numpy(array)
 
 
 class Reader:
@@ -66,16 +92,17 @@ class Reader:
             self._compile()
 
     def batches(self, order: np.ndarray, batch_size: int, pinned: bool) -> Iterator[HostBatch]:
-        """Read the samples of ``order`` (int64 (N,)) batch by batch, each into fresh memory."""
+        """Read the samples of ``order`` (int64 (N,)) batch by batch, each into memory of its own."""
         import numba
 
         numba.set_num_threads(self.workers)  # of the thread that runs this iterator only
         labels, indices = torch.from_numpy(self.labels[order]), torch.from_numpy(self.indices[order])
-        context = self._loader.memory_manager.schedule_epoch([order])
+        context, buffers = self._loader.memory_manager.schedule_epoch([order]), _Buffers()
         with context:
             for first in range(0, len(order), batch_size):
                 batch = slice(first, first + batch_size)
-                images = torch.empty((len(order[batch]), *self.image_shape), dtype=torch.uint8, pin_memory=pinned)
+                shape = (len(order[batch]), *self.image_shape)
+                images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pinned else buffers.take(shape)
                 self._read(order[batch], images.numpy(), context.state)
                 yield HostBatch(images, labels[batch], indices[batch])
 
