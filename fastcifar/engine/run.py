@@ -48,17 +48,17 @@ def train(
     device = pick_device(recipe.engine)
     store = resolve_store(recipe.data, data)
     rows = choose_rows(recipe.data, store, recipe.seed)
-    shape = store.split("train").images.shape[1:]
     loader = build_loader(
         recipe.data.loader, store, rows.train, seed=recipe.seed, batch_size=recipe.train.batch_size,
         drop_last=recipe.train.drop_last, device=device, augment=recipe.augment,
     )
     augment = build_augment(
-        recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=shape,
+        recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=store.image_shape,
         seed=recipe.seed, device=device, dtype=DTYPES[recipe.engine.precision],
     )
     mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=len(loader))
-    model = build_model(recipe.model, num_classes=len(store.classes), image_px=shape[0], seed=recipe.seed).to(device)
+    image_px = store.image_shape[0]
+    model = build_model(recipe.model, num_classes=len(store.classes), image_px=image_px, seed=recipe.seed).to(device)
     if isinstance(model, SpeedNet):
         fit_whitening(model, store, rows, augment, device)
     step = build_step(recipe, model, augment, mix, steps_per_epoch=len(loader), device=device)
@@ -79,7 +79,7 @@ def train(
         display.say(step.fallback)
     facts: dict[str, Any] = {
         "loader": loader.name, "mode": step.mode, "fallback": step.fallback, "classes": store.classes,
-        "image_px": shape[0], "environment": run.environment, "git": run.environment.get("git"),
+        "image_px": image_px, "environment": run.environment, "git": run.environment.get("git"),
     }
     return results.finish(clock.seconds(), {**facts, "arrays": {"holdout/indices": rows.holdout}})
 
@@ -140,9 +140,9 @@ class Rows:
 
 def choose_rows(config: DataConfig, store: Store, seed: int) -> Rows:
     """Return the rows to train, select and test on: first the subset of each split, then the holdout out of it."""
-    labels = store.split("train").labels
+    labels = store.labels("train")
     train = subset_rows(labels, config.subset)
-    test = subset_rows(store.split("test").labels, config.test_subset)
+    test = subset_rows(store.labels("test"), config.test_subset)
     holdout = train[:0]
     if config.holdout:
         kept, held = holdout_split(labels[train], config.holdout, seed)
@@ -163,11 +163,12 @@ def evaluation_sets(
     wanted = {"test": ("test", rows.test), "holdout": ("train", rows.holdout)}
     if recipe.eval.train_logits:
         wanted["train"] = ("train", rows.train)
-    return {
-        name: EvaluationSet(
-            store.split(split).images[chosen], store.split(split).labels[chosen], augment, device,
-            recipe.eval.batch_size, recipe.engine.precision,
-        )
-        for name, (split, chosen) in wanted.items()
-        if len(chosen)
-    }
+    sets = {}
+    for name, (split_name, chosen) in wanted.items():
+        if len(chosen):
+            split = store.split(split_name)  # once: a store that is not raw reads all of its pixels for it
+            sets[name] = EvaluationSet(
+                split.images[chosen], split.labels[chosen], augment, device,
+                recipe.eval.batch_size, recipe.engine.precision,
+            )
+    return sets
