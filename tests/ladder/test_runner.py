@@ -19,7 +19,7 @@ from fastcifar.ladder.state import Ledger, stored_state
 from fastcifar.record import Run
 from tests.ladder.test_climb import accuracies, table
 
-EPOCHS = 14
+EPOCHS = 120  # of a few hundredths of a second each, so that five interrupts come before the last
 
 
 def says(job, script):
@@ -134,10 +134,12 @@ def test_a_real_row_killed_at_five_moments_ends_as_the_undisturbed_one(tmp_path,
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     Climb(Ledger(plan([name], 1, straight)), Runner(straight, same_process=True), straight, view).climb()
     command = [sys.executable, "-c", LONGER, name, str(cut)]
-    for epochs in sorted(random.Random(7).sample(range(1, EPOCHS - 1), 5)):
+    metrics = cut / name / "seed-42" / "metrics.jsonl"
+    for epochs in sorted(random.Random(7).sample(range(1, EPOCHS // 2), 5)):
+        # An epoch more than the last climb left, so that this one trains already and not only starts.
+        wanted = max(epochs, lines(metrics) + 1)
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        metrics = cut / name / "seed-42" / "metrics.jsonl"
-        wait_for(lambda m=metrics, n=epochs, p=process: lines(m) >= n or p.poll() is not None)
+        wait_for(lambda n=wanted, p=process: lines(metrics) >= n or p.poll() is not None)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=300)
         assert process.returncode == 2, said
