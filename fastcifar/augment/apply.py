@@ -18,6 +18,9 @@ from fastcifar.recipe.models import AugmentConfig
 BITS = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.float32}
 
 
+NOT_LINEAR = (np.zeros(0, np.float32), np.zeros(0, np.float32))
+
+
 def normal_table(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """Return the normalized value of every byte: ``dtype`` (3, 256).
 
@@ -26,6 +29,28 @@ def normal_table(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
     unit = torch.arange(256, dtype=torch.float32) / 255
     centred = unit - torch.tensor(mean, dtype=torch.float32)[:, None]
     return (centred / torch.tensor(std, dtype=torch.float32)[:, None]).to(dtype).contiguous()
+
+
+def linear_form(
+    normal: Tensor, mean: Sequence[float], std: Sequence[float], width: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the centres and scales with which ``(byte - centre) * scale`` is ``normal``, per channel of a line.
+
+    Args:
+        normal: from `normal_table`.
+        mean: what it was made from.
+        std: likewise.
+        width: pixels a line.
+
+    Returns:
+        float32 (width * 3,) twice; both empty for other types than bfloat16, and where one of the 768 values differs.
+    """
+    center = torch.tensor([255 * m for m in mean], dtype=torch.float32)
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
+    values = (torch.arange(256, dtype=torch.float32) - center[:, None]) * scale[:, None]
+    if normal.dtype != torch.bfloat16 or not torch.equal(values.bfloat16().view(torch.int16), normal.view(torch.int16)):
+        width = 0
+    return center.repeat(width).numpy(), scale.repeat(width).numpy()
 
 
 def as_numpy(tensor: Tensor) -> NDArray[Any]:
@@ -43,9 +68,16 @@ class Augment:
         seed: keys every random decision.
     """
 
-    def __init__(self, program: Program, normal: Tensor, image_shape: tuple[int, int, int], seed: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        normal: Tensor,
+        image_shape: tuple[int, int, int],
+        seed: int,
+        linear: tuple[NDArray[np.float32], NDArray[np.float32]] = NOT_LINEAR,
+    ) -> None:
         self.program, self.seed = program, seed
-        self._normal, self._shape = normal, image_shape
+        self._normal, self._shape, self._linear = normal, image_shape, linear
         self._plain = build_program([], *image_shape[:2])
         self._scratch = make_scratch(len(program.slots), *image_shape[:2])
 
@@ -70,8 +102,8 @@ class Augment:
     def _run(self, images: Tensor, rows: Tensor, indices: Tensor, program: Program, epoch: int) -> Tensor:
         out = torch.empty((len(rows), *self._shape), dtype=self._normal.dtype)
         arrays = images.contiguous().numpy(), rows.contiguous().numpy(), indices.contiguous().numpy()
-        normal, bytes_out = as_numpy(self._normal), as_numpy(out)
-        augment_batch(*arrays, program, normal, bytes_out, self._scratch, seed=self.seed, epoch=epoch)
+        normal = (as_numpy(self._normal), *self._linear)
+        augment_batch(*arrays, program, normal, as_numpy(out), self._scratch, seed=self.seed, epoch=epoch)
         return out.permute(0, 3, 1, 2)
 
 
@@ -113,4 +145,4 @@ def build_augment(
         from fastcifar.augment.gpu import GpuAugment
 
         return GpuAugment(program, normal, image_shape, seed, device)
-    return Augment(program, normal, image_shape, seed)
+    return Augment(program, normal, image_shape, seed, linear_form(normal, mean, std, image_shape[1]))

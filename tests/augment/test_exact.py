@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandAugment, TrivialAugmentWide
 from torchvision.transforms import functional as F
 
-from fastcifar.augment.apply import Augment, build_augment
+from fastcifar.augment.apply import Augment, build_augment, linear_form, normal_table
 from fastcifar.augment.plan import Program, rotate_angle
 from fastcifar.augment.policy import magnitudes, operation_row, rotation_params, step_row
 from fastcifar.data.batch import Batch
@@ -150,3 +150,38 @@ def test_normalization_is_torchvisions(dtype):
     assert got.dtype == dtype
     assert got.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("mean", "std"), [([0.5] * 3, [0.5] * 3), ([0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616])])
+def test_usual_normalizations_are_linear(mean, std):
+    """So that the fast path is taken; were it wrong, `test_normalization_is_torchvisions` would fail."""
+    center, scale = linear_form(normal_table(mean, std, torch.bfloat16), mean, std, 32)
+    assert center.shape == scale.shape == (96,)
+
+
+def test_normalization_by_table_where_it_is_not_linear():
+    rng = np.random.default_rng()
+    images, byte = noise(4), np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+    linear = []
+    for _ in range(60):
+        mean, std = rng.uniform(0, 1, 3).astype(np.float32), rng.uniform(0.1, 1, 3).astype(np.float32)
+        augment = build_augment(
+            AugmentConfig(), mean=mean.tolist(), std=std.tolist(), image_shape=(32, 32, 3), seed=0,
+            device=torch.device("cpu"), dtype=torch.bfloat16,
+        )  # fmt: skip
+        want = torch.from_numpy((byte - mean) / std).bfloat16()[torch.from_numpy(images).long(), torch.arange(3)]
+        assert torch.equal(augment.plain(torch.from_numpy(images)).permute(0, 2, 3, 1), want), (mean, std)
+        linear.append(len(linear_form(normal_table(mean, std, torch.bfloat16), mean, std, 32)[0]) > 0)
+    assert any(linear)
+    assert not all(linear)
+
+
+def test_a_batch_on_one_thread_equals_a_batch_on_several():
+    images = noise(300)
+    augment = build_augment(
+        AugmentConfig(ops=PLANS[1]), mean=[0.5] * 3, std=[0.5] * 3, image_shape=(32, 32, 3), seed=3,
+        device=torch.device("cpu"), dtype=torch.bfloat16,
+    )  # fmt: skip
+    whole = batch_of(images)
+    parts = [augment(Batch(whole.images, rows, rows, rows), 5) for rows in whole.rows.split([1, 63, 64, 17, 155])]
+    assert torch.equal(torch.cat(parts), augment(whole, 5))
