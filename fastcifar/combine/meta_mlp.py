@@ -2,22 +2,30 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fastcifar.philox import Stream, epoch_order, philox
+from fastcifar.data.batch import Batch
+from fastcifar.engine.step import build_step, torch_seed
+from fastcifar.philox import epoch_order
+from fastcifar.recipe.models import Recipe
 
 EPOCHS = 20
 BATCH_SIZE = 128
-LR = 5e-3
-WEIGHT_DECAY = 0.1
-LABEL_SMOOTHING = 0.1
 DROPOUT = 0.3
 WIDTHS = (256, 128, 64)
+# As published. The step asks for a whole recipe; the model that it names is not built, `build_mlp`'s is given.
+RECIPE = {
+    "name": "meta-mlp",
+    "model": {"name": "lenet5"},
+    "optimizer": {"name": "adam", "lr": 5e-3, "weight_decay": 0.1},
+    "schedule": {"name": "cosine"},
+    "loss": {"label_smoothing": 0.1},
+    "train": {"epochs": EPOCHS, "batch_size": BATCH_SIZE},
+    "engine": {"device": "cpu", "precision": "fp32"},
+}
 
 
 def build_mlp(inputs: int, classes: int) -> nn.Sequential:
@@ -32,15 +40,6 @@ def build_mlp(inputs: int, classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(WIDTHS[-1], classes))
 
 
-@dataclass(frozen=True)
-class Training:
-    """The rows to fit on: features float32 (N, D), labels int64 (N,), and the number of classes."""
-
-    features: Tensor
-    labels: Tensor
-    classes: int
-
-
 def fit_mlp(
     features: np.ndarray,
     labels: np.ndarray,
@@ -50,7 +49,7 @@ def fit_mlp(
     epochs: int = EPOCHS,
     after_epoch: Callable[[int, nn.Module], None] | None = None,
 ) -> nn.Module:
-    """Fit the meta-model: Adam with L2 decay, a cosine over 20 epochs, batches of 128, label smoothing.
+    """Fit the meta-model with the engine's step: Adam with L2 decay, a cosine over 20 epochs, label smoothing.
 
     Args:
         features: float32 (N, D), N at least 2.
@@ -63,18 +62,26 @@ def fit_mlp(
     Returns:
         The model in evaluation mode.
     """
-    data = Training(torch.from_numpy(features), torch.from_numpy(labels), classes)
+    inputs, answers = torch.from_numpy(features), torch.from_numpy(labels)
+    recipe = Recipe.model_validate({**RECIPE, "seed": seed})
     with torch.random.fork_rng(devices=[]), one_thread():
-        torch.manual_seed(_torch_seed(seed))
+        torch.manual_seed(torch_seed(seed, EPOCHS))  # the step seeds epochs 0 to 19, for the dropout
         model = build_mlp(features.shape[1], classes)
-        optimizer = torch.optim.Adam(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)
+        steps = -(-len(labels) // BATCH_SIZE)
+        step = build_step(recipe, model, _rows, None, steps_per_epoch=steps, device=torch.device("cpu"))
         for epoch in range(epochs):
-            _train_epoch(model, optimizer, data, epoch_order(len(labels), seed, epoch))
-            schedule.step()
+            step.begin_epoch(epoch)
+            for rows in epoch_order(len(labels), seed, epoch).split(BATCH_SIZE):
+                if len(rows) > 1:  # BatchNorm has no variance of one sample
+                    step(Batch(inputs, rows, answers[rows], rows))
             if after_epoch is not None:
                 after_epoch(epoch + 1, model.eval())
     return model.eval()
+
+
+def _rows(batch: Batch, epoch: int | Tensor) -> Tensor:
+    """Stand in for the augmentation: the batch's features, as they are."""
+    return batch.images[batch.rows]
 
 
 @contextmanager
@@ -86,22 +93,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _torch_seed(seed: int) -> int:
-    """Return the seed of torch's generator that belongs to a run's seed."""
-    return int(philox(seed, torch.zeros(1, dtype=torch.int64), 0, 0, Stream.TORCH)[0])
-
-
-def _train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, data: Training, order: Tensor) -> None:
-    model.train()
-    for rows in order.split(BATCH_SIZE):
-        if len(rows) < 2:  # BatchNorm has no variance of one sample
-            continue
-        loss = F.cross_entropy(model(data.features[rows]), data.labels[rows], label_smoothing=LABEL_SMOOTHING)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
 
 @torch.no_grad()

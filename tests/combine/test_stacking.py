@@ -5,10 +5,13 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torch.nn import functional as F
 
 from fastcifar.combine import stacking
 from fastcifar.combine.members import Scores
-from fastcifar.combine.meta_mlp import build_mlp, fit_mlp, mlp_logits
+from fastcifar.combine.meta_mlp import EPOCHS, build_mlp, fit_mlp, mlp_logits
+from fastcifar.engine.step import torch_seed
+from fastcifar.philox import epoch_order
 from tests.rundir import logits_for
 
 TEST_SETS = 30
@@ -106,6 +109,25 @@ def test_the_network_is_the_published_one():
         (30, 256), (256, 128), (128, 64), (64, 10),
     ]  # fmt: skip
     assert {m.p for m in model if isinstance(m, torch.nn.Dropout)} == {0.3}
+
+
+def test_the_meta_model_is_what_torchs_adam_cosine_and_loss_make_of_it(rng):
+    train = scores(rng, 600)
+    x, labels = stacking.features(train.logits), torch.from_numpy(train.labels)
+    ours = mlp_logits(fit_mlp(x, train.labels, 10, 250, epochs=3), x)
+    torch.manual_seed(torch_seed(250, EPOCHS))
+    model = build_mlp(20, 10)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+    for epoch in range(3):
+        torch.manual_seed(torch_seed(250, epoch))
+        for rows in epoch_order(600, 250, epoch).split(128):
+            loss = F.cross_entropy(model(torch.from_numpy(x)[rows]), labels[rows], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    np.testing.assert_allclose(ours, mlp_logits(model.eval(), x), atol=1e-4)
 
 
 def test_the_meta_model_depends_on_its_seed_alone(rng):
