@@ -10,6 +10,7 @@ from typing import Any
 
 import numba as nb
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fastcifar.augment.plan import PARAMS, Program, plan_sample
@@ -20,7 +21,7 @@ CHUNKS = 16  # most work items per batch: more than threads, because samples dif
 CHUNK_SAMPLES = 32  # fewer are not worth waking a thread, which takes as long as 20 samples
 
 # OpenMP's threads look out for the next batch for a while, TBB's and numba's own go to sleep and must be woken: at 128
-# samples a batch, OpenMP's were two to three times as fast. Who names a layer or an order of layers gets it.
+# samples a batch, OpenMP's were more than twice as fast. Who names an order of layers gets it.
 if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
     nb.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
 
@@ -331,6 +332,19 @@ def _augment_parallel(
         apply_chunk(images, rows, indices, key, program, normal, out, mine, span)
 
 
+def share_threads() -> int:
+    """Let numba use as many threads as torch, whose OpenMP it shares; return how many.
+
+    Starting them sets torch's number to that of the cores, and with it the last bits of sums; it is put back.
+    """
+    count = torch.get_num_threads()
+    if count > 1:
+        nb.set_num_threads(min(count, nb.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        if torch.get_num_threads() != count:
+            torch.set_num_threads(count)
+    return count
+
+
 def make_scratch(slots: int, height: int, width: int) -> tuple[NDArray[Any], ...]:
     """Return the work space of `augment_batch`, per chunk; it serves every program of at most ``slots`` slots.
 
@@ -384,7 +398,7 @@ def augment_batch(
     key = (np.uint64(low), np.uint64(high), np.uint64(epoch))
     tables = (program.slots, program.table, program.table.view(np.float32))
     chunks = min(CHUNKS, len(rows) // CHUNK_SAMPLES)
-    if chunks > 1:
+    if chunks > 1 and share_threads() > 1:
         _augment_parallel(images, rows, indices, key, tables, normal, out, scratch, chunks)
     else:
         first = tuple(part[0] for part in scratch)

@@ -1,5 +1,8 @@
 """The CPU kernel against torchvision on PIL images: equal on every byte."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -185,3 +188,22 @@ def test_a_batch_on_one_thread_equals_a_batch_on_several():
     whole = batch_of(images)
     parts = [augment(Batch(whole.images, rows, rows, rows), 5) for rows in whole.rows.split([1, 63, 64, 17, 155])]
     assert torch.equal(torch.cat(parts), augment(whole, 5))
+
+
+COUNT_THREADS = """
+import numpy as np, torch
+from tests.augment.test_exact import *
+torch.set_num_threads(3)
+augment = build_augment(
+    AugmentConfig(ops=["crop"]), mean=[0.5] * 3, std=[0.5] * 3, image_shape=(32, 32, 3), seed=3,
+    device=torch.device("cpu"), dtype=torch.bfloat16,
+)
+augment(batch_of(noise(300)), 0)
+print(torch.get_num_threads())
+"""
+
+
+def test_augmenting_leaves_torchs_number_of_threads_alone():
+    """The first parallel call of a process would set it, and a resumed run would differ in its last bits."""
+    done = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3"]
