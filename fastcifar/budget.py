@@ -56,8 +56,10 @@ def evaluated_images(recipe: Recipe, train_images: int = CIFAR_TRAIN, test_image
     weights = 2 if recipe.ema else 1
     epochs = -(-recipe.train.epochs // recipe.eval.every_epochs)
     views = {"none": 0, "flip": 2, "multicrop": 6}[recipe.eval.tta]
-    once = views * test + (images_to_train(recipe, train_images) if recipe.eval.train_logits else 0)
-    return weights * (epochs * (test + recipe.data.holdout) + once)
+    once = weights * views * test
+    if recipe.eval.train_logits:  # the last weights, and once each the best and the selected ones
+        once += (weights + 1 + (recipe.data.holdout > 0)) * images_to_train(recipe, train_images)
+    return weights * epochs * (test + recipe.data.holdout) + once
 
 
 @dataclass(frozen=True)

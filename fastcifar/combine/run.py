@@ -207,8 +207,7 @@ def _stack(config: CombineConfig, members: Mapping[str, Run], tta: bool) -> dict
     from fastcifar.combine import stacking
 
     if config.protocol == "published":
-        # Runs keep the training-set logits of their last epoch only; both splits are read at the same epoch.
-        which = "best" if "best" in available(members, "train") else "last"
+        which = "best" if "best" in available(members, "train") else "last"  # the same epoch in both splits
         test, train = collect(members, "test", which, tta), collect(members, "train", which)
         stacked = stacking.stack_published(train, test, config.meta, config.meta_seed)
         counts = "best"

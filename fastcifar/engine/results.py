@@ -1,12 +1,14 @@
 """The results of a run as it goes: figures, best and selected epochs, checkpoints, and the summary at the end."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastcifar.engine import checkpoint
@@ -158,7 +160,7 @@ class Results:
         arrays = dict(progress.logits)
         tta = self._tta(arrays) if finished and recipe.eval.tta != "none" else None
         if finished and "train" in self.splits:
-            arrays |= {f"train/last/{k}": v.logits for k, v in self._figures(["train"])["train"].items()}
+            arrays |= self._train_logits()
         arrays |= {f"{name}/labels": split.labels.cpu().numpy() for name, split in self.splits.items()}
         self.run.write_logits(arrays | facts.pop("arrays", {}))
         self._write_weights("last")
@@ -173,6 +175,25 @@ class Results:
         }
         self.run.write_summary(summary)
         return {"format": 1, **summary}
+
+    def _train_logits(self) -> dict[str, np.ndarray]:
+        """Return the logits of the training images by key: of the last weights, and of the best and selected ones."""
+        arrays = {f"train/last/{k}": found.logits for k, found in self._figures(["train"])["train"].items()}
+        for which in ("best", "selected"):
+            if getattr(self.progress, which) is not None:
+                with self._saved_weights(which):
+                    arrays[f"train/{which}/{self.reported}"] = self.splits["train"].figures(self.model).logits
+        return arrays
+
+    @contextmanager
+    def _saved_weights(self, which: str) -> Iterator[None]:
+        """Let the model have the weights of an earlier epoch for a while."""
+        own = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(load_file(self.run.folder / "weights" / f"{which}.safetensors"))
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
 
     def _tta(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """Evaluate the last weights with test-time augmentation; add the logits to ``arrays``."""

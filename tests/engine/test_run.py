@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from fastcifar.data.store import resolve_store
 from fastcifar.engine import checkpoint
 from fastcifar.engine.run import choose_rows, pick_device, train
 from fastcifar.environment import describe
 from fastcifar.errors import UserError
+from fastcifar.predict import load_trained
 from fastcifar.recipe import Recipe
 from fastcifar.record import Run
 from tests.engine.tiny import assert_same_run, recipe
@@ -118,15 +120,29 @@ def test_resume_is_exact_with_every_part_switched_on(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     run = Run.open(tmp_path / "cut")
     assert {f"{s}/last/{k}" for s in ("test", "holdout", "train") for k in ("raw", "ema")} <= set(run.logits_keys())
-    assert {"test/last/ema/tta", "test/selected/ema", "holdout/indices"} <= set(run.logits_keys())
+    wanted_keys = {"test/last/ema/tta", "test/selected/ema", "train/best/ema", "train/selected/ema", "holdout/indices"}
+    assert wanted_keys <= set(run.logits_keys())
     holdout = [row["holdout"]["ema"]["accuracy"] for row in run.metrics()]
     assert run.summary["selected"]["epoch"] == 1 + int(np.argmax(holdout))
     assert run.summary["weights"] == "ema"
 
 
-def test_the_holdout_is_stratified_and_not_trained_on():
-    from fastcifar.data.store import resolve_store
+def test_training_logits_are_those_of_the_saved_weights(tmp_path):
+    wanted = recipe(eval={"train_logits": True}, engine={"precision": "fp32"})
+    run_in(tmp_path / "run", wanted)
+    run = Run.open(tmp_path / "run")
+    assert run.summary["best"]["epoch"] < run.summary["last"]["epoch"], "choose a seed of which the two differ"
+    images = torch.from_numpy(resolve_store(wanted.data, None).split("train").images[:200])
+    for which in ("last", "best"):
+        trained = load_trained(run, which)
+        with torch.no_grad():
+            theirs = trained.model(trained.normalized(images)).numpy()
+        np.testing.assert_allclose(run.logits(f"train/{which}/raw"), theirs, atol=1e-4)
+    assert not np.allclose(run.logits("train/last/raw"), run.logits("train/best/raw"), atol=1e-2)
+    assert np.array_equal(run.logits("train/labels"), resolve_store(wanted.data, None).split("train").labels[:200])
 
+
+def test_the_holdout_is_stratified_and_not_trained_on():
     wanted = recipe(data={"source": "synthetic", "subset": 20, "holdout": 50})
     store = resolve_store(wanted.data, None)
     rows = choose_rows(wanted.data, store, wanted.seed)
