@@ -1,0 +1,131 @@
+"""The commands that explain, compare, combine and hand on trained runs, through the command line's own entrance."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fastcifar.cli import main
+from fastcifar.models import build_model
+from tests.rundir import accuracy, make_members
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, tmp_path):
+    """Run ``fastcifar WORDS`` in a folder with the runs m0, m1 and m2; return (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["fastcifar", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def runs(tmp_path):
+    runs = make_members(tmp_path, test=200, holdout=400, train=150)
+    for number, run in enumerate(runs.values()):
+        (run.folder / "weights").mkdir()
+        for which in ("last", "best", "selected"):
+            state = {k: v.contiguous() for k, v in build_model(run.recipe.model, seed=number).state_dict().items()}
+            save_file(state, run.folder / f"weights/{which}.safetensors")
+    return runs
+
+
+def test_report_writes_its_page_into_the_run(call, runs):
+    code, out, err = call("report", "m0")
+    assert (code, out) == (0, "")
+    assert "m0/report.html" in err
+    assert "<html" in (runs["m0"].folder / "report.html").read_text()
+
+
+def test_report_as_json_names_the_page_and_the_runs(call, runs):
+    code, out, _ = call("report", "m0", "m1", "--out", "page.html", "--json")
+    found = json.loads(out)
+    assert (code, found["report"], len(found["runs"])) == (0, "page.html", 2)
+
+
+def test_compare_shows_figures_and_the_test(call, runs):
+    code, out, err = call("compare", "m0", "m2")
+    assert (code, out) == (0, "")
+    assert f"{runs['m2'].summary['last']['accuracy']:.2f}" in err
+    assert "p = " in err
+    _, out, _ = call("compare", "m0", "m2", "--json")
+    assert json.loads(out)["mcnemar"][0]["p_value"] < 1e-3
+
+
+def test_ensemble_tells_the_accuracy_of_the_mean_softmax(call, runs):
+    code, out, _ = call("ensemble", "m0", "m1", "m2", "--json", "--out", "vote")
+    labels = runs["m0"].logits("test/labels")
+    odds = [np.exp(run.logits("test/last/raw").astype(np.float64)) for run in runs.values()]
+    mean = sum(p / p.sum(1, keepdims=True) for p in odds)
+    assert code == 0
+    assert json.loads(out)["last"]["accuracy"] == pytest.approx(accuracy(mean, labels))
+    assert call("ensemble", "m0", "m1", "--out", "vote")[0] == 2
+
+
+@pytest.mark.parametrize("options", [["--fit-weights"], ["--vote", "hard"], ["--weights", "0.2,0.3,0.5"]])
+def test_ensemble_votes_as_it_is_told(call, runs, options):
+    code, out, err = call("ensemble", "m0", "m1", "m2", *options)
+    assert (code, out) == (0, "")
+    assert runs["m0"].recipe.name in err
+
+
+@pytest.mark.parametrize("protocol", ["honest", "published"])
+def test_stack_names_its_protocol(call, runs, protocol):
+    code, out, _ = call("stack", "m0", "m1", "--meta", "logistic", "--protocol", protocol, "--json")
+    assert code == 0
+    assert json.loads(out)["last"]["protocol"].startswith(protocol)
+
+
+def test_predict_lists_classes_of_an_image(call, runs):
+    Image.new("RGB", (50, 40), "red").save("red.png")
+    code, out, err = call("predict", "m0", "red.png", "--top", "2")
+    assert (code, out) == (0, "")
+    assert err.startswith("red.png: ")
+    assert err.count("%") == 2
+    _, out, _ = call("predict", "m0", "red.png", "--json", "--weights", "best")
+    assert sum(c["probability"] for c in json.loads(out)["predictions"][0]["classes"]) <= 1
+
+
+def test_export_writes_the_state_dict(call, runs):
+    code, out, _ = call("export", "m0", "model.safetensors", "--weights", "last", "--json")
+    assert (code, json.loads(out)["file"]) == (0, "model.safetensors")
+    mine, written = load_file("m0/weights/last.safetensors"), load_file("model.safetensors")
+    assert all(np.array_equal(mine[name], written[name]) for name in mine)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["report", "nowhere"], "nowhere"),
+        (["compare", "m0"], "at least two"),
+        (["ensemble", "m0", "m0"], "twice"),
+        (["ensemble", "m0", "m1", "--weights", "1"], "weight"),
+        (["ensemble", "m0", "m1", "--weights", "a,b"], "0.5,0.25,0.25"),
+        (["ensemble", "m0", "m1", "--vote", "hard", "--fit-weights"], "--fit-weights"),
+        (["stack", "m0"], "at least two"),
+        (["stack", "m0", "nowhere"], "nowhere"),
+        (["predict", "m0", "nothing.png"], "nothing.png"),
+        (["predict", "m0", "m0/recipe.toml"], "recipe.toml"),
+        (["predict", "m0", "m0/recipe.toml", "--weights", "bset"], "best"),
+        (["export", "m0", "model.onxx"], ".onnx"),
+        (["export", "m0", "no/folder/model.onnx"], "no/folder"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_gives_one_line_and_status_2(call, runs, words, message):
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("fastcifar: ")
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
