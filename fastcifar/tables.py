@@ -32,6 +32,19 @@ ROOT = Path(__file__).resolve().parents[1]
 CARRYING_OUT = {"name", "title", "stage", "published", "target", "seed", "engine", "eval", "checkpoint"}
 RESULT_KEYS = ["last", "best", "selected", "epochs_done", "epochs", "hardware", "date", "training_s", "images_per_s"]
 RESULT_KEYS += ["git", "complete"]
+# What README.md tells of the benchmarks: file, row and baseline, in words. The rest is in benchmarks/README.md.
+HEADLINES = [
+    ("augment", "standard: fastcifar", "standard: published DataLoader, 4 workers", "crop, flip, rotate and normalize"),
+    ("augment", "autoaugment: fastcifar", "autoaugment: published DataLoader, 4 workers", "AutoAugment and normalize"),
+    ("augment", "autoaugment: fastcifar", "autoaugment: DALI auto_augment", "AutoAugment and normalize"),
+    ("loaders", "resident: epochs of 50,000 cifar10 images", "published DataLoader", "loading, set on the device"),
+    ("loaders", "ffcv: epochs of 50,000 cifar10 images", "stock ffcv", "loading from `.beton`"),
+    ("loaders", "dali: epochs of 50,000 cifar10 images", "stock dali", "loading from WebDataset"),
+    ("step", "lenet5", "bare PyTorch loop over tensors in memory", "training LeNet-5"),
+    ("step", "deep-bn: eager", "published loop", "training the deep baseline"),
+    ("optimizer", "wrn16_8: arena against foreach", "foreach", "SGD and EMA of WRN-16-8"),
+    ("optimizer", "deep_baseline_bn: arena against fused SGD", "fused SGD", "SGD and EMA of the deep baseline"),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +81,8 @@ def out_of_date(root: Path = ROOT) -> dict[Path, str]:
 def generated(root: Path) -> Iterator[tuple[Path, str]]:
     """Yield each file that has generated parts, with the text that it should have."""
     results = read_results(root / "benchmarks" / "results" / RESULTS.name)
-    blocks = {"ladder": ladder_table(results), "beyond": beyond_table(results), **benchmark_tables(root)}
+    blocks = {"ladder": ladder_table(results), "beyond": beyond_table(results), "speed": speed_table(root)}
+    blocks |= benchmark_tables(root)
     for page in (root / "README.md", root / "benchmarks" / "README.md"):
         if page.is_file():
             yield page, fill(page.read_text(encoding="utf-8"), blocks, page)
@@ -197,6 +211,25 @@ def _benchmark(name: str, reports: list[dict[str, Any]]) -> str:
     return "\n\n".join(_benchmark_table(report) for report in newest.values())
 
 
+def speed_table(root: Path) -> str:
+    """Return the table of the `HEADLINES`: a line for each and for each hardware that measured it."""
+    reports, cells = sorted(_reports(root / "benchmarks" / "results"), key=_date), []
+    for file, name, baseline, words in HEADLINES:
+        newest = {r["environment"]["hardware"]: r for r in reports if r["benchmark"] == file}
+        found = [
+            [words, baseline.split(": ")[-1], f"{_number(row['value'])} {row['unit']}", _times(row), on]
+            for on, report in newest.items()
+            for row in report["results"]
+            if (row["name"], row["baseline"]) == (name, baseline)
+        ]
+        cells += found or [[words, baseline.split(": ")[-1], NOT_MEASURED, NOT_MEASURED, NOT_MEASURED]]
+    return markdown(("what", "against", "ours", "times faster", "on"), cells)
+
+
+def _times(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.2f} ({_span(row['ratio_spread'])})"
+
+
 def _date(report: dict[str, Any]) -> str:
     return str(report["environment"]["date"])
 
@@ -204,7 +237,7 @@ def _date(report: dict[str, Any]) -> str:
 def _benchmark_table(report: dict[str, Any]) -> str:
     environment = report["environment"]
     rows = [
-        [row["name"], f"{row['value']:,.5g} {row['unit']}", _span(row["spread"]), str(row["n"]), _ratio(row)]
+        [row["name"], f"{_number(row['value'])} {row['unit']}", _span(row["spread"]), str(row["n"]), _ratio(row)]
         for row in report["results"]
     ]
     torch = environment.get("packages", {}).get("torch", "unknown")
@@ -212,14 +245,19 @@ def _benchmark_table(report: dict[str, Any]) -> str:
     return f"{head}\n\n{markdown(('what', 'median', 'spread', 'n', 'times faster than'), rows)}"
 
 
+def _number(value: float) -> str:
+    """Return four digits, and whole numbers from 1,000 on: ``0.1685``, ``289,712``."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def _span(pair: list[float]) -> str:
-    return f"{pair[0]:,.4g} to {pair[1]:,.4g}"
+    return f"{_number(pair[0])} to {_number(pair[1])}"
 
 
 def _ratio(row: dict[str, Any]) -> str:
     if row["ratio"] is None:
         return "no comparison"
-    return f"{row['ratio']:.2f} ({_span(row['ratio_spread'])}) {row['baseline']}"
+    return f"{_times(row)} {row['baseline']}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- add

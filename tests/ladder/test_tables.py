@@ -151,6 +151,23 @@ def test_a_benchmark_table_shows_the_newest_full_result_of_each_hardware(tmp_pat
     assert tables.benchmark_tables(tmp_path)["bench:loaders"] == f"{NOT_MEASURED}: `fastcifar bench loaders`"
 
 
+def test_the_speed_table_takes_its_rows_from_the_newest_results(tmp_path):
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    file, name, baseline, words = tables.HEADLINES[0]
+    row = {"name": name, "value": 654321.0, "unit": "images/s", "spread": [1.0, 3.0], "n": 5, "baseline": baseline}
+    row |= {"ratio": 1234.5, "ratio_spread": [0.25, 2000.0]}
+    others = [row | {"baseline": "another"}, row | {"name": "another"}]
+    environment = {"hardware": "A", "date": "2026-01-01"}
+    report = {"benchmark": file, "quick": False, "environment": environment, "results": [*others, row]}
+    (folder / "a.json").write_text(json.dumps({"benchmarks": [report]}))
+    lines = tables.speed_table(tmp_path).splitlines()[2:]
+    assert len(lines) == len(tables.HEADLINES)
+    wanted = "published DataLoader, 4 workers | 654,321 images/s | 1234.50 (0.25 to 2,000) | A |"
+    assert lines[0] == f"| {words} | {wanted}"
+    assert all(line.count(NOT_MEASURED) == 3 for line in lines[1:])
+
+
 def test_the_ladder_table_has_the_ladders_rows():
     names = [line.split("`")[1] for line in tables.ladder_table([]).splitlines()[2:]]
     assert names == ladder_rows()
