@@ -9,6 +9,8 @@
 - ``summary.json``: the result.
 """
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -165,6 +167,35 @@ class Run:
         # Last, because this file is what makes the folder a run.
         write_atomic(folder / "recipe.toml", to_toml(recipe))
         return cls(folder)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from writing to this run; the lock goes with the process, however it ends.
+
+        Raises:
+            UserError: another process has it.
+        """
+        path = self.folder / ".lock"
+        try:
+            file = path.open("a+")
+        except OSError as error:
+            refuse_disk(path, error)
+        with file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    file.seek(0)
+                    raise UserError(
+                        f"{self.folder}: process {file.read() or 'unknown'} is at work on this run; wait until it "
+                        "ends, or stop it with Ctrl-C or `kill`: nothing is lost"
+                    ) from None
+                # Some network file systems know no locks; a run is more use there than a refusal.
+            else:
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
+            yield
 
     def keep_epochs(self, epochs: int) -> None:
         """Drop the metrics of later epochs than the checkpoint that a resume starts from."""

@@ -40,7 +40,7 @@ def run(
 
         raise UserError("--set changes the recipe, but a resumed run keeps its own; start a new run instead")
     found = open_run(loaded, out, resume)
-    with interruptible(f"stopped; go on with `fastcifar run --resume {found.folder}`"):
+    with found.alone(), interruptible(f"stopped; go on with `fastcifar run --resume {found.folder}`"):
         summary = carry_out(found, data, stop_after, quiet)
     if json_:
         print_json({**summary, "run": str(found.folder)})

@@ -134,7 +134,8 @@ def train_here(job: Job, data: Path | None) -> None:
     begun = (job.folder / "recipe.toml").is_file()
     run = open_run(None, None, str(job.folder)) if begun else open_run(job.recipe, job.folder, None)
     try:
-        train(job.recipe, run, data=data, quiet=True)
+        with run.alone():
+            train(job.recipe, run, data=data, quiet=True)
     except UserError:
         raise
     except Exception as error:

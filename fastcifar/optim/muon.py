@@ -15,7 +15,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 class MuonUpdate:
     """Jordan et al., 2024: orthogonalized Nesterov momentum for convolution weights, SGD for everything else.
 
-    A convolution's weight counts as a matrix of one row per output. Weight decay is decoupled. Both learning rates
+    A convolution's weight counts as a matrix of one row per output. Weight decay is decoupled. All learning rates
     follow the schedule.
     """
 
@@ -23,6 +23,7 @@ class MuonUpdate:
         self._config, self._arena, self._averages = config, arena, averages
         self._other = Descent(config.momentum_other, nesterov=True, weight_decay=0.0)
         self._momentum = arena.add("momentum")
+        self._ranges = _ranges(config, arena)
         self._groups = _by_shape([s for s in arena.segments if s.offset < arena.conv_end])
         self._operations = operations(arena.weights)
 
@@ -33,11 +34,12 @@ class MuonUpdate:
             arena.weights.copy_(saved)
         if coefficient is not None:
             arena.grads.mul_(coefficient)
-        other = lr * (self._config.lr_other / self._config.lr)
         arena.weights[:end].mul_(1 - lr * self._config.weight_decay)
-        arena.weights[end:].mul_(1 - other * self._config.weight_decay)
         self._convolutions(lr)
-        self._operations.descend(arena.weights[end:], arena.grads[end:], self._momentum[end:], self._other, other)
+        for part, factor in self._ranges:
+            weights, rate = arena.weights[part], lr * factor
+            weights.mul_(1 - rate * self._config.weight_decay)
+            self._operations.descend(weights, arena.grads[part], self._momentum[part], self._other, rate)
         if self._averages is not None:
             average(arena.weights, self._averages)
         arena.grads[:end].zero_()
@@ -57,6 +59,15 @@ class MuonUpdate:
                 if config.normalize:
                     weight.mul_(len(weight) ** 0.5 / torch.linalg.vector_norm(weight))
                 weight.sub_(step * lr)
+
+
+def _ranges(config: MuonConfig, arena: Arena) -> list[tuple[slice, float]]:
+    """Return what is not convolutions, each range with its learning rate as a multiple of theirs."""
+    other = config.lr_other / config.lr
+    if config.lr_head is None or config.lr_head == config.lr_other:
+        return [(slice(arena.conv_end, None), other)]
+    head = slice(arena.conv_end, arena.matrix_end)
+    return [(head, config.lr_head / config.lr), (slice(arena.matrix_end, None), other)]
 
 
 def _by_shape(segments: list[Segment]) -> list[list[Segment]]:

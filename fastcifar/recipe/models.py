@@ -241,11 +241,13 @@ class AdamConfig(OptimizerBase):
 class MuonConfig(OptimizerBase):
     """Muon (Jordan et al., 2024) on convolution weights, SGD with Nesterov momentum on everything else.
 
-    ``normalize`` keeps each convolution's weight at norm sqrt(outputs), as airbench does.
+    ``lr_head`` is the learning rate of linear weights, ``lr_other`` by default. ``normalize`` keeps each convolution's
+    weight at norm sqrt(outputs), as airbench does.
     """
 
     name: Literal["muon"]
     momentum: Fraction = 0.6
+    lr_head: Positive | None = None
     lr_other: Positive = 0.05
     momentum_other: Fraction = 0.85
     normalize: bool = False

@@ -103,6 +103,21 @@ def test_a_resumed_run_keeps_its_recipe(tiny):
     assert "a resumed run keeps its own" in done.stderr
 
 
+def test_two_processes_cannot_train_one_run_and_a_killed_one_leaves_it_free(tiny):
+    words = [sys.executable, "-m", "fastcifar", "run", "tiny.toml", "--out", "here", "--set", "train.epochs=5000"]
+    child = subprocess.Popen(words, cwd=tiny, stderr=subprocess.DEVNULL)
+    while not list(tiny.glob("here/checkpoints/epoch-*")):
+        assert child.poll() is None
+        time.sleep(0.05)
+    done = fastcifar("run", "--resume", "here", cwd=tiny)
+    assert done.returncode == 2
+    assert f"here: process {child.pid} is at work on this run" in done.stderr
+    child.kill()
+    child.wait()
+    done = fastcifar("run", "--resume", "here", "--stop-after", "1", cwd=tiny)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_with_the_way_to_go_on(tiny, number):
     words = [sys.executable, "-m", "fastcifar", "run", "tiny.toml", "--out", "here", "--set", "train.epochs=5000"]

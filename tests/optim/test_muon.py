@@ -39,7 +39,8 @@ def newton_schulz(g: Tensor) -> Tensor:
 def reference_step(model: torch.nn.Module, momenta: dict[str, Tensor], config: MuonConfig) -> None:
     for name, p in model.named_parameters():
         conv = p.ndim == 4
-        mu, lr = (config.momentum, config.lr) if conv else (config.momentum_other, config.lr_other)
+        mu = config.momentum if conv else config.momentum_other
+        lr = config.lr if conv else (config.lr_head or config.lr_other) if p.ndim == 2 else config.lr_other
         momenta[name] = mu * momenta.get(name, 0.0) + p.grad
         step = p.grad + mu * momenta[name]
         p.data *= 1 - lr * config.weight_decay
@@ -49,9 +50,11 @@ def reference_step(model: torch.nn.Module, momenta: dict[str, Tensor], config: M
         p.grad = None
 
 
+@pytest.mark.parametrize("lr_head", [None, 0.05])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_steps_equal_the_transcription(normalize: bool) -> None:
-    config = MuonConfig(name="muon", lr=0.02, lr_other=0.01, weight_decay=0.01, normalize=normalize)
+def test_steps_equal_the_transcription(normalize: bool, lr_head: float | None) -> None:
+    rates = {"lr": 0.02, "lr_head": lr_head, "lr_other": 0.01}
+    config = MuonConfig(name="muon", **rates, weight_decay=0.01, normalize=normalize)
     net, momenta = make_net(1), {}
     expected = copy.deepcopy(net).double()
     arena = Arena(net)
