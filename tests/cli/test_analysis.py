@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from fastcifar.cli import main
 from fastcifar.models import build_model
+from fastcifar.recipe import load_recipe
+from fastcifar.record import Run
 from tests.rundir import accuracy, make_members
 
 
@@ -84,6 +86,25 @@ def test_stack_names_its_protocol(call, runs, protocol):
     code, out, _ = call("stack", "m0", "m1", "--meta", "logistic", "--protocol", protocol, "--json")
     assert code == 0
     assert json.loads(out)["last"]["protocol"].startswith(protocol)
+
+
+@pytest.mark.parametrize("name", ["ensemble-fitted", "stacking-honest"])
+def test_honest_combinations_run_as_recipes(call, runs, name):
+    members = load_recipe(f"beyond/{name}").combine.members
+    for member, run in zip(members, runs.values(), strict=True):
+        path = run.folder / "recipe.toml"
+        path.write_text(path.read_text().replace(f'name = "{run.folder.name}"', f'name = "{member}"', 1))
+    code, out, err = call("run", f"beyond/{name}", "--out", "combined", "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert [member["name"] for member in summary["members"]] == members
+    best = max(run.summary["selected"]["accuracy"] for run in runs.values())
+    assert summary["selected"]["accuracy"] > best - 2
+    assert summary["selected"]["accuracy"] == accuracy(Run.open("combined").logits("test/selected/raw"), labels(runs))
+
+
+def labels(runs):
+    return runs["m0"].logits("test/labels")
 
 
 def test_predict_lists_classes_of_an_image(call, runs):
