@@ -45,7 +45,8 @@ def test_prediction_adds_up():
     recipe = load_recipe("wrn-200")
     times = {budget.step_key(recipe): 0.01, budget.evaluation_key(recipe): 1e-5, budget.compilation_key(recipe): 60.0}
     found = budget.predict(recipe, times)
-    evaluations = 2 * (200 * 10_000 + 50_000) if recipe.ema else 200 * 10_000 + 50_000
+    # Raw and averaged weights each epoch; on the training images once each, and the best ones.
+    evaluations = 2 * 200 * 10_000 + 3 * 50_000
     assert found.total_s == pytest.approx(60 + 200 * 391 * 0.01 + evaluations * 1e-5)
 
 
