@@ -1,4 +1,4 @@
-# `make run` trains the smoke recipe, `make test` runs every check; both make .venv first (scripts/setup.sh).
+# `make run` trains the smoke recipe, `make test` runs every check; both make .venv first (tools/setup.sh).
 # Needs Python 3.11 or newer, make and a C++ compiler. Another interpreter: make PYTHON=/path/to/python3 run
 
 PYTHON ?= python3
@@ -19,13 +19,13 @@ help:
 	@echo "make clean     remove .venv and what tools left behind (not runs/ and not data/)"
 
 environment:
-	@PYTHON="$(PYTHON)" bash scripts/setup.sh
+	@PYTHON="$(PYTHON)" bash tools/setup.sh
 
 run: environment
 	$(BIN)/fastcifar run smoke
 
 lint: environment
-	$(BIN)/ruff check fastcifar tests benchmarks scripts
+	$(BIN)/ruff check fastcifar tests benchmarks tools
 	$(BIN)/mypy
 
 # One thread per process: two processes share two cores; tests that want more set it themselves.
@@ -39,15 +39,15 @@ bench: environment
 	$(BIN)/fastcifar bench all
 
 tables: environment
-	$(BIN)/python -m fastcifar.tables
+	$(BIN)/python -m tools.tables
 
 # No environment here: a GPU machine without a network brings its own Python, or unpacks gpu-pack/ first.
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu.py $(if $(PIECE),--piece $(PIECE))
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu.py $(if $(PIECE),--piece $(PIECE))
 
 gpu-pack: environment
-	$(BIN)/python scripts/gpu_pack.py
+	$(BIN)/python tools/gpu_pack.py
 
 clean:
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
-	find fastcifar tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fastcifar tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +

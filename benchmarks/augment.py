@@ -38,9 +38,9 @@ def run(quick: bool) -> list[Row]:
 def training_images() -> tuple[Any, Any]:
     import numpy as np
 
+    from fastcifar.config.schema import DataConfig
     from fastcifar.data.store import resolve_store
     from fastcifar.errors import UserError
-    from fastcifar.recipe.models import DataConfig
 
     try:
         store = resolve_store(DataConfig(source="cifar10"))
@@ -68,9 +68,9 @@ def rate(count: int, work: Callable[[], Any]) -> Side:
 
 def fastcifar(kind: str, images: Any) -> Side:
     """Our kernel on batches of a resident set, a new epoch each round."""
-    from fastcifar.augment.apply import build_augment
+    from fastcifar.augment.augment import build_augment
+    from fastcifar.config.schema import AugmentConfig
     from fastcifar.data.batch import Batch
-    from fastcifar.recipe.models import AugmentConfig
 
     where = device()
     augment = build_augment(

@@ -29,9 +29,9 @@ PUBLISHED = "published DataLoader"
 
 
 def find_store(quick: bool = False) -> Any:
+    from fastcifar.config.schema import DataConfig
     from fastcifar.data.store import resolve_store
     from fastcifar.errors import UserError
-    from fastcifar.recipe.models import DataConfig
 
     try:
         return resolve_store(DataConfig(source="synthetic" if quick else "cifar10"))
@@ -41,8 +41,8 @@ def find_store(quick: bool = False) -> Any:
 
 def ours(name: str, store: Any) -> Callable[[], Iterable[Any]]:
     """Return what starts the next epoch of one of our loaders."""
+    from fastcifar.config.schema import LoaderConfig
     from fastcifar.data.loaders import build_loader
-    from fastcifar.recipe.models import LoaderConfig
 
     backend, *order = name.split()
     config = LoaderConfig(name=backend, workers=WORKERS, order=order[0] if order else "plan")

@@ -16,9 +16,9 @@ from pydantic import TypeAdapter
 from torch.nn import functional as F
 
 from common import Row, device, main, result, timed
-from fastcifar.commands.models import CATALOGUE
+from fastcifar.cli.models import CATALOGUE
+from fastcifar.config.schema import ModelConfig
 from fastcifar.models import bind_counter, build_model
-from fastcifar.recipe.models import ModelConfig
 
 QUICK = ("lenet5", "deep_baseline_bn", "speednet")
 BATCH = {"cpu": 16, "cuda": 512}

@@ -1,7 +1,7 @@
-"""ASAM + SGD + EMA on one model's parameters: the arena's three operations against what torch offers.
+"""ASAM + SGD + EMA on one model's parameters: the flat parameters' three operations against what torch offers.
 
 Sides: a Python loop over tensors (as public SAM implementations do it), ``torch._foreach_*``, and
-``torch.optim.SGD(fused=True)`` with a foreach climb and average. Bytes are counted, not estimated: by operator for
+``torch.optim.SGD(fused=True)`` with a foreach ascend and average. Bytes are counted, not estimated: by operator for
 everything made of torch calls, by buffer for the Triton kernels. On a GPU every side is also captured as a CUDA graph,
 so that launch overhead is out of the comparison, and the share of the measured copy bandwidth is given.
 """
@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common import Row, alternate, device, main, result, timed
+from fastcifar.config.schema import AsamConfig, EmaConfig, Recipe, SGDConfig
 from fastcifar.models import build_model
-from fastcifar.optim.arena import Arena
-from fastcifar.optim.asam import Perturbation
-from fastcifar.optim.ema import build_averages
-from fastcifar.optim.update import build_update
-from fastcifar.recipe.models import AsamConfig, EmaConfig, Recipe, SGDConfig
+from fastcifar.train.ema import build_averages
+from fastcifar.train.flat_parameters import FlatParameters
+from fastcifar.train.sam import Perturbation
+from fastcifar.train.update import build_update
 
 RHO, LR, MOMENTUM, WEIGHT_DECAY, DECAY = 2.0, 0.1, 0.9, 5e-4, 0.999
 # norm: w, g; ascend: reads w, g, writes w, saved, g; descend: reads saved, g, v, a, writes w, v, a, g. The two
@@ -65,7 +65,7 @@ def _skipped(func: Any) -> int:
 
 
 class Side:
-    """One way to do it; a subclass climbs and descends by gradients that `refill` puts in place."""
+    """One way to do it; a subclass ascends and descends by gradients that `refill` puts in place."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = list(model.parameters())
@@ -82,10 +82,10 @@ class Side:
     def __call__(self) -> None:
         """Do both."""
         with torch.no_grad():
-            self.climb()
+            self.ascend()
             self.descend()
 
-    def climb(self) -> None:
+    def ascend(self) -> None:
         """Save w, go to w + e, clear the gradient."""
         raise NotImplementedError
 
@@ -99,21 +99,21 @@ class ArenaSide(Side):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.arena = Arena(model)
-        averages = build_averages(self.arena, EmaConfig(decay=DECAY))
-        self.perturbation = Perturbation(self.arena, AsamConfig(rho=RHO))
+        self.flat = FlatParameters(model)
+        averages = build_averages(self.flat, EmaConfig(decay=DECAY))
+        self.perturbation = Perturbation(self.flat, AsamConfig(rho=RHO))
         config = SGDConfig(name="sgd", lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-        self.update = build_update(config, self.arena, averages)
-        on_gpu = self.arena.weights.is_cuda
-        self.lr: Any = torch.full((1,), LR, device=self.arena.weights.device) if on_gpu else LR
+        self.update = build_update(config, self.flat, averages)
+        on_gpu = self.flat.weights.is_cuda
+        self.lr: Any = torch.full((1,), LR, device=self.flat.weights.device) if on_gpu else LR
 
     def refill(self) -> None:
         """Put gradients in place."""
-        self.arena.grads.fill_(0.01)
+        self.flat.grads.fill_(0.01)
 
-    def climb(self) -> None:
+    def ascend(self) -> None:
         """Save w, go to w + e, clear the gradient."""
-        self.perturbation.climb()
+        self.perturbation.ascend()
 
     def descend(self) -> None:
         """Go back to w, update, average, clear the gradient."""
@@ -128,7 +128,7 @@ class LoopSide(Side):
         self.saved = [torch.empty_like(p) for p in self.parameters]
         self.momenta = [torch.zeros_like(p) for p in self.parameters]
 
-    def climb(self) -> None:
+    def ascend(self) -> None:
         """Save w, go to w + e, clear the gradient."""
         norms = [(p.abs() * p.grad).norm() for p in self.parameters]
         factor = RHO / (torch.stack(norms).norm() + 1e-12)
@@ -150,7 +150,7 @@ class LoopSide(Side):
 
 
 class ForeachSide(Side):
-    """``torch._foreach_*`` for the climb and the average; torch.optim.SGD, foreach or fused, for the update."""
+    """``torch._foreach_*`` for the ascend and the average; torch.optim.SGD, foreach or fused, for the update."""
 
     def __init__(self, model: nn.Module, fused: bool) -> None:
         super().__init__(model)
@@ -159,7 +159,7 @@ class ForeachSide(Side):
         settings: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "nesterov": True, "weight_decay": WEIGHT_DECAY}
         self.optimizer = torch.optim.SGD(self.parameters, **settings, **how)
 
-    def climb(self) -> None:
+    def ascend(self) -> None:
         """Save w, go to w + e, clear the gradient."""
         grads = [p.grad for p in self.parameters]
         scaled = torch._foreach_abs(self.parameters)
@@ -181,7 +181,7 @@ class ForeachSide(Side):
 
 
 SIDES: dict[str, Callable[[nn.Module], Side]] = {
-    "arena": ArenaSide,
+    "flat": ArenaSide,
     "loop": LoopSide,
     "foreach": lambda model: ForeachSide(model, fused=False),
     "fused SGD": lambda model: ForeachSide(model, fused=True),
@@ -199,11 +199,11 @@ def check(sides: dict[str, Side]) -> None:
     for side in sides.values():
         side.refill()
         side()
-    ours = [p.detach().clone() for p in sides["arena"].parameters]
+    ours = [p.detach().clone() for p in sides["flat"].parameters]
     for name, side in sides.items():
         for a, b in zip(ours, side.parameters, strict=True):
             if not torch.allclose(a, b, rtol=1e-4, atol=1e-6):
-                raise RuntimeError(f"{name} computes something else than the arena")
+                raise RuntimeError(f"{name} computes something else than the flat parameters")
 
 
 def graphed(side: Side) -> Callable[[], None]:
@@ -230,7 +230,7 @@ def measure(work: Callable[[], None], side: Side, where: torch.device, repeats: 
 
 def bytes_of(side: Side, parameters: int, statistics: int) -> tuple[int, int]:
     """Return the bytes that one call moves, and its number of operators or kernels."""
-    if isinstance(side, ArenaSide) and side.arena.weights.is_cuda:
+    if isinstance(side, ArenaSide) and side.flat.weights.is_cuda:
         return LEAST_BYTES * parameters + 12 * statistics, 3
     with CountBytes() as count:
         side()
@@ -248,17 +248,17 @@ def copy_bandwidth(where: torch.device, megabytes: int) -> float:
 def rows_for(name: str, where: torch.device, rounds: int, repeats: int) -> list[Row]:
     sides = make_sides(name, where)
     check(sides)
-    n, m = (sum(t.numel() for t in ts) for ts in (sides["arena"].parameters, sides["arena"].stats))
+    n, m = (sum(t.numel() for t in ts) for ts in (sides["flat"].parameters, sides["flat"].stats))
     works: dict[str, tuple[Callable[[], None], Side]] = {side: (s, s) for side, s in sides.items()}
     if where.type == "cuda":
         works |= {f"{side}, graph": (graphed(s), s) for side, s in sides.items()}
     times = alternate({k: lambda w=w: measure(*w, where, repeats) for k, w in works.items()}, rounds)  # type: ignore
-    best = "arena, graph" if where.type == "cuda" else "arena"
+    best = "flat, graph" if where.type == "cuda" else "flat"
     rows = [result(f"{name} ({n:,} parameters): {best}", times[best], "ms")]
     for other in works:
-        ours = times["arena, graph" if other.endswith("graph") else "arena"]
-        if not other.startswith("arena"):
-            label = f"{name}: {'arena, graph' if other.endswith('graph') else 'arena'} against {other}"
+        ours = times["flat, graph" if other.endswith("graph") else "flat"]
+        if not other.startswith("flat"):
+            label = f"{name}: {'flat, graph' if other.endswith('graph') else 'flat'} against {other}"
             rows.append(result(label, ours, "ms", other, times[other], higher_is_better=False))
     counted = {side: bytes_of(s, n, m) for side, s in sides.items()}
     for side, (moved, calls) in counted.items():
@@ -268,8 +268,8 @@ def rows_for(name: str, where: torch.device, rounds: int, repeats: int) -> list[
     if where.type == "cuda":
         speed = copy_bandwidth(where, 1024)
         rows.append(result(f"{name}: copy bandwidth", [speed / 1e9], "GB/s"))
-        shares = [100 * counted["arena"][0] / (ms / 1e3) / speed for ms in times[best]]
-        rows.append(result(f"{name}: arena's share of copy bandwidth", shares, "%"))
+        shares = [100 * counted["flat"][0] / (ms / 1e3) / speed for ms in times[best]]
+        rows.append(result(f"{name}: flat's share of copy bandwidth", shares, "%"))
     return rows
 
 

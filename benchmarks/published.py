@@ -44,7 +44,7 @@ class Asam:
     """ASAM tensor by tensor: e = rho w^2 g / (|| |w| g || + 1e-12), one norm over all tensors."""
 
     def __init__(self, model: nn.Module, rho: float) -> None:
-        self.model, self.rho, self.climbs = model, rho, {}
+        self.model, self.rho, self.ascends = model, rho, {}
 
     @torch.no_grad()
     def ascend(self) -> None:
@@ -54,14 +54,14 @@ class Asam:
         for p in self.model.parameters():
             e = p.pow(2) * p.grad * (self.rho / norm)
             p.add_(e)
-            self.climbs[p] = e
+            self.ascends[p] = e
         self.model.zero_grad()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Go back to w."""
         for p in self.model.parameters():
-            p.sub_(self.climbs[p])
+            p.sub_(self.ascends[p])
 
 
 class Ema:

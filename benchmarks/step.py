@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 
 from common import Row, alternate, device, main, result, timed
-from fastcifar.augment.apply import build_augment
+from fastcifar.augment.augment import build_augment
 from fastcifar.augment.mix import build_mix
-from fastcifar.augment.ops import AutoAugment, Rotate
+from fastcifar.config import load_recipe
+from fastcifar.config.operations import AutoAugment, Rotate
+from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
-from fastcifar.engine.run import DTYPES
-from fastcifar.engine.step import Step, build_step
 from fastcifar.models import build_model
-from fastcifar.optim.asam import Perturbation
-from fastcifar.recipe import load_recipe
-from fastcifar.recipe.models import Recipe
+from fastcifar.train.run import DTYPES
+from fastcifar.train.sam import Perturbation
+from fastcifar.train.step import Step, build_step
 from published import PublishedLoop
 
 IMAGES, BATCH = 50_000, 128
@@ -158,7 +158,7 @@ def parts(name: str, ours: Ours, repeats: int) -> list[Row]:
         "forward and backward, once": lambda: step.passes(images, target),
     }
     if ours.recipe.asam is not None:
-        sides["norm and climb"] = Perturbation(step.arena, ours.recipe.asam).climb
+        sides["norm and ascend"] = Perturbation(step.flat, ours.recipe.asam).ascend
     sides["update, average, clearing"] = lambda: step.update(step.cursor.lr)
     rows = []
     for what, work in sides.items():

@@ -10,16 +10,16 @@ from collections.abc import Callable
 import torch
 
 from common import Row, alternate, device, main, result, timed
-from fastcifar.augment.apply import build_augment
+from fastcifar.augment.augment import build_augment
 from fastcifar.augment.mix import build_mix
-from fastcifar.budget import compilation_key, evaluation_key, step_key
+from fastcifar.config import load_recipe, shipped_recipes
+from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
-from fastcifar.engine.run import DTYPES
-from fastcifar.engine.step import build_step
 from fastcifar.models import build_model
+from fastcifar.models.budget import compilation_key, evaluation_key, step_key
 from fastcifar.models.cost import cost_of_config
-from fastcifar.recipe import load_recipe, shipped_recipes
-from fastcifar.recipe.models import Recipe
+from fastcifar.train.run import DTYPES
+from fastcifar.train.step import build_step
 
 STEPS_PER_EPOCH = 391
 GPU_LESS_GMACS = 50.0  # of a batch's forward pass; one step of more takes over 2 s on two cores

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from common import Row, main, result
-from fastcifar.engine.run import train
-from fastcifar.recipe import load_recipe
-from fastcifar.recipe.models import Recipe
-from fastcifar.runs import open_run
+from fastcifar.config import load_recipe
+from fastcifar.config.schema import Recipe
+from fastcifar.open_run import open_run
+from fastcifar.train.run import train
 
 RUNS = {"beyond/speed94": 20, "beyond/speed96": 10}
 QUICK_RUNS = {"smoke": 2}

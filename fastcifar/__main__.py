@@ -1,5 +1,5 @@
 """``python -m fastcifar``."""
 
-from fastcifar.cli import main
+from fastcifar.cli.main import main
 
 main()

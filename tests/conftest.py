@@ -38,8 +38,8 @@ def real_store(cache: Path):
     """The real CIFAR-10 as a raw store."""
     if not REAL:
         pytest.skip("real CIFAR-10: FASTCIFAR_DATA is not set")
+    from fastcifar.config.schema import DataConfig
     from fastcifar.data.store import resolve_store
-    from fastcifar.recipe.models import DataConfig
 
     return resolve_store(DataConfig(source="cifar10"), Path(REAL))
 
@@ -47,8 +47,8 @@ def real_store(cache: Path):
 @pytest.fixture(scope="session")
 def synthetic_store(cache: Path):
     """The drawn images as a raw store: 2,000 to train on, 1,000 to test."""
+    from fastcifar.config.schema import DataConfig
     from fastcifar.data.store import resolve_store
-    from fastcifar.recipe.models import DataConfig
 
     return resolve_store(DataConfig(source="synthetic"))
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.philox import Stream, philox
-from fastcifar.recipe.models import MixConfig
+from fastcifar.config.schema import MixConfig
+from fastcifar.kernels.philox import Stream, philox
 
 QUANTILE_BITS = 16
 WORD = 1 << 32

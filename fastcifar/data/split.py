@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fastcifar.errors import UserError
-from fastcifar.philox import Stream, philox
+from fastcifar.kernels.philox import Stream, philox
 
 
 def subset_rows(labels: np.ndarray, per_class: int) -> np.ndarray:

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from fastcifar.config.schema import DataConfig
 from fastcifar.data import formats
 from fastcifar.data.formats import Split
 from fastcifar.data.sources import DataSet, Source, find_source, known_place, read_source
 from fastcifar.errors import UserError
-from fastcifar.recipe.models import DataConfig
 
 __all__ = ["FORMATS", "Split", "Store", "convert", "open_store", "resolve_store", "store_as", "verify"]
 

@@ -1,7 +1,7 @@
 """Ten drawn classes: what smoke recipes and tests train on, made in a moment, without a download.
 
 Every image is one shape in a random place, size and colour on a background of another colour with a gradient and
-noise. The numbers come from `fastcifar.philox`, so the images are the same on every machine.
+noise. The numbers come from `fastcifar.kernels.philox`, so the images are the same on every machine.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastcifar.data.formats.raw import Split
-from fastcifar.philox import Stream, philox
+from fastcifar.kernels.philox import Stream, philox
 
 SEED = 20240601
 SIZE_PX = 32

@@ -10,11 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcifar.config import CombineRecipe, Recipe, to_toml
 from fastcifar.errors import UserError
-from fastcifar.ladder.climb import OutOfTime, RowFailed
-from fastcifar.ladder.plan import Job
-from fastcifar.recipe import CombineRecipe, Recipe, to_toml
-from fastcifar.record import Run, write_atomic
+from fastcifar.ladder.execute import OutOfTime, RowFailed
+from fastcifar.ladder.rows import Job
+from fastcifar.run_directory import RunDirectory, write_atomic
 
 POLL_S = 0.2
 # A stopped row finishes the checkpoint it is writing; one that does not end by then is killed and loses an epoch.
@@ -97,7 +97,7 @@ def watch(
 def epochs_in_words(job: Job) -> str:
     """Return ``seed 42, epoch 3/20, 55.10%`` from what the row has recorded so far."""
     assert isinstance(job.recipe, Recipe)
-    rows = Run(job.folder).metrics()
+    rows = RunDirectory(job.folder).metrics()
     tests = [row["test"] for row in rows if "test" in row]
     accuracy = f", {list(tests[-1].values())[-1]['accuracy']:.2f}%" if tests else ""
     return f"seed {job.seed}, epoch {len(rows)}/{job.recipe.train.epochs}{accuracy}"
@@ -125,10 +125,10 @@ def train_here(job: Job, data: Path | None) -> None:
 
     Raises:
         RowFailed: anything went wrong inside.
-        UserError: as `fastcifar.engine.run.train` does.
+        UserError: as `fastcifar.train.run.train` does.
     """
-    from fastcifar.engine.run import train
-    from fastcifar.runs import open_run
+    from fastcifar.open_run import open_run
+    from fastcifar.train.run import train
 
     assert isinstance(job.recipe, Recipe)
     begun = (job.folder / "recipe.toml").is_file()
@@ -146,9 +146,9 @@ def combine(job: Job) -> None:
     """Combine the members' saved logits.
 
     Raises:
-        UserError: as `fastcifar.combine.run_combine` does.
+        UserError: as `fastcifar.analysis.combine.run_combine` does.
     """
-    from fastcifar.combine import run_combine
+    from fastcifar.analysis.combine import run_combine
 
     assert isinstance(job.recipe, CombineRecipe)
-    run_combine(job.recipe, {name: Run.open(folder) for name, folder in job.members.items()}, job.folder)
+    run_combine(job.recipe, {name: RunDirectory.open(folder) for name, folder in job.members.items()}, job.folder)

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastcifar.config import CombineRecipe, Recipe
 from fastcifar.errors import UserError
-from fastcifar.ladder.figures import Difference, Figures, Mean, difference, figures_of
-from fastcifar.ladder.plan import Job, catalogue
-from fastcifar.recipe import CombineRecipe, Recipe
-from fastcifar.record import Run
+from fastcifar.ladder.metrics import Difference, Mean, Metrics, difference, metrics_of
+from fastcifar.ladder.rows import Job, catalogue
+from fastcifar.run_directory import RunDirectory
 
 DONE, RUNNING, CUT, FAILED, BLOCKED, WAITING = "done", "running", "cut", "failed", "blocked", "waiting"
 
 
 @dataclass(frozen=True)
 class Note:
-    """What this climb knows about a job beyond its directory: it runs, it failed, or it waits for a failed one."""
+    """What this ascend knows about a job beyond its directory: it runs, it failed, or it waits for a failed one."""
 
     state: str
     message: str = ""
@@ -31,7 +31,7 @@ def stored_state(job: Job) -> str:
     """
     if not (job.folder / "recipe.toml").is_file():
         return WAITING
-    run = Run.open(job.folder)
+    run = RunDirectory.open(job.folder)
     if _settings(run.recipe) != _settings(job.recipe):
         raise UserError(
             f"{job.folder}: holds a run of other settings than {job.row} has now; move it away, or choose another --out"
@@ -40,7 +40,7 @@ def stored_state(job: Job) -> str:
 
 
 def _settings(recipe: Recipe | CombineRecipe) -> dict[str, Any]:
-    """Return what decides a run's result: the recipe without its texts and published figures."""
+    """Return what decides a run's result: the recipe without its texts and published metrics."""
     return recipe.model_dump(exclude={"name", "title", "stage", "published", "target"})
 
 
@@ -62,10 +62,10 @@ _EMPTY: dict[str, Any] = dict.fromkeys(
 
 
 def _measured(job: Job) -> dict[str, Any]:
-    """Return the figures in a run directory: its summary's, or its metrics' where it has not ended."""
+    """Return the metrics in a run directory: its summary's, or its metrics' where it has not ended."""
     if not (job.folder / "recipe.toml").is_file():
         return {}
-    run = Run.open(job.folder)
+    run = RunDirectory.open(job.folder)
     if run.has_summary:
         return result_row(run)
     rows = run.metrics()
@@ -77,7 +77,7 @@ def _epochs(job: Job) -> int:
     return train.epochs if train else 0
 
 
-def result_row(run: Run) -> dict[str, Any]:
+def result_row(run: RunDirectory) -> dict[str, Any]:
     """Return a run's results in the form of the ladder's results file; accuracies in percent."""
     summary = run.summary
     accuracies = {which: (summary.get(which) or {}).get("accuracy") for which in ("last", "best", "selected")}
@@ -105,7 +105,7 @@ class Row:
         state: of its least happy seed.
         message: what went wrong, or how far the running seed is.
         published_best, published_last: in percent, where published.
-        figures: over the seeds that have results, None where none has.
+        metrics: over the seeds that have results, None where none has.
         seeds: one record per seed, as in ``ladder.json``.
     """
 
@@ -116,18 +116,18 @@ class Row:
     message: str
     published_best: float | None
     published_last: float | None
-    figures: Figures | None
+    metrics: Metrics | None
     seeds: list[dict[str, Any]]
 
     @property
     def best(self) -> Mean | None:
         """Ours, at the best epochs on the test set."""
-        return self.figures.best if self.figures else None
+        return self.metrics.best if self.metrics else None
 
     @property
     def last(self) -> Mean | None:
         """Ours, at the last epochs."""
-        return self.figures.last if self.figures else None
+        return self.metrics.last if self.metrics else None
 
     @property
     def difference_best(self) -> Difference | None:
@@ -141,7 +141,7 @@ class Row:
 
     @property
     def _complete(self) -> bool:
-        return self.figures is not None and self.figures.complete
+        return self.metrics is not None and self.metrics.complete
 
     @property
     def wall_clock_s(self) -> float | None:
@@ -159,7 +159,7 @@ class Ledger:
 
     Attributes:
         jobs: in the order to run them.
-        notes: by run directory, what only this climb knows.
+        notes: by run directory, what only this ascend knows.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -203,7 +203,7 @@ def _row(name: str, recipe: Recipe | CombineRecipe, seeds: list[dict[str, Any]])
         message=worst["message"],
         published_best=published.best if published else None,
         published_last=published.last if published else None,
-        figures=figures_of([seed for seed in seeds if seed["last"] is not None]),
+        metrics=metrics_of([seed for seed in seeds if seed["last"] is not None]),
         seeds=seeds,
     )
 
@@ -214,7 +214,7 @@ def content(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    figures = row.figures
+    metrics = row.metrics
     return {
         "name": row.name,
         "title": row.title,
@@ -224,12 +224,12 @@ def _row_json(row: Row) -> dict[str, Any]:
         "published": {"best": row.published_best, "last": row.published_last},
         "best": _mean_json(row.best),
         "last": _mean_json(row.last),
-        "selected": _mean_json(figures.selected if figures else None),
+        "selected": _mean_json(metrics.selected if metrics else None),
         "difference_best": _difference_json(row.difference_best),
         "difference_last": _difference_json(row.difference_last),
-        "complete": bool(figures and figures.complete),
+        "complete": bool(metrics and metrics.complete),
         "wall_clock_s": row.wall_clock_s,
-        "images_per_s": figures.images_per_s if figures else None,
+        "images_per_s": metrics.images_per_s if metrics else None,
         "seeds": row.seeds,
     }
 

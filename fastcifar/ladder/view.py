@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from fastcifar.ladder.figures import NOT_MEASURED
+from fastcifar.ladder.metrics import NOT_MEASURED
 from fastcifar.ladder.state import BLOCKED, CUT, DONE, FAILED, RUNNING, WAITING, Row
 from fastcifar.text import duration
 
@@ -76,8 +76,8 @@ def render(rows: Sequence[Row], width: int) -> Table:
 
 def cells(row: Row) -> list[str]:
     """Return the texts of a row after its name; accuracies in percent, differences in points."""
-    figures = row.figures
-    measured = figures is not None and figures.complete
+    metrics = row.metrics
+    measured = metrics is not None and metrics.complete
     published = row.published_best
     return [
         f"{row.state} {row.message}".strip() if row.state == RUNNING else row.state,
@@ -86,6 +86,6 @@ def cells(row: Row) -> list[str]:
         str(row.difference_best or NOT_MEASURED) if published is not None else "none",
         str(row.last) if measured else NOT_MEASURED,
         duration(row.wall_clock_s) if row.wall_clock_s is not None else NOT_MEASURED,
-        f"{figures.images_per_s:,.0f}" if figures and figures.images_per_s else NOT_MEASURED,
-        str(figures.n if figures and measured else 0),
+        f"{metrics.images_per_s:,.0f}" if metrics and metrics.images_per_s else NOT_MEASURED,
+        str(metrics.n if metrics and measured else 0),
     ]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastcifar.config.schema import ModelBase
 from fastcifar.errors import UserError
 from fastcifar.models import deep_baseline, lenet, pyramidnet, residual, speednet, wide_resnet
 from fastcifar.models.shakedrop import bind_counter
-from fastcifar.recipe.models import ModelBase
 
 __all__ = ["MODELS", "bind_counter", "build_model", "kaiming_normal_fan_out"]
 
@@ -40,7 +40,7 @@ def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32,
     The weights depend on nothing but the arguments, and the caller's random state is left as it was.
 
     Args:
-        config: a model config of `fastcifar.recipe.models`.
+        config: a model config of `fastcifar.config.schema`.
         num_classes: number of logits.
         image_px: side of the square input images.
         seed: 0..2**63-1.

@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from fastcifar.config.schema import ModelBase
 from fastcifar.models import bind_counter, build_model
-from fastcifar.recipe.models import ModelBase
 
 aten = torch.ops.aten
 BATCH_NORMS = (aten.native_batch_norm, aten._native_batch_norm_legit, aten.cudnn_batch_norm)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fastcifar.recipe.models import DeepBaselineConfig
+from fastcifar.config.schema import DeepBaselineConfig
 
 WIDTHS = (32, 64, 128, 128, 256)
 POOL_AFTER = (1, 3, 4)

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcifar.recipe.models import LeNet5Config
+from fastcifar.config.schema import LeNet5Config
 
 
 class LeNet5(nn.Module):

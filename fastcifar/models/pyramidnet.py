@@ -12,9 +12,9 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastcifar.config.schema import PyramidNetConfig
 from fastcifar.models.aligned import AlignedBatchNorm2d, AlignedConv2d, pad_channels, round_up
 from fastcifar.models.shakedrop import ShakeDraws, ShakeDrop, death_rates
-from fastcifar.recipe.models import PyramidNetConfig
 
 STEM = 16
 EXPANSION = {"basic": 1, "bottleneck": 4}

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcifar.recipe.models import Residual5Config, Residual15Config
+from fastcifar.config.schema import Residual5Config, Residual15Config
 
 STAGES_15 = ((64, 2, 1), (128, 2, 2), (256, 4, 2), (512, 2, 2))
 """Of residual15: channels, blocks, stride of the first block."""

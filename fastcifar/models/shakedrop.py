@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastcifar.philox import Stream, philox
+from fastcifar.kernels.philox import Stream, philox
 
 Gate = Literal["batch", "sample"]
 

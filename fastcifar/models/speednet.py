@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcifar.recipe.models import SpeedNetConfig
+from fastcifar.config.schema import SpeedNetConfig
 
 PATCH_PX = 2
 PATCH_VALUES = 3 * PATCH_PX**2

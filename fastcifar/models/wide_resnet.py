@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastcifar.config.schema import WideResNetConfig
 from fastcifar.models.shakedrop import ShakeDraws, ShakeDrop, death_rates
-from fastcifar.recipe.models import WideResNetConfig
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:

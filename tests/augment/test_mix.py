@@ -6,8 +6,8 @@ import torch
 from scipy import stats
 
 from fastcifar.augment.mix import beta_quantiles, box_mask, build_mix
-from fastcifar.philox import Stream, philox
-from fastcifar.recipe.models import MixConfig
+from fastcifar.config.schema import MixConfig
+from fastcifar.kernels.philox import Stream, philox
 
 CL = torch.channels_last
 

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastcifar.commands.augment import app, seen
+from fastcifar.cli.augment import app, seen
+from fastcifar.config import load_recipe
 from fastcifar.errors import UserError
-from fastcifar.recipe import load_recipe
 
 SYNTHETIC = ["--set", "data.source=synthetic"]
 

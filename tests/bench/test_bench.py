@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from fastcifar.commands import bench
+from fastcifar.cli import bench
 from fastcifar.errors import UserError
 
 ENVIRONMENT = {"date": "2026-01-31T12:00:00+00:00", "hardware": "NVIDIA H200"}

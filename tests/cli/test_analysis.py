@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastcifar.cli import main
+from fastcifar.cli.main import main
+from fastcifar.config import load_recipe
 from fastcifar.models import build_model
-from fastcifar.recipe import load_recipe
-from fastcifar.record import Run
-from tests.rundir import accuracy, make_members
+from fastcifar.run_directory import RunDirectory
+from tests.run_directories import accuracy, make_members
 
 
 @pytest.fixture
@@ -100,7 +100,8 @@ def test_honest_combinations_run_as_recipes(call, runs, name):
     assert [member["name"] for member in summary["members"]] == members
     best = max(run.summary["selected"]["accuracy"] for run in runs.values())
     assert summary["selected"]["accuracy"] > best - 2
-    assert summary["selected"]["accuracy"] == accuracy(Run.open("combined").logits("test/selected/raw"), labels(runs))
+    logits = RunDirectory.open("combined").logits("test/selected/raw")
+    assert summary["selected"]["accuracy"] == accuracy(logits, labels(runs))
 
 
 def labels(runs):

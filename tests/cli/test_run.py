@@ -42,7 +42,7 @@ def tiny(tmp_path) -> Path:
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys, fastcifar.cli; heavy = {'torch', 'numpy', 'numba', 'pydantic', 'sklearn'} & set(sys.modules);"
+        "import sys, fastcifar.cli.main; heavy = {'torch', 'numpy', 'numba', 'pydantic', 'sklearn'} & set(sys.modules);"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

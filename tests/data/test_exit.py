@@ -15,7 +15,7 @@ import signal, sys, threading, time
 import torch
 from fastcifar.data.loaders import build_loader
 from fastcifar.data.store import resolve_store
-from fastcifar.recipe.models import DataConfig, LoaderConfig
+from fastcifar.config.schema import DataConfig, LoaderConfig
 
 # A parent that runs in the background may have handed down that Ctrl-C is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

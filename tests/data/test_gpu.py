@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastcifar.config.schema import LoaderConfig
 from fastcifar.data.loaders import build_loader, choose_backend
 from fastcifar.data.loaders.streaming import HostBatch, to_device
-from fastcifar.recipe.models import LoaderConfig
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)

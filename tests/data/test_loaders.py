@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastcifar.augment.ops import parse_op
+from fastcifar.config.operations import parse_op
+from fastcifar.config.schema import AugmentConfig, LoaderConfig
 from fastcifar.data import loaders
 from fastcifar.data.loaders import PACKAGES, Loader, build_loader, choose_backend
 from fastcifar.data.store import Store, store_as
 from fastcifar.errors import UserError
-from fastcifar.philox import epoch_order
-from fastcifar.recipe.models import AugmentConfig, LoaderConfig
+from fastcifar.kernels.philox import epoch_order
 
 CPU = torch.device("cpu")
 BACKENDS = ("resident", "ffcv", "dali", "torchvision")
@@ -354,8 +354,8 @@ def test_same_size_images_of_any_kind(tmp_path, backend):
     """Images of another size and another number of classes, through a folder, on every backend."""
     from PIL import Image
 
+    from fastcifar.config.schema import DataConfig
     from fastcifar.data.store import resolve_store
-    from fastcifar.recipe.models import DataConfig
 
     random = np.random.default_rng()
     for split, name, k in [(s, n, k) for s in ("train", "test") for n in ("a", "b", "c") for k in range(4)]:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from fastcifar.config.load import load_recipe
 from fastcifar.data import loaders
-from fastcifar.engine.run import train
 from fastcifar.environment import describe
-from fastcifar.recipe.load import load_recipe
-from fastcifar.record import Run
+from fastcifar.run_directory import RunDirectory
+from fastcifar.train.run import train
 
 MODULES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 REAL = os.environ.get("FASTCIFAR_DATA")
@@ -41,7 +41,7 @@ def weights(folder: Path, name: str) -> tuple[dict[str, bytes], dict]:
         ],
     )
     torch.rand(len(name))  # the state of torch's own generator must not matter
-    summary = train(recipe, Run.create(folder, recipe, describe()), quiet=True)
+    summary = train(recipe, RunDirectory.create(folder, recipe, describe()), quiet=True)
     return {k: v.tobytes() for k, v in load_file(folder / "weights" / "last.safetensors").items()}, summary
 
 

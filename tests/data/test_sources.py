@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastcifar.config.schema import DataConfig
 from fastcifar.data.releases import RELEASES
 from fastcifar.data.sources import find_source, read_source
 from fastcifar.data.store import locate, no_progress, resolve_store
 from fastcifar.errors import UserError
-from fastcifar.recipe.models import DataConfig
 from tests.data.making import NAMES, evil_archive, pack, use_small_releases, write_release
 
 LAYOUTS = [(r.kind, r.layout) for r in RELEASES]

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from fastcifar.commands.data import app
+from fastcifar.cli.data import app
+from fastcifar.config.schema import DataConfig
 from fastcifar.data import store as stores
 from fastcifar.data.formats import dali as dali_format
 from fastcifar.data.sources import Source
 from fastcifar.data.store import FORMATS, Split, convert, open_store, resolve_store, store_as, verify
 from fastcifar.errors import UserError
-from fastcifar.recipe.models import DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def _folder(root: Path) -> Path:
 
 def test_fetch_checks_what_it_got(tmp_path, monkeypatch):
     """No network in tests: torchvision's part is replaced by what it would leave behind, or by its failure."""
-    from fastcifar.commands import data as command
+    from fastcifar.cli import data as command
     from tests.data.making import use_small_releases, write_release
 
     release = use_small_releases(monkeypatch)["cifar10", "python"]

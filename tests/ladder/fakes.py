@@ -3,8 +3,8 @@
 import hashlib
 import json
 
-from fastcifar.recipe import CombineRecipe
-from fastcifar.record import Run, write_atomic, write_json
+from fastcifar.config import CombineRecipe
+from fastcifar.run_directory import RunDirectory, write_atomic, write_json
 
 
 class FakeRows:
@@ -35,8 +35,8 @@ class FakeRows:
     @staticmethod
     def _open(job):
         if (job.folder / "recipe.toml").is_file():
-            return Run.open(job.folder)
-        return Run.create(job.folder, job.recipe, {"hardware": "none", "git": "0000000000"})
+            return RunDirectory.open(job.folder)
+        return RunDirectory.create(job.folder, job.recipe, {"hardware": "none", "git": "0000000000"})
 
 
 def accuracy(job, epoch):

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from fastcifar.ladder import runner
-from fastcifar.ladder.climb import Climb, OutOfTime, RowFailed
-from fastcifar.ladder.plan import catalogue, choose, plan
+from fastcifar.ladder.execute import LadderExecution, OutOfTime, RowFailed
+from fastcifar.ladder.rows import catalogue, choose, plan
 from fastcifar.ladder.runner import Runner, epochs_in_words
 from fastcifar.ladder.state import Ledger, stored_state
-from fastcifar.record import Run
-from tests.ladder.test_climb import accuracies, table
+from fastcifar.run_directory import RunDirectory
+from tests.ladder.test_execute import accuracies, table
 
 EPOCHS = 120  # of a few hundredths of a second each, so that five interrupts come before the last
 
@@ -72,13 +72,13 @@ def alive(pid):
 
 
 def test_progress_names_the_epochs_and_the_accuracy(job):
-    run = Run.create(job.folder, job.recipe, {})
+    run = RunDirectory.create(job.folder, job.recipe, {})
     assert epochs_in_words(job) == "seed 42, epoch 0/20"
     run.append_epoch({"epoch": 1, "test": {"raw": {"accuracy": 41.0}, "ema": {"accuracy": 42.5}}})
     assert epochs_in_words(job) == "seed 42, epoch 1/20, 42.50%"
 
 
-def climb(out, *options, **how):
+def ascend(out, *options, **how):
     command = [sys.executable, "-m", "fastcifar", "ladder", "--only", "smoke/lenet5*", "--out", str(out), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=out.parent, **how)
 
@@ -90,20 +90,20 @@ def no_data(monkeypatch):
 
 
 def test_the_command_runs_rows_in_processes_skips_them_later_and_prints_json(tmp_path, no_data):
-    first = climb(tmp_path / "out", "--json")
+    first = ascend(tmp_path / "out", "--json")
     assert first.returncode == 0, first.stderr
     assert '"state": "done"' in first.stdout
     assert "smoke/lenet5-kaiming, seed 42: done" in first.stderr
     page = (tmp_path / "out" / "ladder.html").read_text()
     assert "2 of 2 rows are done" in page
-    again = climb(tmp_path / "out", "--json")
+    again = ascend(tmp_path / "out", "--json")
     assert again.stdout == first.stdout
     assert "seed 42: done" not in again.stderr
 
 
 def test_a_row_without_data_fails_with_status_1_and_the_reason(tmp_path, no_data):
     (tmp_path / "empty").mkdir()
-    done = climb(tmp_path / "out", "--data", str(tmp_path / "empty"))
+    done = ascend(tmp_path / "out", "--data", str(tmp_path / "empty"))
     assert done.returncode == 1
     assert "failed" in done.stderr
     assert "Traceback" not in done.stderr
@@ -112,13 +112,13 @@ def test_a_row_without_data_fails_with_status_1_and_the_reason(tmp_path, no_data
 
 @pytest.mark.parametrize("until", ["soon", "2x", "-3h", "0s", "h"])
 def test_a_bad_duration_is_a_user_error(tmp_path, until):
-    done = climb(tmp_path / "out", f"--until={until}")
+    done = ascend(tmp_path / "out", f"--until={until}")
     assert done.returncode == 2
     assert "is not a duration" in done.stderr
 
 
 def test_durations():
-    from fastcifar.commands.ladder import seconds
+    from fastcifar.cli.ladder import seconds
 
     texts = ["90s", "30m", "30min", "2h", "1h30m", "1.5h", "1d"]
     assert [seconds(text) for text in texts] == [90, 1800, 1800, 7200, 5400, 5400, 86400]
@@ -126,17 +126,17 @@ def test_durations():
 
 @pytest.mark.timeout(1200)
 def test_a_real_row_killed_at_five_moments_ends_as_the_undisturbed_one(tmp_path, no_data, view, monkeypatch):
-    """Interrupt the ladder while its row's process trains; the sixth climb finishes to the same accuracies."""
+    """Interrupt the ladder while its row's process trains; the sixth ascend finishes to the same accuracies."""
     name = "smoke/lenet5"
     recipe = catalogue()[name]
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": EPOCHS})})
     monkeypatch.setitem(catalogue(), name, longer)
     straight, cut = tmp_path / "straight", tmp_path / "cut"
-    Climb(Ledger(plan([name], 1, straight)), Runner(straight, same_process=True), straight, view).climb()
+    LadderExecution(Ledger(plan([name], 1, straight)), Runner(straight, same_process=True), straight, view).ascend()
     command = [sys.executable, "-c", LONGER, name, str(cut)]
     metrics = cut / name / "seed-42" / "metrics.jsonl"
     for epochs in sorted(random.Random(7).sample(range(1, EPOCHS // 2), 5)):
-        # An epoch more than the last climb left, so that this one trains already and not only starts.
+        # An epoch more than the last ascend left, so that this one trains already and not only starts.
         wanted = max(epochs, lines(metrics) + 1)
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
         wait_for(lambda n=wanted, p=process: lines(metrics) >= n or p.poll() is not None)
@@ -152,12 +152,12 @@ def test_a_real_row_killed_at_five_moments_ends_as_the_undisturbed_one(tmp_path,
 LONGER = f"""
 import sys
 from pathlib import Path
-from fastcifar.ladder.plan import catalogue
+from fastcifar.ladder.rows import catalogue
 name, out = sys.argv[1:]
 recipe = catalogue()[name]
 catalogue()[name] = recipe.model_copy(update={{"train": recipe.train.model_copy(update={{"epochs": {EPOCHS}}})}})
 sys.argv = ["fastcifar", "ladder", "--only", name, "--out", out]
-from fastcifar.cli import main
+from fastcifar.cli.main import main
 main()
 """
 
@@ -167,7 +167,7 @@ def lines(path):
 
 
 def epochs_of(folder):
-    return [row["epoch"] for row in Run.open(folder).metrics()]
+    return [row["epoch"] for row in RunDirectory.open(folder).metrics()]
 
 
 def wait_for(happened, limit_s=300.0):
@@ -184,10 +184,10 @@ def test_all_smoke_twins_run_from_end_to_end(tmp_path, view, monkeypatch):
     jobs = plan(choose(["smoke/*"]), 1, tmp_path)
     assert len(jobs) == 36
     ledger = Ledger(jobs)
-    Climb(ledger, Runner(tmp_path, same_process=True), tmp_path, view).climb()
+    LadderExecution(ledger, Runner(tmp_path, same_process=True), tmp_path, view).ascend()
     assert {row.name: row.message for row in ledger.table() if row.state != "done"} == {}
     for job in jobs:
         assert stored_state(job) == "done"
-        assert Run.open(job.folder).logits_keys()
+        assert RunDirectory.open(job.folder).logits_keys()
         shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     assert os.path.getsize(tmp_path / "ladder.html") > 1000

@@ -6,12 +6,12 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fastcifar.ladder.climb import Climb, RowFailed
-from fastcifar.ladder.figures import NOT_MEASURED
-from fastcifar.ladder.plan import ladder_rows, plan
+from fastcifar.analysis.ladder_page import page
+from fastcifar.ladder.execute import LadderExecution, RowFailed
+from fastcifar.ladder.metrics import NOT_MEASURED
+from fastcifar.ladder.rows import ladder_rows, plan
 from fastcifar.ladder.state import Ledger, Note
 from fastcifar.ladder.view import COLUMNS, LadderView, cells, render, window
-from fastcifar.report.ladder import page
 from tests.ladder.fakes import FakeRows
 
 ROWS = ["lenet5", "deep", "stacking"]
@@ -22,7 +22,7 @@ def rows(tmp_path, view):
     """Return a table with a done, a failed and a blocked row."""
     ledger = Ledger(plan(ROWS, 2, tmp_path))
     bad = {"wrn-200": RowFailed("<b>a & b</b>")}
-    Climb(ledger, FakeRows(bad=bad), tmp_path, view).climb()
+    LadderExecution(ledger, FakeRows(bad=bad), tmp_path, view).ascend()
     return ledger.table()
 
 

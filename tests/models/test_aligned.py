@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastcifar.config.schema import PyramidNetConfig
 from fastcifar.models import bind_counter, build_model
 from fastcifar.models.aligned import AlignedBatchNorm2d, AlignedConv2d, round_up
-from fastcifar.recipe.models import PyramidNetConfig
 
 CONFIGS = {
     "basic": PyramidNetConfig(name="pyramidnet", depth=14, alpha=10, shakedrop=0.5, init="kaiming_normal_fan_out"),

@@ -11,8 +11,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcifar.models import build_model
-from fastcifar.recipe.models import (
+from fastcifar.config.schema import (
     DeepBaselineConfig,
     LeNet5Config,
     ModelBase,
@@ -23,6 +22,7 @@ from fastcifar.recipe.models import (
     SpeedNetConfig,
     WideResNetConfig,
 )
+from fastcifar.models import build_model
 
 
 class Weights:

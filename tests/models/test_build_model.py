@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from fastcifar.config.schema import DeepBaselineConfig, LeNet5Config, ModelUnion, Residual15Config, WideResNetConfig
 from fastcifar.errors import UserError
 from fastcifar.models import MODELS, SMALLEST_PX, build_model
-from fastcifar.recipe.models import DeepBaselineConfig, LeNet5Config, ModelUnion, Residual15Config, WideResNetConfig
 
 SMALL = WideResNetConfig(name="wide_resnet", widen=1)
 
@@ -81,7 +81,7 @@ def test_fp32_channels_last_in_training_mode():
 def test_images_that_are_too_small_are_refused(name: str):
     from pydantic import TypeAdapter
 
-    from fastcifar.recipe.models import ModelConfig
+    from fastcifar.config.schema import ModelConfig
 
     config, smallest = TypeAdapter(ModelConfig).validate_python({"name": name}), SMALLEST_PX[name]
     with pytest.raises(UserError, match=f"{smallest} px or more"):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from fastcifar.commands.models import CATALOGUE, chosen, figures, models
+from fastcifar.cli.models import CATALOGUE, chosen, metrics, models
 from fastcifar.errors import UserError
 from fastcifar.models.cost import cost_of
 
@@ -25,19 +25,19 @@ LADDER = {
 
 @pytest.mark.parametrize("name", LADDER)
 def test_counts_of_the_ladder(name: str):
-    row = figures(name, 780, 4300)
+    row = metrics(name, 780, 4300)
     assert (row["parameters"], round(row["gmacs"], 4)) == LADDER[name]
 
 
 def test_alignment_costs_arithmetic_but_no_parameters():
-    plain, aligned = (figures(name, 780, 4300) for name in ("pyramidnet110_a150", "pyramidnet110_a150_align8"))
+    plain, aligned = (metrics(name, 780, 4300) for name in ("pyramidnet110_a150", "pyramidnet110_a150_align8"))
     assert aligned["parameters"] == plain["parameters"]
     assert 1.05 < aligned["gmacs"] / plain["gmacs"] < 1.15
 
 
 @pytest.mark.parametrize(("name", "arithmetic_s", "floor_s"), [("wrn16_8", 1.2, 1.6), ("pyramidnet110_a150", 1.4, 3.0)])
 def test_floors_of_one_h200_with_asam(name: str, arithmetic_s: float, floor_s: float):
-    floor = figures(name, 780, 4300)["epoch_with_asam"]
+    floor = metrics(name, 780, 4300)["epoch_with_asam"]
     assert round(floor["arithmetic_s"], 1) == arithmetic_s
     assert round(floor["floor_s"], 1) == floor_s
 
@@ -90,7 +90,7 @@ def test_a_misspelt_model_is_named_with_its_neighbour():
 
 
 def test_every_preset_is_in_the_catalogue():
-    from fastcifar.recipe.models import PRESETS
+    from fastcifar.config.schema import PRESETS
 
     assert set(PRESETS) <= set(CATALOGUE)
 

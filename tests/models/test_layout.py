@@ -8,10 +8,10 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastcifar.config.schema import ModelConfig, PyramidNetConfig
 from fastcifar.models import bind_counter, build_model
 from fastcifar.models.aligned import pad_channels
 from fastcifar.models.pyramidnet import PyramidBlock
-from fastcifar.recipe.models import ModelConfig, PyramidNetConfig
 
 PYRAMID = {"name": "pyramidnet", "depth": 14, "alpha": 10, "shakedrop": 0.5}
 SMALL = {

@@ -5,10 +5,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from fastcifar.config.schema import PyramidNetConfig, WideResNetConfig
+from fastcifar.kernels.philox import Stream, philox
 from fastcifar.models import bind_counter, build_model
 from fastcifar.models.shakedrop import Gate, Shake, ShakeDraws, ShakeDrop, death_rates
-from fastcifar.philox import Stream, philox
-from fastcifar.recipe.models import PyramidNetConfig, WideResNetConfig
 
 PYRAMID = PyramidNetConfig(name="pyramidnet", depth=8, alpha=4, shakedrop=0.5)
 WRN = WideResNetConfig(name="wide_resnet", depth=10, widen=1, dropout=0.0, shakedrop=0.5)

@@ -7,9 +7,9 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastcifar.config.schema import SpeedNetConfig
 from fastcifar.models import build_model
 from fastcifar.models.speednet import EIGENVALUE_FLOOR, BiasBatchNorm2d, SpeedNet
-from fastcifar.recipe.models import SpeedNetConfig
 
 CONFIG = SpeedNetConfig(name="speednet", widths=[16, 16, 16])
 

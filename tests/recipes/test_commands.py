@@ -7,8 +7,8 @@ import tomllib
 
 import pytest
 
-from fastcifar.ladder.figures import NOT_MEASURED
-from fastcifar.recipe import load_recipe
+from fastcifar.config import load_recipe
+from fastcifar.ladder.metrics import NOT_MEASURED
 
 
 def fastcifar(*arguments):

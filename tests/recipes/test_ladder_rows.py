@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastcifar.recipe import load_recipe, recipes_folder
+from fastcifar.config import load_recipe, recipes_folder
 
 LADDER = Path(__file__).resolve().parents[3] / "shared" / "ladder" / "ladder.json"
 ROWS = json.loads(LADDER.read_text())["rows"] if LADDER.is_file() else []

@@ -1,17 +1,17 @@
-"""What all shipped recipes have in common: their heads, their names, and a smoke twin for every row."""
+"""What all shipped recipes have in common: their heads, their names, and a smoke configs for every row."""
 
 import re
 
 import pytest
 
-from fastcifar.ladder.plan import catalogue
-from fastcifar.recipe import CombineRecipe, Recipe, find_recipe, load_recipe, recipes_folder, shipped_recipes, to_toml
+from fastcifar.config import CombineRecipe, Recipe, find_recipe, load_recipe, recipes_folder, shipped_recipes, to_toml
+from fastcifar.ladder.rows import catalogue
 
 FILES = {p.relative_to(recipes_folder()).with_suffix("").as_posix(): p for p in shipped_recipes()}
 TOP = [name for name in FILES if "/" not in name]
 ROWS = [name for name in TOP if name != "smoke"]
 BEYOND = [name for name in FILES if name.startswith("beyond/")]
-TWINS = [name for name in FILES if name.startswith("smoke/")]
+SMOKE_CONFIGS = [name for name in FILES if name.startswith("smoke/")]
 
 
 def head(name):
@@ -50,8 +50,8 @@ def test_the_head_beyond_names_its_target(name):
     lines, recipe = head(name), load_recipe(name)
     assert sum(line.startswith("# ours: ") for line in lines) == 1
     if recipe.model_dump().get("target"):
-        figures = [float(f) for f in re.findall(r"# target: ([\d.]+)", "\n".join(lines))]
-        assert figures == [pytest.approx(recipe.target, abs=0.011)]
+        metrics = [float(f) for f in re.findall(r"# target: ([\d.]+)", "\n".join(lines))]
+        assert metrics == [pytest.approx(recipe.target, abs=0.011)]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -61,7 +61,7 @@ def test_the_command_in_the_head_finds_this_recipe(name):
 
 
 def test_every_row_has_a_smoke_twin_and_nothing_else_has():
-    assert {name.removeprefix("smoke/") for name in TWINS} == set(ROWS)
+    assert {name.removeprefix("smoke/") for name in SMOKE_CONFIGS} == set(ROWS)
 
 
 # What a twin may change: what makes it small. Everything else is the row's.

@@ -6,10 +6,10 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
+from fastcifar.config.schema import AugmentConfig, LoaderConfig
 from fastcifar.data.loaders.base import Loader, Plan
 from fastcifar.data.store import Store, store_as
 from fastcifar.errors import UserError
-from fastcifar.recipe.models import AugmentConfig, LoaderConfig
 
 __all__ = ["PACKAGES", "Loader", "Plan", "build_loader", "choose_backend"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.data.batch import Batch
-from fastcifar.philox import Stream, epoch_order, philox_scalar, split_seed
+from fastcifar.kernels.philox import Stream, epoch_order, philox_scalar, split_seed
 
 
 @runtime_checkable

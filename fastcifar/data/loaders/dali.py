@@ -26,7 +26,7 @@ from fastcifar.data.formats import dali as layout
 from fastcifar.data.loaders.base import Plan
 from fastcifar.data.loaders.streaming import HostBatch, StreamingLoader, as_batch
 from fastcifar.data.store import Store
-from fastcifar.philox import Stream, philox
+from fastcifar.kernels.philox import Stream, philox
 
 SHUFFLE_SAMPLES = 4096
 PREFETCH_BATCHES = 2

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastcifar.augment.ops import AutoAugment, Crop, Cutout, Flip, Op, RandAugment, Rotate, TrivialAugmentWide
+from fastcifar.config.operations import AutoAugment, Crop, Cutout, Flip, Op, RandAugment, Rotate, TrivialAugmentWide
 
 
 class PilCutout:

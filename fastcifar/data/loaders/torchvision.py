@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.formats import Split
 from fastcifar.data.loaders.base import Plan
 from fastcifar.data.loaders.streaming import HostBatch, StreamingLoader
 from fastcifar.data.store import Store
-from fastcifar.philox import Stream, philox
-from fastcifar.recipe.models import AugmentConfig
+from fastcifar.kernels.philox import Stream, philox
 
 SEED_BLOCK = 1 << 20  # far from the draws that the device augmentation makes on the same stream
 

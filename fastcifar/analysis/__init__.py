@@ -1,0 +1,4 @@
+"""Reading finished runs: reports, comparisons, ensembles, stacking, predictions, exports.
+
+Only stacking trains anything.
+"""

@@ -1,0 +1,241 @@
+"""Carry out a combination recipe and record it as a run directory, so that tables and reports treat it as a run."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastcifar.analysis import ensemble
+from fastcifar.analysis.members import Scores, available, collect, source_of
+from fastcifar.config.schema import CombineConfig, CombineRecipe
+from fastcifar.errors import UserError
+from fastcifar.run_directory import RunDirectory
+
+# The logarithm of a class without votes stays finite, in float32 too.
+TINY = float(np.finfo(np.float32).tiny)
+PROTOCOLS = {
+    "last": "members at their last epoch",
+    "best": "members at their best epochs on the test set, as published",
+    "selected": "members at the epochs chosen on their holdout",
+}
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One combined prediction of the test images.
+
+    Attributes:
+        log_probabilities: float64 (N, K).
+        metrics: ``accuracy`` in percent, ``loss`` in nats, ``protocol`` in words.
+        details: what was fitted or chosen.
+    """
+
+    log_probabilities: np.ndarray
+    metrics: dict[str, Any]
+    details: dict[str, Any]
+
+
+def run_combine(
+    recipe: CombineRecipe, members: Mapping[str, RunDirectory], folder: Path | None = None, *, tta: bool = False
+) -> dict[str, Any]:
+    """Combine runs as a recipe says, write the result as a run directory and return its summary.
+
+    Args:
+        recipe: its ``combine.members`` are keys of ``members``.
+        members: finished runs by recipe name.
+        folder: where to write; None writes beside the first member, under the recipe's name.
+        tta: combine the logits under test-time augmentation.
+
+    Raises:
+        UserError: a member is missing, lacks the logits that the protocol needs, or does not match the others.
+    """
+    done = results_of(recipe, members, tta=tta)
+    return record(done, folder or next(iter(done.members.values())).folder.parent / recipe.name).summary
+
+
+@dataclass(frozen=True)
+class Done:
+    """A combination that has been carried out.
+
+    Attributes:
+        recipe: what was wanted.
+        members: its runs, in its order.
+        results: by ``last``, ``best`` and ``selected``, as far as there are such.
+        seconds: how long it took.
+        environment: hardware and versions.
+    """
+
+    recipe: CombineRecipe
+    members: dict[str, RunDirectory]
+    results: dict[str, Combined]
+    seconds: float
+    environment: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the content of ``summary.json``."""
+        recipe, clocks = self.recipe, {"total_s": self.seconds, "training_s": self.seconds, "compilation_s": 0.0}
+        return {
+            "name": recipe.name,
+            "stage": recipe.stage,
+            "published": recipe.published.model_dump() if recipe.published else None,
+            "status": "finished",
+            "how": recipe.combine.how,
+            "members": [{"name": name, "run": str(run.folder), **_metrics(run)} for name, run in self.members.items()],
+            "epochs": 0,
+            "epochs_done": 0,
+            "weights": "raw",
+            **{which: self.results[which].metrics if which in self.results else None for which in PROTOCOLS},
+            "tta": None,
+            "combined": {which: result.details for which, result in self.results.items()},
+            "clocks": clocks,
+            "images_per_s": None,
+            "seed": recipe.combine.meta_seed,
+            "source": source_of(next(iter(self.members.values()))),
+            "loader": None,
+            "environment": self.environment,
+            "git": self.environment.get("git"),
+        }
+
+
+def results_of(recipe: CombineRecipe, members: Mapping[str, RunDirectory], *, tta: bool = False) -> Done:
+    """Combine runs as a recipe says, without writing anything; see `run_combine`."""
+    from fastcifar.environment import describe
+
+    start = time.perf_counter()
+    chosen = _in_order(recipe, members)
+    results = combine(recipe.combine, chosen, tta=tta)
+    return Done(recipe, chosen, results, time.perf_counter() - start, describe())
+
+
+def record(done: Done, folder: Path) -> RunDirectory:
+    """Write the run directory of a combination: recipe, environment, logits, and last of all the summary."""
+    run = RunDirectory.create(folder, done.recipe, done.environment)
+    first = next(iter(done.members.values()))
+    arrays = {f"test/{which}/raw": r.log_probabilities.astype(np.float32) for which, r in done.results.items()}
+    run.write_logits({**arrays, "test/labels": first.logits("test/labels")})
+    run.write_summary(done.summary())
+    return run
+
+
+def combine_run(run: RunDirectory) -> dict[str, Any]:
+    """Carry out the combination recipe of a run directory and return the summary.
+
+    The members are the newest finished runs of the named recipes, looked for beside the directory, then in ``runs/``.
+
+    Raises:
+        UserError: no finished run of a member is there, or see `run_combine`.
+    """
+    recipe = run.recipe
+    if not isinstance(recipe, CombineRecipe):
+        raise UserError(f"{run.folder}: is a training run; only a recipe with a [combine] table combines runs")
+    members = newest_finished(recipe.combine.members, (run.folder.parent, Path("runs")))
+    return run_combine(recipe, members, run.folder)
+
+
+def newest_finished(names: Iterable[str], folders: Iterable[Path]) -> dict[str, RunDirectory]:
+    """Return the newest finished run of each recipe name, from the first of the folders that has one."""
+    found: dict[str, RunDirectory] = {}
+    for folder in folders:
+        summaries = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+        runs = [RunDirectory.open(path.parent) for path in summaries if (path.parent / "recipe.toml").is_file()]
+        newest = {run.recipe.name: run for run in runs if run.summary["status"] == "finished"}
+        found = {name: newest[name] for name in names if name in newest} | found
+    return found
+
+
+def _in_order(recipe: CombineRecipe, members: Mapping[str, RunDirectory]) -> dict[str, RunDirectory]:
+    missing = [name for name in recipe.combine.members if name not in members]
+    if missing:
+        raise UserError(
+            f"{recipe.name}: combine.members: there is no run of {', '.join(missing)}; train it first "
+            f"(`fastcifar run {missing[0]}`)"
+        )
+    return {name: members[name] for name in recipe.combine.members}
+
+
+def combine(config: CombineConfig, members: Mapping[str, RunDirectory], *, tta: bool = False) -> dict[str, Combined]:
+    """Return the combined predictions under ``last``, ``best`` and ``selected``, as far as there are such.
+
+    Voting gives one for each kind of epoch that all members have. Published stacking gives ``last`` and ``best``,
+    honest stacking ``last`` and ``selected``, which are the same single look at the test set.
+    """
+    if config.how == "stacking":
+        return _stack(config, members, tta)
+    return {which: _vote(config, members, which, tta) for which in _kinds(members, tta)}
+
+
+def _kinds(members: Mapping[str, RunDirectory], tta: bool) -> list[str]:
+    """Return the kinds of epochs that all members have; reading the missing ``last`` gives the error to show."""
+    found = available(members, "test", tta)
+    if not found:
+        collect(members, "test", "last", tta)
+    return found
+
+
+def _vote(config: CombineConfig, members: Mapping[str, RunDirectory], which: str, tta: bool) -> Combined:
+    test = collect(members, "test", which, tta)
+    probabilities = ensemble.softmax(test.logits)
+    weights, details = _weights(config, members, which)
+    vote = ensemble.hard_vote if config.how == "hard" else ensemble.soft_vote
+    return _combined(np.log(np.maximum(vote(probabilities, weights), TINY)), test, PROTOCOLS[which], details)
+
+
+def _weights(
+    config: CombineConfig, members: Mapping[str, RunDirectory], which: str
+) -> tuple[list[float] | None, dict[str, Any]]:
+    """Return the members' weights: none, the given ones, or those fitted on the holdout."""
+    if config.weights is not None or config.how != "weighted":
+        given = config.weights
+        return given, {"weights": given} if given is not None else {}
+    holdout = collect(members, "holdout", which)
+    fitted = ensemble.fit_weights(ensemble.softmax(holdout.logits), holdout.labels, config.meta_seed)
+    weights = [float(w) for w in fitted.weights]
+    return weights, {
+        "weights": weights,
+        "fitted_on": "holdout, five-fold cross-validation",
+        "shrinkage": fitted.shrinkage,
+        "cv_loss": fitted.cv_loss,
+        "cv_accuracy": fitted.cv_accuracy,
+        "equal_weights_cv_loss": fitted.equal_loss,
+    }
+
+
+def _stack(config: CombineConfig, members: Mapping[str, RunDirectory], tta: bool) -> dict[str, Combined]:
+    from fastcifar.analysis import stacking
+
+    if config.protocol == "published":
+        which = "best" if "best" in available(members, "train") else "last"  # the same epoch in both splits
+        test, train = collect(members, "test", which, tta), collect(members, "train", which)
+        stacked = stacking.stack_published(train, test, config.meta, config.meta_seed)
+        counts = "best"
+    else:
+        test = collect(members, "test", "selected", tta)
+        holdout = collect(members, "holdout", "selected")
+        stacked = stacking.stack_honest(holdout, test, config.meta, config.meta_seed)
+        counts = "selected"
+    protocol = stacked.details["protocol"]
+    return {
+        "last": _combined(ensemble.log_softmax(stacked.last_logits), test, protocol, stacked.details),
+        counts: _combined(ensemble.log_softmax(stacked.logits), test, protocol, stacked.details),
+    }
+
+
+def _combined(log_probabilities: np.ndarray, test: Scores, protocol: str, details: dict[str, Any]) -> Combined:
+    chosen = log_probabilities[np.arange(len(test.labels)), test.labels]
+    right = log_probabilities.argmax(-1) == test.labels
+    metrics = {
+        "epoch": details.get("meta_epoch", 0),
+        "accuracy": 100 * float(right.mean()),
+        "loss": -float(chosen.mean()),
+        "protocol": protocol,
+    }
+    return Combined(log_probabilities, metrics, details)
+
+
+def _metrics(run: RunDirectory) -> dict[str, float | None]:
+    """Return a member's own accuracies in percent."""
+    entries = {which: run.summary.get(which) for which in PROTOCOLS}
+    return {which: entry["accuracy"] if entry else None for which, entry in entries.items()}

@@ -1,0 +1,121 @@
+"""``ladder.html``: the ladder's table and a picture of it, in one file that needs nothing else."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from fastcifar.ladder.metrics import NOT_MEASURED, Mean
+from fastcifar.ladder.state import Row
+from fastcifar.run_directory import write_atomic
+from fastcifar.text import duration
+
+STYLE = """
+:root { color-scheme: light dark; --faint: #8886; --ours: #0a7; --published: #77c; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--faint); white-space: nowrap; }
+td.number, th.number { text-align: right; }
+td.note { white-space: normal; }
+.unmeasured { opacity: .6; }
+.failed, .blocked { color: #c33; }
+circle.ours { fill: var(--ours); } circle.published { fill: none; stroke: var(--published); stroke-width: 2; }
+line.error { stroke: var(--ours); stroke-width: 2; } line.grid { stroke: var(--faint); }
+text { fill: currentColor; font-size: 12px; }
+"""
+LEGEND = (
+    "Best: the highest test accuracy over all epochs, the published protocol (the epoch is chosen on the test set). "
+    "Last: the last epoch, chosen by nobody. Both in percent, mean ± standard error over n seeds. The difference is "
+    "ours minus published, best to best, in points; its standard error joins ours with the binomial one of the "
+    "single published run."
+)
+HEADER = ("row", "stage", "state", "best", "published", "difference", "last", "n", "wall-clock", "images/s", "hardware")
+NUMBERS = {"best", "published", "difference", "last", "n", "wall-clock", "images/s"}
+ROW_PX, LEFT_PX, WIDTH_PX, RIGHT_PX = 18, 190, 640, 40
+
+
+def write_html(path: Path, rows: Sequence[Row]) -> None:
+    """Write the page, atomically."""
+    write_atomic(path, page(rows))
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Return the page as HTML."""
+    done = sum(row.state == "done" for row in rows)
+    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>The ladder</title><style>{STYLE}</style>"
+    text = f"<h1>The ladder</h1><p>{done} of {len(rows)} rows are done. {escape(LEGEND)}</p>"
+    return f"{head}{text}{picture(rows)}{_table(rows)}</html>\n"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    header = "".join(f"<th{_kind(name)}>{name}</th>" for name in HEADER)
+    body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _kind(name: str) -> str:
+    return ' class="number"' if name in NUMBERS else ""
+
+
+def _cells(row: Row) -> str:
+    metrics = row.metrics
+    measured = metrics is not None and metrics.complete
+    values = [
+        f'<span title="{escape(row.title, quote=True)}">{escape(row.name)}</span>',
+        escape(row.stage),
+        f'<span class="{row.state}">{escape(f"{row.state} {row.message}".strip())}</span>',
+        str(row.best) if measured else f'<span class="unmeasured">{NOT_MEASURED}</span>',
+        f"{row.published_best:.2f}" if row.published_best is not None else "none",
+        str(row.difference_best) if row.difference_best else NOT_MEASURED if row.published_best is not None else "none",
+        str(row.last) if measured else NOT_MEASURED,
+        str(metrics.n if metrics else 0),
+        duration(row.wall_clock_s) if row.wall_clock_s is not None else NOT_MEASURED,
+        f"{metrics.images_per_s:,.0f}" if metrics and metrics.images_per_s else NOT_MEASURED,
+        escape(metrics.hardware) if metrics else NOT_MEASURED,
+    ]
+    return "".join(f"<td{_kind(name)}>{value}</td>" for name, value in zip(HEADER, values, strict=True))
+
+
+def picture(rows: Sequence[Row]) -> str:
+    """Return an SVG: per row the published best as a ring, ours as a dot with its standard error."""
+    shown = [row for row in rows if row.published_best is not None]
+    if not shown:
+        return ""
+    known = [v for row in shown for v in (row.published_best, _of(row)) if v is not None]
+    low = 5 * (min(known) // 5)
+    height = ROW_PX * len(shown) + 30
+    total = LEFT_PX + WIDTH_PX + RIGHT_PX
+    parts = [_grid(low, height), *(_dots(row, i, low) for i, row in enumerate(shown))]
+    label = "Published and own best accuracy per row, in percent"
+    return f'<svg viewBox="0 0 {total} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _of(row: Row) -> float | None:
+    return row.best.mean if row.best and row.metrics and row.metrics.complete else None
+
+
+def _x(accuracy: float, low: float) -> float:
+    return LEFT_PX + WIDTH_PX * (accuracy - low) / (100 - low)
+
+
+def _grid(low: float, height: int) -> str:
+    step = 5 if low >= 50 else 10
+    marks = range(int(low), 101, step)
+    return "".join(
+        f'<line class="grid" x1="{_x(m, low):.1f}" x2="{_x(m, low):.1f}" y1="0" y2="{height - 20}"/>'
+        f'<text x="{_x(m, low):.1f}" y="{height - 5}" text-anchor="middle">{m}</text>'
+        for m in marks
+    )
+
+
+def _dots(row: Row, index: int, low: float) -> str:
+    y = ROW_PX * index + ROW_PX / 2
+    name = f'<text x="{LEFT_PX - 8}" y="{y + 4}" text-anchor="end">{escape(row.name)}</text>'
+    ring = f'<circle class="published" cx="{_x(row.published_best or low, low):.1f}" cy="{y}" r="5"/>'
+    return name + ring + (_dot(row.best, y, low) if row.best and _of(row) is not None else "")
+
+
+def _dot(ours: Mean, y: float, low: float) -> str:
+    error = ours.error or 0.0
+    ends = [_x(ours.mean + sign * error, low) for sign in (-1, 1)]
+    bar = f'<line class="error" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y}" y2="{y}"/>'
+    return f'{bar}<circle class="ours" cx="{_x(ours.mean, low):.1f}" cy="{y}" r="3"/>'

@@ -1,0 +1,148 @@
+"""Augmentation as the training step sees it: one call from a batch of bytes to normalized images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastcifar.augment.decisions import Program, build_program, decide_batch
+from fastcifar.config.schema import AugmentConfig
+from fastcifar.data.batch import Batch
+from fastcifar.errors import UserError
+from fastcifar.kernels.augment.cpu import augment_batch, make_scratch
+
+# numba has no bfloat16, so 16-bit types travel as their bits.
+BITS = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.float32}
+
+
+NOT_LINEAR = (np.zeros(0, np.float32), np.zeros(0, np.float32))
+
+
+def normal_table(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Return the normalized value of every byte: ``dtype`` (3, 256).
+
+    Each is byte / 255, minus the channel's mean, over its deviation, in float32, rounded once to ``dtype``.
+    """
+    unit = torch.arange(256, dtype=torch.float32) / 255
+    centred = unit - torch.tensor(mean, dtype=torch.float32)[:, None]
+    return (centred / torch.tensor(std, dtype=torch.float32)[:, None]).to(dtype).contiguous()
+
+
+def linear_form(
+    normal: Tensor, mean: Sequence[float], std: Sequence[float], width: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the centres and scales with which ``(byte - centre) * scale`` is ``normal``, per channel of a line.
+
+    Args:
+        normal: from `normal_table`.
+        mean: what it was made from.
+        std: likewise.
+        width: pixels a line.
+
+    Returns:
+        float32 (width * 3,) twice; both empty for other types than bfloat16, and where one of the 768 values differs.
+    """
+    center = torch.tensor([255 * m for m in mean], dtype=torch.float32)
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
+    values = (torch.arange(256, dtype=torch.float32) - center[:, None]) * scale[:, None]
+    if normal.dtype != torch.bfloat16 or not torch.equal(values.bfloat16().view(torch.int16), normal.view(torch.int16)):
+        width = 0
+    return center.repeat(width).numpy(), scale.repeat(width).numpy()
+
+
+def as_numpy(tensor: Tensor) -> NDArray[Any]:
+    """Return a CPU tensor's memory as numpy, 16-bit floats as uint16 bits."""
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()
+
+
+class Augment:
+    """A recipe's augmentations on the CPU, ready to run; `build_augment` makes it.
+
+    Attributes:
+        program: the compiled operations.
+        seed: keys every random decision.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        normal: Tensor,
+        image_shape: tuple[int, int, int],
+        seed: int,
+        linear: tuple[NDArray[np.float32], NDArray[np.float32]] = NOT_LINEAR,
+    ) -> None:
+        self.program, self.seed = program, seed
+        self._normal, self._shape, self._linear = normal, image_shape, linear
+        self._plain = build_program([], *image_shape[:2])
+        self._scratch = make_scratch(len(program.slots), *image_shape[:2])
+
+    def __call__(self, batch: Batch, epoch: int | Tensor) -> Tensor:
+        """Return the augmented, normalized batch: (B, 3, H, W), channels-last, of the chosen dtype.
+
+        Args:
+            batch: uint8 images on the device of this object, of the shape that it was built for.
+            epoch: 0..2**32-1; a tensor of one element is read on its device.
+        """
+        return self._run(batch.images, batch.rows, batch.indices, self.program, int(epoch))
+
+    def plain(self, images: Tensor) -> Tensor:
+        """Return images normalized and nothing else: uint8 (B, H, W, 3) to (B, 3, H, W), channels-last."""
+        rows = torch.arange(len(images))
+        return self._run(images, rows, rows, self._plain, 0)
+
+    def plan(self, indices: NDArray[np.int64], epoch: int) -> NDArray[np.int32]:
+        """Return what happens to these samples in this epoch: int32 (B, S), rows of ``program.table``."""
+        return decide_batch(self.program, indices, epoch, self.seed)
+
+    def _run(self, images: Tensor, rows: Tensor, indices: Tensor, program: Program, epoch: int) -> Tensor:
+        out = torch.empty((len(rows), *self._shape), dtype=self._normal.dtype)
+        arrays = images.contiguous().numpy(), rows.contiguous().numpy(), indices.contiguous().numpy()
+        normal = (as_numpy(self._normal), *self._linear)
+        augment_batch(*arrays, program, normal, as_numpy(out), self._scratch, seed=self.seed, epoch=epoch)
+        return out.permute(0, 3, 1, 2)
+
+
+def build_augment(
+    config: AugmentConfig,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_shape: tuple[int, int, int],
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Augment:
+    """Compile a recipe's augmentations for one image shape and device.
+
+    With ``where = "loader"`` the images arrive augmented, so that only the normalization is left.
+
+    Args:
+        config: the operations, in order.
+        mean: per channel, of pixels in 0..1.
+        std: per channel, above 0.
+        image_shape: (H, W, 3).
+        seed: 0..2**64-1.
+        device: where batches lie and results go.
+        dtype: bfloat16, float16 or float32.
+
+    Raises:
+        UserError: not three channels, or a mean or deviation per channel missing.
+    """
+    channels = image_shape[2]
+    if channels != 3 or len(mean) != 3 or len(std) != 3:
+        raise UserError(
+            f"augmentation needs 3 channels with data.mean and data.std of 3 values each; "
+            f"got {channels} channels, {len(mean)} means, {len(std)} deviations"
+        )
+    program = build_program([] if config.where == "loader" else config.ops, *image_shape[:2])
+    normal = normal_table(mean, std, dtype)
+    if device.type == "cuda":
+        from fastcifar.kernels.augment.triton import GpuAugment
+
+        return GpuAugment(program, normal, image_shape, seed, device)
+    return Augment(program, normal, image_shape, seed, linear_form(normal, mean, std, image_shape[1]))

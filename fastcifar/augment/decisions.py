@@ -1,0 +1,191 @@
+"""The plan: each sample's random decisions, as integers, from a counter-based hash.
+
+A list of operations becomes a `Program`: a table of steps (`fastcifar.augment.policy`) and one *slot* per step that
+a sample goes through. A slot says which words of Philox (stream `Stream.AUGMENT`) pick the row of the table, so a
+plan is one row number per slot, 0 for "nothing". It depends on (seed, epoch, sample index) alone.
+
+Draw numbers (draw // 4 is the Philox block, draw % 4 the word). They are fixed, so that adding an operation changes
+none of the others; a second operation of the same kind in a list takes the numbers of the first plus 64, and so on.
+
+====== ======================================================================================
+ draw  use
+====== ======================================================================================
+ 0, 1  crop: row offset, column offset
+ 2     flip: gate
+ 3     rotate: angle, one of 4,096 equal steps' midpoints over +-degrees
+ 4     autoaugment: sub-policy and both signs, uniform in 0..99
+ 5, 6  autoaugment: gates of the first and second operation
+ 8     cutout: gate, for all holes
+ 9+4j  cutout: centre row of hole j (0 to 3)
+ 10+4j cutout: centre column of hole j
+ 24+4j randaugment: operation j (0 to 3) and sign, uniform in 0..27
+ 40    trivialaugment: operation, magnitude bin and sign, uniform in 0..867
+====== ======================================================================================
+
+A word w gives a uniform integer below n as ``w * n >> 32`` (bias below n / 2**32) and passes a gate of probability p
+where ``w >> 8 < p * 2**24``.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba as nb
+import numpy as np
+from numpy.typing import NDArray
+
+from fastcifar.augment.policy import (
+    Code,
+    autoaugment_rows,
+    randaugment_rows,
+    rotation_params,
+    step_row,
+    trivialaugment_rows,
+)
+from fastcifar.config.operations import AutoAugment, Crop, Cutout, Flip, Op, RandAugment, Rotate, TrivialAugmentWide
+from fastcifar.kernels.philox import Stream, philox_scalar, split_seed
+
+ANGLES = 4096
+AUGMENT_STREAM = int(Stream.AUGMENT)
+BLOCKS_PER_OCCURRENCE = 16
+# The columns of a slot.
+BASE, COUNT_A, COUNT_B, BLOCK, WORD_A, WORD_B, GATE_BLOCK, GATE_WORD = range(8)
+SLOT_WIDTH = 8
+GATE, PARAMS = 1, 2  # the columns of a table row after its code
+
+
+@dataclass(frozen=True)
+class Program:
+    """A list of operations, compiled for one image size.
+
+    Attributes:
+        slots: int32 (S, 8): first row, two counts, Philox block, their two words, the gate's block and word.
+        table: int32 (R, 8): the steps; row 0 does nothing.
+    """
+
+    slots: NDArray[np.int32]
+    table: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One step of a plan: pick ``rows[a * count_b + b]`` with the words that ``draws`` and ``gate`` number."""
+
+    rows: list[list[int]]
+    draws: tuple[int, int]
+    gate: int
+    count_b: int = 1
+
+    def encode(self, base: int, occurrence: int) -> list[int]:
+        """Return the slot's eight columns when its rows start at ``base``."""
+        first = BLOCKS_PER_OCCURRENCE * occurrence
+        (a, b), count_a = self.draws, len(self.rows) // self.count_b
+        return [base, count_a, self.count_b, first + a // 4, a % 4, b % 4, first + self.gate // 4, self.gate % 4]
+
+
+def build_program(ops: Sequence[Op], height: int, width: int) -> Program:
+    """Compile a list of operations for images of ``height`` x ``width`` pixels; the order is kept."""
+    table, slots = [step_row(Code.IDENTITY)], []
+    seen: dict[type[Op], int] = {}
+    for op in ops:
+        occurrence = seen.get(type(op), 0)
+        seen[type(op)] = occurrence + 1
+        for slot in op_slots(op, height, width):
+            slots.append(slot.encode(len(table), occurrence))
+            table.extend(slot.rows)
+    return Program(np.array(slots, np.int32).reshape(-1, SLOT_WIDTH), np.array(table, np.int64).astype(np.int32))
+
+
+def op_slots(op: Op, height: int, width: int) -> Iterator[Slot]:
+    """Yield the slots of one operation, with the draw numbers of its first occurrence."""
+    match op:
+        case Crop():
+            offsets = range(-op.padding_px, op.padding_px + 1)
+            rows = [step_row(Code.SHIFT, dy, dx) for dy in offsets for dx in offsets]
+            yield Slot(rows, (0, 1), 0, count_b=len(offsets))
+        case Flip():
+            yield Slot([step_row(Code.MIRROR, p=op.p)], (2, 2), 2)
+        case Rotate():
+            yield Slot(rotate_rows(op.degrees, height, width), (3, 3), 3)
+        case AutoAugment():
+            yield Slot(autoaugment_rows(0, height, width), (4, 4), 5)
+            yield Slot(autoaugment_rows(1, height, width), (4, 4), 6)
+        case Cutout():
+            rows = cutout_rows(op, height, width)
+            for hole in range(op.holes):
+                yield Slot(rows, (9 + 4 * hole, 10 + 4 * hole), 8, count_b=width)
+        case RandAugment():
+            rows = randaugment_rows(op.magnitude, height, width)
+            for number in range(op.num_ops):
+                yield Slot(rows, (24 + 4 * number, 24 + 4 * number), 24 + 4 * number)
+        case TrivialAugmentWide():
+            yield Slot(trivialaugment_rows(height, width), (40, 40), 40)
+
+
+def rotate_rows(degrees: float, height: int, width: int) -> list[list[int]]:
+    """Return the 4,096 rotations of ``rotate(degrees)``, from -degrees to +degrees."""
+    return [
+        step_row(Code.AFFINE, *rotation_params(rotate_angle(degrees, k), height, width)) for k in range(ANGLES)
+    ]
+
+
+def rotate_angle(degrees: float, k: int) -> float:
+    """Return the angle in degrees of step ``k`` in 0..4095 of ``rotate(degrees)``: the midpoint of its interval."""
+    return degrees * ((2 * k + 1) / ANGLES - 1)
+
+
+def cutout_rows(op: Cutout, height: int, width: int) -> list[list[int]]:
+    """Return one clipped square per centre pixel, row by row."""
+    rows = []
+    for cy in range(height):
+        for cx in range(width):
+            top, left = cy - op.size_px // 2, cx - op.size_px // 2
+            bottom, right = min(top + op.size_px, height), min(left + op.size_px, width)
+            rows.append(step_row(Code.CUTOUT, max(top, 0), max(left, 0), bottom, right, p=op.p))
+    return rows
+
+
+@nb.njit(cache=True)
+def decide_sample(seed_low: Any, seed_high: Any, index: Any, epoch: Any, slots: Any, table: Any, plan: Any) -> None:
+    """Write one sample's plan: int32 (S,), a row of ``table`` per slot, 0 where its gate stays shut."""
+    stream = np.uint64(AUGMENT_STREAM)
+    shift = np.uint64(32)
+    block = -1
+    words = (np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0))
+    gate_words = words
+    for s in range(slots.shape[0]):
+        slot = slots[s]
+        if slot[BLOCK] != block:
+            block = slot[BLOCK]
+            words = philox_scalar(seed_low, seed_high, index, epoch, np.uint64(block), stream)
+        a = words[slot[WORD_A]] * np.uint64(slot[COUNT_A]) >> shift
+        b = words[slot[WORD_B]] * np.uint64(slot[COUNT_B]) >> shift
+        row = slot[BASE] + np.int64(a) * slot[COUNT_B] + np.int64(b)
+        gate_words = words
+        if slot[GATE_BLOCK] != block:
+            gate_words = philox_scalar(seed_low, seed_high, index, epoch, np.uint64(slot[GATE_BLOCK]), stream)
+        open_ = np.int64(gate_words[slot[GATE_WORD]] >> np.uint64(8)) < table[row, GATE]
+        plan[s] = row if open_ else 0
+
+
+@nb.njit(cache=True)
+def _plan_batch(seed_low: Any, seed_high: Any, indices: Any, epoch: Any, slots: Any, table: Any, plans: Any) -> None:
+    for i in range(indices.shape[0]):
+        decide_sample(seed_low, seed_high, np.uint64(indices[i]), epoch, slots, table, plans[i])
+
+
+def decide_batch(program: Program, indices: NDArray[np.int64], epoch: int, seed: int) -> NDArray[np.int32]:
+    """Return the plans of samples: int32 (B, S), row numbers of ``program.table``.
+
+    Args:
+        program: the compiled operations.
+        indices: int64 (B,), in 0..2**32-1.
+        epoch: 0 or more.
+        seed: 0..2**64-1.
+    """
+    plans = np.zeros((len(indices), len(program.slots)), np.int32)
+    low, high = split_seed(seed)
+    _plan_batch(
+        np.uint64(low), np.uint64(high), np.asarray(indices), np.uint64(epoch), program.slots, program.table, plans
+    )
+    return plans

@@ -1,0 +1,124 @@
+"""``fastcifar bench``: run the benchmarks of a clone and keep their results in one file per day and hardware."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastcifar.console import err, out
+from fastcifar.errors import UserError, nearest
+
+NAMES = ("ceilings", "loaders", "augment", "optimizer", "step", "models", "step-times", "time-to-accuracy")
+
+
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(NAMES)}, or all (the default)")] = None,
+    quick: Annotated[bool, typer.Option(help="tiny sizes and few repeats: seconds instead of minutes")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="print one JSON object to stdout")] = False,
+    to: Annotated[Path | None, typer.Option("--out", help="results file, instead of benchmarks/results/...")] = None,
+) -> None:
+    """Run benchmarks; each compares sides in turn and reports medians, spreads and ratios.
+
+    The results go into benchmarks/results/<date>-<hardware>.json; a quick result never replaces a full one.
+    """
+    folder = benchmarks_folder()
+    reports, failed = [], []
+    for name in chosen(names or ["all"]):
+        report = run_one(folder / f"{name.replace('-', '_')}.py", quick)
+        if report is None:
+            failed.append(name)
+            continue
+        reports.append(report)
+        path = to or folder / "results" / results_name(report["environment"])
+        merge(path, report)
+        err.print(f"{name}: in {path}")
+    if json_:
+        out({"environment": reports[-1]["environment"] if reports else None, "benchmarks": reports, "failed": failed})
+    if failed:
+        err.print(f"failed, for the reasons above: {', '.join(failed)}", style="red")
+        raise typer.Exit(1)
+
+
+def benchmarks_folder() -> Path:
+    """Return the clone's ``benchmarks/``.
+
+    Raises:
+        UserError: this fastcifar is an installed package without them.
+    """
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    if not (folder / "common.py").is_file():
+        raise UserError("bench: the benchmarks are part of a clone, not of the installed package; run it in a clone")
+    return folder
+
+
+def chosen(names: list[str]) -> list[str]:
+    """Return the benchmarks that the names mean, in the suite's order; underscores count as hyphens.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    wanted = [name.replace("_", "-") for name in names]
+    for name in wanted:
+        if name not in (*NAMES, "all"):
+            raise UserError(
+                f'bench: no benchmark "{name}"{nearest(name, NAMES)}; there are {", ".join(NAMES)} and all'
+            )
+    return [name for name in NAMES if "all" in wanted or name in wanted]
+
+
+def run_one(script: Path, quick: bool) -> dict[str, Any] | None:
+    """Run one benchmark in a process of its own, so that no side effect reaches the next; None when it fails."""
+    command = [sys.executable, str(script), "--json", *(["--quick"] if quick else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    try:
+        return json.loads(done.stdout) if done.returncode == 0 else None
+    except json.JSONDecodeError:
+        err.print(f"{script}: printed no JSON object", style="red")
+        return None
+
+
+def results_name(environment: dict[str, Any]) -> str:
+    """Return ``<date>-<hardware>.json``, such as ``2026-01-31-nvidia-h200.json`` or ``...-amd-epyc-2-cores.json``."""
+    return f"{environment['date'][:10]}-{hardware(environment)}.json"
+
+
+def hardware(environment: dict[str, Any]) -> str:
+    """Return a short name of the hardware in lower case letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", environment["hardware"].lower()).strip("-")
+
+
+def merge(path: Path, report: dict[str, Any]) -> None:
+    """Put a report into a results file, in place of an older one of the same benchmark.
+
+    Raises:
+        UserError: the file is there and is not a results file.
+    """
+    from fastcifar.run_directory import write_json
+
+    held = read_results(path) if path.exists() else {"benchmarks": []}
+    older = next((b for b in held["benchmarks"] if b["benchmark"] == report["benchmark"]), None)
+    if older and report.get("quick") and not older.get("quick"):
+        return
+    others = [b for b in held["benchmarks"] if b is not older]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = sorted([*others, report], key=lambda b: b["benchmark"])
+    write_json(path, {"environment": report["environment"], "benchmarks": merged})
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return the content of a results file: ``{"environment": {...}, "benchmarks": [reports]}``.
+
+    Raises:
+        UserError: it cannot be read as that.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if all({"benchmark", "results"} <= b.keys() for b in content["benchmarks"]):
+            return content
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as benchmark results ({error}); remove it or choose --out") from None
+    raise UserError(f"{path}: is not a file of benchmark results; remove it or choose another with --out")

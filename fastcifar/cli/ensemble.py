@@ -1,0 +1,151 @@
+"""``fastcifar ensemble``: trained runs vote, from their saved logits."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fastcifar.run_directory import RunDirectory
+
+
+class Vote(StrEnum):
+    """How members vote."""
+
+    SOFT = "soft"
+    HARD = "hard"
+
+
+def ensemble(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run directories.")],
+    vote: Annotated[Vote, typer.Option(help="Mean of softmax, or majority (ties: the lowest class).")] = Vote.SOFT,
+    weights: Annotated[str | None, typer.Option(help="One weight per run, such as 0.5,0.25,0.25.")] = None,
+    fit_weights: Annotated[
+        bool, typer.Option("--fit-weights", help="Fit the weights on the members' holdout, by cross-validation.")
+    ] = False,
+    tta: Annotated[bool, typer.Option("--tta", help="Use the logits under test-time augmentation.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the result as a run directory.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+) -> None:
+    """Combine trained runs by voting. No model is run again: `fastcifar ensemble runs/a runs/b runs/c`.
+
+    Tells the accuracy with the members at their last epochs, at their best epochs on the test set (as published), and,
+    where all hold out images, at the epochs selected there.
+    """
+    from fastcifar.analysis.members import open_members
+    from fastcifar.errors import UserError
+
+    given = parse_weights(weights)
+    if fit_weights and (given or vote == Vote.HARD):
+        raise UserError("--fit-weights fits the weights of a soft vote; leave out --weights and --vote hard")
+    members = open_members(runs)
+    how = "weighted" if fit_weights or (given and vote == Vote.SOFT) else vote.value
+    carry_out(members, {"how": how, "weights": given}, out, tta, json_)
+
+
+def parse_weights(text: str | None) -> list[float] | None:
+    """Return the numbers of ``0.5,0.25,0.25``.
+
+    Raises:
+        UserError: something there is no number.
+    """
+    from fastcifar.errors import UserError
+
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--weights {text}: expected numbers with commas between, such as 0.5,0.25,0.25") from None
+
+
+def carry_out(
+    members: "dict[str, RunDirectory]", options: dict[str, Any], out: Path | None, tta: bool, json_: bool
+) -> None:
+    """Combine members, write the run directory where one is wanted, and print the result.
+
+    Args:
+        members: runs by name.
+        options: the keys of a recipe's [combine] table beside ``members``.
+        out: the run directory to write; None writes none.
+        tta: use the logits under test-time augmentation.
+        json_: print JSON to stdout instead of a table to stderr.
+    """
+    from fastcifar.analysis.combine import record, results_of
+    from fastcifar.config.schema import CombineRecipe
+    from fastcifar.console import out as print_json
+
+    name = out.name if out else f"{options['how']}-of-{len(members)}"
+    recipe = _validated(CombineRecipe, {"name": name, "combine": {"members": list(members), **options}})
+    refuse_run(out)
+    done = results_of(recipe, members, tta=tta)
+    summary = record(done, out).summary if out else done.summary()
+    if json_:
+        print_json(summary | ({"run": str(out)} if out else {}))
+    else:
+        show(summary, out)
+
+
+def _validated(kind: Any, table: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    from fastcifar.errors import UserError
+
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        raise UserError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+
+
+def refuse_run(out: Path | None) -> None:
+    """Refuse to write over a run directory.
+
+    Raises:
+        UserError: ``out`` holds one.
+    """
+    from fastcifar.errors import UserError
+
+    if out is not None and (out / "recipe.toml").exists():
+        raise UserError(f"{out}: holds a run already; choose another --out")
+
+
+def show(summary: dict[str, Any], out: Path | None) -> None:
+    """Print members and combination as one table for people."""
+    from rich.table import Table
+
+    from fastcifar.console import err
+
+    table = Table(box=None, header_style="dim")
+    for heading in ("", "last", "best on test", "selected"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for member in summary["members"]:
+        table.add_row(member["name"], *(percent(member[which]) for which in ("last", "best", "selected")))
+    metrics = [summary[which] for which in ("last", "best", "selected")]
+    label = f"[bold]{summary['how']}[/]"
+    table.add_row(label, *(f"[bold]{percent(entry and entry['accuracy'])}[/]" for entry in metrics))
+    err.print(table)
+    for which in ("last", "best", "selected"):
+        if summary[which]:
+            err.print(f"[dim]{which}:[/] {summary[which]['protocol']}{_details(summary['combined'][which])}")
+    if out:
+        err.print(f"[bold]{out}[/]", soft_wrap=True)
+
+
+def _details(details: dict[str, Any]) -> str:
+    """Say what was fitted or chosen, in a few words."""
+    parts = []
+    if details.get("weights"):
+        parts.append(f"weights {', '.join(f'{w:.3f}' for w in details['weights'])}")
+    if "shrinkage" in details:
+        parts.append(f"fitted on the holdout, pulled to equal weights by {details['shrinkage']:g}")
+    if "meta_epoch" in details:
+        parts.append(f"meta-epoch {details['meta_epoch']}")
+    if "penalty" in details:
+        parts.append(f"C {details['penalty']:g}")
+    return f"; {', '.join(parts)}" if parts else ""
+
+
+def percent(value: float | None) -> str:
+    """Return ``97.12`` or ``not measured yet``."""
+    return "not measured yet" if value is None else f"{value:.2f}"

@@ -1,0 +1,73 @@
+"""``fastcifar ladder``: ascend the whole ladder of recipes, as far as it has not been climbed yet."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+def ladder(
+    only: Annotated[
+        list[str] | None, typer.Option(help='Only rows that match, such as "wrn-*" or "smoke/*". Repeatable.')
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds per row, counted up from the recipe's.")] = 1,
+    until: Annotated[
+        str | None, typer.Option(help="Stop after so long, such as 90s, 30m, 2h: the running row can be resumed.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder of all runs and of the table.")] = Path("runs/ladder"),
+    data: Annotated[Path | None, typer.Option(help="The data: a store, or a CIFAR-10 release.")] = None,
+    same_process: Annotated[
+        bool, typer.Option(help="Train in this process: no start per row, but a crash ends the ladder.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only show the table, with what would run.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the table of these rows as one JSON object.")] = False,
+) -> None:
+    """Run every row of the ladder that is missing, resume what was cut, and keep one table of it all.
+
+    Members come before their combinations and cheap rows before dear ones. A row that fails is reported and the rest
+    goes on. Writes ladder.json and ladder.html into the folder; the same command goes on where it was stopped.
+    """
+    from rich.console import Console
+
+    from fastcifar.console import err
+    from fastcifar.console import out as print_json
+    from fastcifar.interrupt import interruptible
+    from fastcifar.ladder.execute import LadderExecution
+    from fastcifar.ladder.rows import choose, ladder_rows, plan
+    from fastcifar.ladder.runner import Runner
+    from fastcifar.ladder.state import Ledger, content
+    from fastcifar.ladder.view import WIDE, LadderView, render
+
+    jobs = plan(choose(only) if only else ladder_rows(), seeds, out)
+    limit_s = None if until is None else seconds(until)
+    ledger = Ledger(jobs)
+    if not dry_run:
+        with LadderView(err) as view, interruptible("stopped; the same command goes on from here"):
+            LadderExecution(ledger, Runner(out, data, same_process), out, view, limit_s).ascend()
+        err.print(f"[bold]{out / 'ladder.html'}[/]", soft_wrap=True)
+    rows = ledger.table()
+    if json_:
+        print_json(content(rows))
+    elif dry_run or not err.is_terminal:
+        console = err if err.is_terminal else Console(stderr=True, highlight=False, width=WIDE)
+        console.print(render(rows, console.width))
+    if any(row.state in ("failed", "blocked") for row in rows):
+        raise typer.Exit(1)
+
+
+def seconds(text: str) -> float:
+    """Return the seconds of a duration such as ``90s``, ``30m``, ``1.5h`` or ``2h30m``.
+
+    Raises:
+        UserError: it is not one.
+    """
+    from fastcifar.errors import UserError
+
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(min|[smhd])", text.strip())
+    total = sum(float(number) * UNITS_S[unit] for number, unit in parts)
+    if re.sub(r"\d+(?:\.\d+)?\s*(min|[smhd])\s*", "", text.strip()) or total <= 0:
+        raise UserError(f'--until {text}: is not a duration such as "90s", "30m", "2h" or "1h30m"')
+    return total

@@ -1,0 +1,73 @@
+"""The command line. Nothing heavy is imported before a command needs it: `fastcifar --help` answers at once."""
+
+import os
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from fastcifar.cli import augment, data
+from fastcifar.cli.bench import bench
+from fastcifar.cli.compare import compare
+from fastcifar.cli.doctor import doctor
+from fastcifar.cli.ensemble import ensemble
+from fastcifar.cli.export import export
+from fastcifar.cli.ladder import ladder
+from fastcifar.cli.models import models
+from fastcifar.cli.plan import plan
+from fastcifar.cli.predict import predict
+from fastcifar.cli.recipes import recipes, show
+from fastcifar.cli.report import report
+from fastcifar.cli.run_command import run
+from fastcifar.cli.stack import stack
+from fastcifar.errors import UserError
+from fastcifar.interrupt import Interrupted
+
+app = typer.Typer(
+    name="fastcifar",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(metadata.version("fastcifar"))
+        raise typer.Exit
+
+
+@app.callback()
+def fastcifar(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """From a recipe file to a trained, evaluated and explained CIFAR-10 model."""
+
+
+TRAIN = (run, recipes, show, plan, ladder)
+EXPLAIN = (report, compare, ensemble, stack, predict, export)
+ABOUT = (models, bench, doctor)
+for panel, commands in (("Train", TRAIN), ("Explain and combine", EXPLAIN), ("About this machine", ABOUT)):
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.add_typer(data.app, name="data", rich_help_panel="Train")
+app.add_typer(augment.app, name="augment", rich_help_panel="Train")
+
+
+def main() -> None:
+    """Run the command line; a `UserError` or an interrupt ends it with one message and exit status 2."""
+    try:
+        app()
+    except (UserError, Interrupted) as error:
+        print(f"fastcifar: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

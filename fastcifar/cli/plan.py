@@ -1,0 +1,246 @@
+"""``fastcifar plan``: what a recipe would do, what it needs and how long it would take, without training."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fastcifar.config import CombineRecipe, Recipe
+    from fastcifar.data.store import Store
+
+NOT_MEASURED = "not measured yet"
+
+
+def plan(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe file, or the name of a shipped one.")] = None,
+    ladder: Annotated[bool, typer.Option(help="Every row of the ladder, with its predicted time.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Predict for this hardware, such as h200, from its results. Default: this one.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key. Repeatable.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The data, as for `fastcifar run`.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
+) -> None:
+    """Say what would run: parameters, GMACs, steps, data, backend, memory, time. Nothing is trained or written.
+
+    Times come from step times that `fastcifar bench step-times` measured; without them they are "not measured yet".
+    """
+    from fastcifar.config import load_recipe
+    from fastcifar.console import err, out
+    from fastcifar.errors import UserError
+
+    if ladder == (recipe is not None):
+        raise UserError("plan: name a recipe (`fastcifar plan lenet5`), or say --ladder, not both")
+    hardware, times = measured(gpu)
+    if recipe is None:
+        table = ladder_table(hardware, times)
+        out(table) if json_ else err.print(ladder_view(table))
+        return
+    loaded = load_recipe(recipe, set_ or [])
+    told = combination(loaded) if hasattr(loaded, "combine") else describe(loaded, data, hardware, times)
+    if json_:
+        out(told)
+    else:
+        show(told)
+
+
+# ---------------------------------------------------------------------------------------------------------- one recipe
+
+
+def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str, float]) -> dict[str, Any]:
+    """Return the plan of a training run as plain values; memory in MiB, times in seconds."""
+    from fastcifar.models import budget
+    from fastcifar.models.cost import cost_of_config
+    from fastcifar.train.run import pick_device
+    from fastcifar.train.step import choose_mode
+
+    where, store, images = find_data(recipe, data)
+    device = pick_device(recipe.engine)
+    compiled, captured, why = choose_mode(recipe.engine, device)
+    mode = " + ".join(["compiled"] * compiled + ["CUDA graph"] * captured) or "eager"
+    cost = cost_of_config(recipe.model)
+    trained = budget.images_to_train(recipe, images)
+    steps = budget.steps_per_epoch(recipe, trained)
+    prediction = budget.predict(recipe, times, images)
+    return {
+        "recipe": recipe.name,
+        "model": {"name": recipe.model.name, "parameters": cost.parameters, "gmacs": cost.macs / 1e9},
+        "training": {
+            "images": trained, "holdout": recipe.data.holdout, "batch_size": recipe.train.batch_size,
+            "steps_per_epoch": steps, "epochs": recipe.train.epochs, "steps": steps * recipe.train.epochs,
+            "passes_per_step": 2 if recipe.asam else 1,
+        },
+        "data": where,
+        "backend": {
+            "device": str(device), "mode": mode, "mode_reason": why, "precision": recipe.engine.precision,
+            "loader": backend(recipe, store, trained, device),
+        },
+        "memory_mib": memory_mib(recipe, cost.parameters, trained),
+        "time": {"hardware": hardware, "total_s": prediction.total_s if prediction else None},
+    }  # fmt: skip
+
+
+def find_data(recipe: "Recipe", data: Path | None) -> tuple[dict[str, Any], "Store | None", int]:
+    """Return where the recipe's data is (or how to get it), the store if it is one, and its training images."""
+    from fastcifar.data.store import Store, kind_of, locate
+    from fastcifar.errors import UserError
+    from fastcifar.models.budget import CIFAR_TRAIN
+
+    source = kind_of(recipe.data.source, data)
+    if source == "synthetic":
+        return {"source": source, "found": True, "where": "drawn by fastcifar, nothing to get"}, None, CIFAR_TRAIN
+    try:
+        found = locate(source, data)
+    except UserError as error:
+        return {"source": source, "found": False, "where": str(error)}, None, CIFAR_TRAIN
+    if isinstance(found, Store):
+        place = f"{found.root} ({found.format} store)"
+        return {"source": source, "found": True, "where": place}, found, found.count("train")
+    return {"source": source, "found": True, "where": f"{found.path} (converted at first use)"}, None, CIFAR_TRAIN
+
+
+def backend(recipe: "Recipe", store: "Store | None", images: int, device: Any) -> str:
+    """Return the loader that would be used, with the reason; the store's image size counts, else 32x32x3."""
+    from fastcifar.data.loaders import choose_backend
+    from fastcifar.data.store import Store
+
+    sized = store or Store(Path(), {"image_shape": [32, 32, 3]})
+    in_workers = recipe.augment if recipe.augment.where == "loader" else None
+    name, reason = choose_backend(recipe.data.loader, sized, images, device, in_workers)
+    return f"{name} ({reason})"
+
+
+def memory_mib(recipe: "Recipe", parameters: int, images: int) -> dict[str, float]:
+    """Return the expected memory on the training device in MiB, without what CUDA itself takes (about 500 MiB)."""
+    buffers = 2 + (2 if recipe.optimizer.name in ("adam", "adamw") else 1)  # weights, gradients, moments
+    buffers += (1 if recipe.ema else 0) + (1 if recipe.asam else 0)
+    parts = {
+        "weights_and_state": 4 * parameters * buffers,
+        "activations": saved_bytes(recipe) * recipe.train.batch_size,
+        "images": 3 * 32 * 32 * images,
+    }
+    return {name: round(size / 2**20, 1) for name, size in {**parts, "total": sum(parts.values())}.items()}
+
+
+def saved_bytes(recipe: "Recipe") -> int:
+    """Return the bytes that autograd keeps of one image's forward pass in eager mode, found on the meta device."""
+    import torch
+
+    from fastcifar.models import bind_counter, build_model
+
+    half = recipe.engine.precision in ("bf16", "fp16")
+    with torch.device("meta"):
+        model = build_model(recipe.model, seed=0)
+    model = model.to(torch.bfloat16 if half else torch.float32).train()
+    bind_counter(model, torch.zeros(1, dtype=torch.int64, device="meta"), seed=0)
+    own = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    batch = 2  # BatchNorm wants more than one value per channel
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = model(torch.zeros(batch, 3, 32, 32, device="meta", dtype=next(model.parameters()).dtype))
+    del result
+    return sum(storage.nbytes() for storage in kept.values()) // batch
+
+
+def combination(recipe: "CombineRecipe | Recipe") -> dict[str, Any]:
+    """Return the plan of a combination: it trains nothing and needs its members' runs."""
+    combine = recipe.combine  # type: ignore[union-attr]
+    return {"recipe": recipe.name, "how": combine.how, "protocol": combine.protocol, "members": combine.members}
+
+
+def show(told: dict[str, Any]) -> None:
+    """Print a plan for people, to stderr."""
+    from fastcifar.console import err
+
+    for line in lines(told):
+        err.print(line, soft_wrap=True, markup=False)
+
+
+def lines(told: dict[str, Any]) -> list[str]:
+    """Return a plan in aligned lines."""
+    from fastcifar.text import duration
+
+    if "members" in told:
+        return [f"recipe   {told['recipe']}: {told['how']} combination ({told['protocol']} protocol)",
+                f"members  {', '.join(told['members'])}: their runs must be there"]  # fmt: skip
+    model, training, data, where = told["model"], told["training"], told["data"], told["backend"]
+    memory, total_s = told["memory_mib"], told["time"]["total_s"]
+    why = f" ({where['mode_reason']})" if where["mode_reason"] else ""
+    passes = ", 2 passes each" if training["passes_per_step"] == 2 else ""
+    time = f"{duration(total_s)} predicted for {told['time']['hardware']}" if total_s is not None else NOT_MEASURED
+    return [
+        f"recipe   {told['recipe']}",
+        f"model    {model['name']}: {model['parameters']:,} parameters, {model['gmacs']:.4f} GMACs an image",
+        f"steps    {training['steps']:,}{passes}: {training['epochs']} epochs of {training['steps_per_epoch']:,}, "
+        f"batch {training['batch_size']}, {training['images']:,} images (holdout {training['holdout']:,})",
+        f"data     {data['source']}: {data['where']}",
+        f"loader   {where['loader']}",
+        f"engine   {where['device']}, {where['mode']}{why}, {where['precision']}",
+        f"memory   about {memory['total']:,.0f} MiB: {memory['weights_and_state']:,.0f} weights and their state, "
+        f"{memory['activations']:,.0f} activations (eager), {memory['images']:,.0f} images where they are resident",
+        f"time     {time}",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- the ladder
+
+
+def measured(gpu: str | None) -> tuple[str, dict[str, float]]:
+    """Return the hardware to predict for and its measured times; none where nothing was measured on it."""
+    from fastcifar.cli.bench import hardware
+    from fastcifar.models import budget
+
+    if gpu is None:
+        from fastcifar.environment import describe as environment
+
+        gpu = hardware(environment())
+    folder = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+    files = budget.results_of(folder, gpu)
+    return gpu, budget.measured_times(files)
+
+
+def ladder_table(hardware: str, times: dict[str, float]) -> dict[str, Any]:
+    """Return each row's epochs, steps, milliseconds a step and predicted seconds; None where it was not measured."""
+    from fastcifar.config import Recipe
+    from fastcifar.ladder.rows import catalogue, ladder_rows
+    from fastcifar.models import budget
+
+    rows = []
+    for name in ladder_rows():
+        recipe = catalogue()[name]
+        if not isinstance(recipe, Recipe):
+            continue
+        found = budget.predict(recipe, times)
+        rows.append({
+            "recipe": name, "epochs": recipe.train.epochs,
+            "steps": recipe.train.epochs * budget.steps_per_epoch(recipe, budget.images_to_train(recipe)),
+            "step_ms": 1e3 * found.step_s if found else None, "total_s": found.total_s if found else None,
+        })  # fmt: skip
+    known = [row["total_s"] for row in rows if row["total_s"] is not None]
+    return {"hardware": hardware, "rows": rows, "measured_rows": len(known), "total_s": sum(known) or None}
+
+
+def ladder_view(table: dict[str, Any]) -> Any:
+    """Return the ladder's table for people."""
+    from rich.table import Table
+
+    from fastcifar.text import duration
+
+    title = f"{table['hardware']}: {table['measured_rows']} of {len(table['rows'])} rows measured"
+    total = duration(table["total_s"]) if table["total_s"] else NOT_MEASURED
+    view = Table(title=title, caption=f"measured rows together: {total}", title_justify="left")
+    for column in ("recipe", "epochs", "steps", "ms a step", "predicted"):
+        view.add_column(column, justify="left" if column == "recipe" else "right")
+    for row in table["rows"]:
+        step = NOT_MEASURED if row["step_ms"] is None else f"{row['step_ms']:.2f}"
+        time = NOT_MEASURED if row["total_s"] is None else duration(row["total_s"])
+        view.add_row(row["recipe"], str(row["epochs"]), f"{row['steps']:,}", step, time)
+    return view

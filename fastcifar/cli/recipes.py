@@ -1,0 +1,106 @@
+"""``fastcifar recipes`` and ``fastcifar show``: what can be trained, and what a recipe comes to."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def recipes(
+    match: Annotated[str, typer.Argument(help='Only names that match, such as "wrn-*" or "smoke/*".')] = "",
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")] = False,
+) -> None:
+    """List the shipped recipes: name, stage, model, epochs, published figure, ours."""
+    from fastcifar.console import out
+
+    rows = list_recipes(match)
+    if json_:
+        out({"recipes": rows})
+    else:
+        show_list(rows)
+
+
+def show(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key, such as train.epochs=2. Repeatable.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")] = False,
+) -> None:
+    """Print the resolved recipe: every key with its value, what it extends and every default written out."""
+    import sys
+
+    from fastcifar.config import load_recipe, to_toml
+    from fastcifar.console import out
+
+    loaded = load_recipe(recipe, set_ or [])
+    if json_:
+        out(loaded.model_dump())
+    else:
+        sys.stdout.write(to_toml(loaded))
+
+
+def list_recipes(match: str = "") -> list[dict[str, Any]]:
+    """Return one object per shipped recipe, in the ladder's order; smoke configs only where ``match`` asks for them.
+
+    Raises:
+        UserError: nothing matches.
+    """
+    from fastcifar.ladder.metrics import read_results
+    from fastcifar.ladder.rows import catalogue, choose
+
+    names = choose([match]) if match else [name for name in catalogue() if not name.startswith("smoke/")]
+    results = read_results()
+    return [_row(name, results) for name in names]
+
+
+def _row(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    from fastcifar.ladder.metrics import ours_in_words, recorded
+    from fastcifar.ladder.rows import catalogue
+
+    recipe = catalogue()[name]
+    published = recipe.published
+    return {
+        "name": name,
+        "title": recipe.title,
+        "stage": recipe.stage,
+        **_size(recipe),
+        "published": {"best": published.best, "last": published.last} if published else None,
+        "target": getattr(recipe, "target", None),
+        "ours": ours_in_words(recorded(recipe.name, results)),
+        "file": str(Path("recipes") / f"{name}.toml"),
+    }
+
+
+def _size(recipe: Any) -> dict[str, Any]:
+    from fastcifar.config import CombineRecipe
+
+    if isinstance(recipe, CombineRecipe):
+        return {"model": f"{len(recipe.combine.members)} models", "epochs": None}
+    return {"model": recipe.model.name, "epochs": recipe.train.epochs}
+
+
+def show_list(rows: list[dict[str, Any]]) -> None:
+    """Print the list for people, to stderr."""
+    from rich.table import Table
+
+    from fastcifar.console import err
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("name", "model", "epochs", "published"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("ours")
+    stage = None
+    for row in rows:
+        if row["stage"] != stage:
+            stage = row["stage"]
+            table.add_row(f"[bold]{stage}[/]")
+        table.add_row(row["name"], row["model"], str(row["epochs"] or ""), _goal(row), row["ours"])
+    err.print(table)
+
+
+def _goal(row: dict[str, Any]) -> str:
+    """Return the published best, or the target of a row that has none."""
+    if row["published"]:
+        return f"{row['published']['best']:.2f}"
+    return f"target {row['target']:.2f}" if row["target"] else ""

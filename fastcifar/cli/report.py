@@ -1,0 +1,31 @@
+"""``fastcifar report``: one page that explains runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run directories.")],
+    out: Annotated[Path | None, typer.Option(help="The page. Default: report.html in the (first) run.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The data of the pictures: a store, or a CIFAR-10 release.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print what the page shows as one JSON object.")] = False,
+) -> None:
+    """Explain runs on one self-contained page: metrics, curves, confusion, hardest images, suspected label errors.
+
+    Reads run directories alone; the pictures come from --data or wherever `fastcifar run` finds the data, and are left
+    out where there is none.
+    """
+    from fastcifar.analysis.html import build_report
+    from fastcifar.console import err
+    from fastcifar.console import out as print_json
+    from fastcifar.run_directory import RunDirectory, write_atomic
+
+    page, contents = build_report([RunDirectory.open(folder) for folder in runs], data)
+    target = out or runs[0] / "report.html"
+    write_atomic(target, page)
+    if json_:
+        print_json({"report": str(target), "runs": contents})
+    else:
+        err.print(f"[bold]{target}[/]", soft_wrap=True)

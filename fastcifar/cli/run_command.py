@@ -1,0 +1,95 @@
+"""``fastcifar run``: train a recipe."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def run(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe file, or the name of a shipped one (`fastcifar recipes`).")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key, such as train.epochs=2. Repeatable.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The data: a store, or a CIFAR-10 release.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory. Default: a new one under runs/.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="A run directory to go on with, or `auto` for this recipe's newest one.")
+    ] = None,
+    stop_after: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many of the planned epochs; resume later.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option(help="Show no progress.")] = False,
+) -> None:
+    """Train, evaluate and record a recipe: `fastcifar run recipes/lenet5.toml`.
+
+    A killed run loses nothing but the epoch it was in: `fastcifar run --resume RUN_DIR` goes on, to the same bits.
+    """
+    from fastcifar.config import load_recipe
+    from fastcifar.console import err
+    from fastcifar.console import out as print_json
+    from fastcifar.interrupt import interruptible
+    from fastcifar.open_run import open_run
+
+    loaded = load_recipe(recipe, set_ or []) if recipe else None
+    if resume and resume != "auto" and set_ and not recipe:
+        from fastcifar.errors import UserError
+
+        raise UserError("--set changes the recipe, but a resumed run keeps its own; start a new run instead")
+    found = open_run(loaded, out, resume)
+    with found.alone(), interruptible(f"stopped; go on with `fastcifar run --resume {found.folder}`"):
+        summary = carry_out(found, data, stop_after, quiet)
+    if json_:
+        print_json({**summary, "run": str(found.folder)})
+    elif not quiet:
+        err.print(describe(summary), soft_wrap=True)
+        err.print(f"[bold]{found.folder}[/]", soft_wrap=True)
+
+
+def carry_out(run: Any, data: Path | None, stop_after: int | None, quiet: bool) -> dict[str, Any]:
+    """Train or combine what is left of a run; return its summary, at once where it is finished already."""
+    from fastcifar.config import CombineRecipe
+
+    if run.has_summary and run.summary["status"] == "finished":
+        return run.summary
+    if isinstance(run.recipe, CombineRecipe):
+        from fastcifar.analysis.combine import combine_run
+
+        return combine_run(run)
+    from fastcifar.train.run import train
+
+    return train(run.recipe, run, data=data, stop_after=stop_after, quiet=quiet)
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """Return a summary in a few lines for people, each figure with how its epoch was chosen."""
+    lines = []
+    last, best, selected, published = (summary.get(k) for k in ("last", "best", "selected", "published"))
+    trained = bool(summary["epochs"])  # a combination has no epochs of its own
+    if last:
+        of = f"  epoch {last['epoch']} of {summary['epochs']}, {summary['weights']} weights" if trained else ""
+        lines.append(f"last      {last['accuracy']:.2f}%{of}")
+    if best:
+        of = f"epoch {best['epoch']}, chosen" if trained else "chosen"
+        lines.append(f"best      {best['accuracy']:.2f}%  {of} on the test set, as published")
+    if selected:
+        of = f"epoch {selected['epoch']}, chosen" if trained else "chosen"
+        lines.append(f"selected  {selected['accuracy']:.2f}%  {of} on the holdout")
+    if summary.get("tta"):
+        lines.append(f"tta       {summary['tta']['accuracy']:.2f}%  last epoch, {summary['tta']['kind']}")
+    if published:
+        known = f", last {published['last']:.2f}%" if published.get("last") is not None else ""
+        lines.append(f"published {published['best']:.2f}% best{known}")
+    if summary.get("clocks"):
+        from fastcifar.text import duration
+
+        clocks = summary["clocks"]
+        speed = f"{summary['images_per_s']:,.0f} images/s" if summary.get("images_per_s") else "speed not measured"
+        lines.append(
+            f"clocks    training {duration(clocks['training_s'])}, compilation and warm-up "
+            f"{duration(clocks['compilation_s'])}, total {duration(clocks['total_s'])}; {speed}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""Turn pydantic's errors into messages that say which key is wrong and what to write instead."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from fastcifar.config.schema import PRESETS
+from fastcifar.errors import nearest
+
+
+def explain(path: Path, kind: type[BaseModel], error: Any) -> str:
+    """Turn one pydantic error into ``file: key.path: what was wrong; what is allowed``."""
+    where = [str(part) for part in error["loc"]]
+    key, message = _EXPLAIN.get(error["type"], _explain_other)(kind, where, error)
+    return f"{path}: {_key_path(kind, key)}{message}"
+
+
+def _explain_extra(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
+    allowed = _allowed_keys(kind, where[:-1])
+    return where, f"unknown key{nearest(where[-1], allowed)}; allowed: {', '.join(allowed)}"
+
+
+def _explain_missing(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
+    names = [arg for arg in getattr(_at(kind, where), "__args__", ()) if isinstance(arg, str)]
+    return where, f"is missing; allowed: {', '.join(names)}" if names else "is missing"
+
+
+def _explain_no_tag(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
+    return [*where, "name"], f"is missing; allowed: {', '.join(_tags(kind, where))}"
+
+
+def _explain_tag(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
+    tag = error["ctx"]["tag"]
+    names = _tags(kind, where)
+    return [*where, "name"], f'unknown name "{tag}"{nearest(tag, names)}; allowed: {", ".join(names)}'
+
+
+def _explain_literal(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
+    names = [t.strip(" '") for t in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
+    return where, f"{error['input']!r} is not allowed{nearest(str(error['input']), names)}; allowed: {', '.join(names)}"
+
+
+def _explain_table(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
+    allowed = _allowed_keys(kind, where)
+    return where, f"{error['input']!r} is not a table; its keys: {', '.join(allowed) or 'name, ...'}"
+
+
+def _explain_other(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
+    """Name the value where that helps; a whole table's error names the key that its message starts with."""
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if error["type"] != "value_error":
+        return where, f"{error['input']!r} {message}"
+    word, _, rest = message.partition(" ")
+    return ([*where, word], rest) if where and word in _allowed_keys(kind, where) else (where, message)
+
+
+_EXPLAIN = {
+    "extra_forbidden": _explain_extra,
+    "missing": _explain_missing,
+    "union_tag_not_found": _explain_no_tag,
+    "union_tag_invalid": _explain_tag,
+    "literal_error": _explain_literal,
+    "model_type": _explain_table,
+    "model_attributes_type": _explain_table,
+}
+
+
+def _tags(kind: type[BaseModel], where: list[str]) -> list[str]:
+    """Return the names that the union at ``where`` knows, a model's presets among them."""
+    union = _at(kind, where)
+    options = [o.model_fields for o in getattr(union, "__args__", ()) if hasattr(o, "model_fields")]
+    tags = [tag for fields in options if "name" in fields for tag in fields["name"].annotation.__args__]
+    return tags + (list(PRESETS) if where == ["model"] else [])
+
+
+def _key_path(kind: type[BaseModel], where: list[str]) -> str:
+    """Join a location, leaving out the tags that pydantic adds for discriminated unions."""
+    kept = [p for i, p in enumerate(where) if not (i == 1 and p in _tags(kind, where[:1]))]
+    return f"{'.'.join(kept)}: " if kept else ""
+
+
+def _at(kind: type[BaseModel], where: list[str]) -> Any:
+    """Return the type at ``where``, following nested models and union tags."""
+    current: Any = kind
+    for part in where:
+        current = _step_into(current, part)
+    return current
+
+
+def _allowed_keys(kind: type[BaseModel], where: list[str]) -> list[str]:
+    """Return the keys of the table at ``where``."""
+    current = _at(kind, where)
+    options = [current, *getattr(current, "__args__", ())]
+    models = [o for o in options if hasattr(o, "model_fields")]
+    return list(models[0].model_fields) if len(models) == 1 else []
+
+
+def _step_into(current: Any, part: str) -> Any:
+    """Return the model below ``current`` that ``part`` (a key, or a union's tag) leads to."""
+    if hasattr(current, "model_fields"):
+        return current.model_fields[part].annotation if part in current.model_fields else None
+    for option in getattr(current, "__args__", ()):
+        if not hasattr(option, "model_fields"):
+            continue
+        tag = option.model_fields.get("name")
+        if tag is not None and part in getattr(tag.annotation, "__args__", ()):
+            return option
+        if part in option.model_fields:
+            return option.model_fields[part].annotation
+    return None

@@ -1,0 +1,194 @@
+"""Read a recipe file: ``extends``, ``--set``, validation, and errors that say what to write instead."""
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fastcifar.config.explain import explain
+from fastcifar.config.schema import CombineRecipe, Recipe
+from fastcifar.errors import UserError, nearest
+
+
+def recipes_folder() -> Path:
+    """Return the folder of the shipped recipes (``recipes/`` beside the package)."""
+    return Path(__file__).resolve().parents[2] / "recipes"
+
+
+def shipped_recipes() -> list[Path]:
+    """Return the files of the shipped ladder, smoke and beyond recipes, sorted by folder and name.
+
+    A file whose name starts with ``_`` is a part that recipes extend, not a recipe.
+    """
+    files = [p for p in recipes_folder().rglob("*.toml") if not p.name.startswith("_")]
+    return sorted(files, key=lambda p: (p.parent != recipes_folder(), p))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return the file that ``name`` means: a path, or the name of a shipped recipe (``lenet5``, ``smoke/wrn-sgd``).
+
+    Raises:
+        UserError: there is no such file; the message lists the closest names.
+    """
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a recipe file")
+    if path.is_file():
+        return path
+    shipped = {p.relative_to(recipes_folder()).with_suffix("").as_posix(): p for p in shipped_recipes()}
+    wanted = path.with_suffix("").as_posix() if path.suffix == ".toml" else path.as_posix()
+    wanted = wanted.removeprefix("recipes/")
+    if wanted in shipped:
+        return shipped[wanted]
+    close = difflib.get_close_matches(wanted, shipped, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise UserError(f"{name}: no such recipe file.{hint} `fastcifar recipes` lists the shipped ones.")
+
+
+def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe | CombineRecipe:
+    """Read, extend, override and check a recipe.
+
+    Args:
+        name: a path or a shipped recipe's name.
+        overrides: texts such as ``train.epochs=2``; values are TOML, a bare word counts as a string.
+
+    Raises:
+        UserError: with the file, the key path, what was wrong and what is allowed.
+    """
+    path = find_recipe(name)
+    table = _read_extended(path, ())
+    for text in overrides:
+        _override(table, text)
+    table.setdefault("name", path.stem)
+    kind = CombineRecipe if "combine" in table else Recipe
+    table = {k: v for k, v in table.items() if not (v is False and k in OPTIONAL_TABLES)}
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(path, kind, e) for e in error.errors())) from None
+
+
+def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the file's table laid over those that it extends, the first of them lowest."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in (*seen, path))}")
+    table = _read_file(path)
+    result: dict[str, Any] = {}
+    for base in _bases(path, table.pop("extends", [])):
+        result = _merge(result, _read_extended(base, (*seen, path.resolve())))
+    return _merge(result, table)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """Return one file's table, with ``augment = [...]`` written out as the table that it stands for."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: is not valid TOML: {error}") from None
+    if isinstance(table.get("augment"), list):
+        table["augment"] = {"ops": table["augment"]}
+    return table
+
+
+def _bases(path: Path, extends: Any) -> list[Path]:
+    """Return the files that ``extends`` (a path beside the file, or a list of them) names."""
+    names = [extends] if isinstance(extends, str) else extends
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{path}: extends: {extends!r} is neither a file name nor a list of them')
+    for name in names:
+        if not (path.parent / name).is_file():
+            there = [p.name for p in (path.parent / name).parent.glob("*.toml")]
+            raise UserError(f'{path}: extends: there is no file "{name}" beside it{nearest(Path(name).name, there)}')
+    return [path.parent / name for name in names]
+
+
+# What belongs to a file itself and is not handed down to those that extend it.
+OWN_KEYS = ("name", "title", "published", "target")
+# Where ``false`` means that there is none.
+OPTIONAL_TABLES = ("mix", "asam", "ema", "published")
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any], top: bool = True) -> dict[str, Any]:
+    """Lay ``over`` on ``base``. A table that names another ``name`` starts afresh; ``false`` removes a table."""
+    result = {k: v for k, v in base.items() if not (top and k in OWN_KEYS)}
+    for key, value in over.items():
+        old = result.get(key)
+        if value is False and isinstance(old, dict):
+            del result[key]
+        elif isinstance(value, dict) and isinstance(old, dict) and value.get("name") in (None, old.get("name")):
+            result[key] = _merge(old, value, top=False)
+        else:
+            result[key] = value
+    return result
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    """Apply one ``key.path=value``."""
+    key, equals, value = text.partition("=")
+    path = [part.strip() for part in key.split(".")]
+    if not equals or not all(path):
+        raise UserError(f'--set {text}: expected key=value, for example "train.epochs=2"')
+    over = _parse_value(text, value.strip())
+    for i, part in reversed(list(enumerate(path))):
+        over = {"ops": over} if i == 0 and part == "augment" and isinstance(over, list) else over
+        over = {part: over}
+    for i in range(1, len(path)):
+        _need_table(table, path[:i], text)
+    merged = _merge(table, over, top=False)
+    table.clear()
+    table.update(merged)
+
+
+def _parse_value(text: str, value: str) -> Any:
+    """Read a TOML value; a bare word is a string."""
+    if not value:
+        raise UserError(f"--set {text}: there is no value after the equals sign")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        if value[0] in "[{'\"":
+            raise UserError(f"--set {text}: {value} is not a valid TOML value") from None
+        return value
+    return parsed["value"]
+
+
+def _need_table(table: dict[str, Any], path: list[str], text: str) -> None:
+    """Refuse to write below a plain value, as ``seed.x=1`` would."""
+    current: Any = table
+    for part in path:
+        current = current.get(part, {})
+        if not isinstance(current, dict):
+            if current is False:
+                return
+            raise UserError(f"--set {text}: {'.'.join(path)} is a value ({current!r}), not a table with keys")
+
+
+# -------------------------------------------------------------------------------------------------------------- write
+
+
+def to_toml(recipe: Recipe | CombineRecipe) -> str:
+    """Return the resolved recipe as TOML text that `load_recipe` reads back to an equal recipe."""
+    return "\n".join(_toml_lines(recipe.model_dump(exclude_none=True), "")) + "\n"
+
+
+def _toml_lines(table: dict[str, Any], prefix: str) -> list[str]:
+    """Write plain keys first, then each sub-table under its header."""
+    lines = [f"{key} = {_toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    for key, value in table.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{prefix}{key}]", *_toml_lines(value, f"{prefix}{key}.")]
+    return lines
+
+
+def _toml_value(value: Any) -> str:
+    """Write one value; JSON's strings, numbers, booleans and lists are TOML's."""
+    import json
+
+    return json.dumps(value, ensure_ascii=False)

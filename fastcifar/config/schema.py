@@ -1,0 +1,441 @@
+"""The models of a recipe: every key that a recipe file may hold, its type, range and default.
+
+This module imports neither torch nor numpy, so that a recipe can be read, checked and shown at once.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, field_validator, model_validator
+
+from fastcifar.config.operations import Op, parse_op
+from fastcifar.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A table of a recipe: unknown keys are errors, values are never coerced, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+class LoaderConfig(Section):
+    """How batches reach the device.
+
+    ``auto`` takes ``resident`` when the set fits in a quarter of the free device memory, else ``ffcv``, ``dali``,
+    ``torchvision``, whichever is installed. ``order = "native"`` lets a backend shuffle in its own way (DALI).
+    """
+
+    name: Literal["auto", "resident", "ffcv", "dali", "torchvision"] = "auto"
+    workers: int = Field(2, ge=1, le=256)
+    order: Literal["plan", "native"] = "plan"
+
+
+class DataConfig(Section):
+    """Which images. ``holdout`` training images are set aside (stratified) to choose epochs and weights on.
+
+    ``cifar10-or-synthetic``, for smoke tests only, takes drawn images where no place for data is named or made.
+    ``subset`` and ``test_subset`` keep only the first images of each class (0 keeps all), for smoke tests.
+    """
+
+    source: Literal["cifar10", "cifar100", "folder", "synthetic", "cifar10-or-synthetic"] = "cifar10"
+    loader: LoaderConfig = LoaderConfig()
+    holdout: int = Field(0, ge=0)
+    subset: int = Field(0, ge=0)
+    test_subset: int = Field(0, ge=0)
+    mean: list[float] = [0.5, 0.5, 0.5]
+    std: list[Positive] = [0.5, 0.5, 0.5]
+
+
+def _read_augment(value: Any) -> Any:
+    """Let a recipe write ``augment = ["crop(4)"]`` for ``augment = {ops = ["crop(4)"]}``."""
+    return {"ops": value} if isinstance(value, list) else value
+
+
+class AugmentConfig(Section):
+    """The augmentations of a training image, in order; ``where = "loader"`` runs them as PIL transforms in workers."""
+
+    ops: list[Any] = []
+    where: Literal["device", "loader"] = "device"
+
+    @field_validator("ops", mode="after")
+    @classmethod
+    def _parse(cls, ops: list[Any]) -> list[Op]:
+        try:
+            return [op if isinstance(op, Op) else parse_op(_text(op)) for op in ops]
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    @field_serializer("ops")
+    def _write(self, ops: list[Op]) -> list[str]:
+        return [str(op) for op in ops]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f'{value!r} is not a text such as "crop(4)"')
+    return value
+
+
+class MixConfig(Section):
+    """CutMix (Yun et al., 2019) and Mixup (Zhang et al., 2018) on the batch.
+
+    With probability ``p`` a batch is mixed: by CutMix or Mixup as ``name`` says, by either with ``switch`` as the
+    probability of CutMix for ``"cutmix_or_mixup"``. ``start`` is the fraction of the run from which on it happens.
+    ``per_sample`` draws a lambda and a box for each sample instead of one per batch.
+    """
+
+    name: Literal["cutmix", "mixup", "cutmix_or_mixup"]
+    alpha: Positive = 1.0
+    p: Fraction = 1.0
+    switch: Fraction = 0.5
+    start: Fraction = 0.0
+    per_sample: bool = False
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+class ModelBase(Section):
+    """What all models share. ``kaiming_normal_fan_out``: He et al., 2015, on Conv2d and Linear weights, biases 0."""
+
+    init: Literal["default", "kaiming_normal_fan_out"] = "default"
+
+
+class LeNet5Config(ModelBase):
+    """LeNet-5 with ReLU (LeCun et al., 1998)."""
+
+    name: Literal["lenet5"]
+
+
+class DeepBaselineConfig(ModelBase):
+    """Five convolutions and four linear layers, with or without BatchNorm."""
+
+    name: Literal["deep_baseline", "deep_baseline_bn"]
+
+
+class Residual5Config(ModelBase):
+    """Five post-activation residual blocks and a three-layer head."""
+
+    name: Literal["residual5"]
+    dropout: Fraction = 0.1
+
+
+class Residual15Config(ModelBase):
+    """A ResNet of ten basic blocks, 64 to 512 channels."""
+
+    name: Literal["residual15"]
+
+
+class WideResNetConfig(ModelBase):
+    """Wide residual network (Zagoruyko & Komodakis, 2016); ``shakedrop`` is the last block's death probability."""
+
+    name: Literal["wide_resnet"]
+    depth: int = Field(16, ge=10)
+    widen: int = Field(8, ge=1)
+    dropout: Fraction = 0.3
+    first_relu: bool = True
+    last_bn: bool = False
+    shakedrop: Fraction = 0.0
+    shakedrop_gate: Literal["batch", "sample"] = "batch"
+
+    @model_validator(mode="after")
+    def _depth(self) -> "WideResNetConfig":
+        if (self.depth - 4) % 6:
+            raise ValueError(f"depth {self.depth} is not 6n + 4; the nearest is {(self.depth - 4) // 6 * 6 + 4}")
+        return self
+
+
+class PyramidNetConfig(ModelBase):
+    """PyramidNet (Han et al., 2017), with ShakeDrop (Yamada et al., 2019) where ``shakedrop`` is above 0.
+
+    ``align`` pads every internal width up to a multiple with channels that stay exactly zero.
+    """
+
+    name: Literal["pyramidnet"]
+    depth: int = Field(110, ge=8)
+    alpha: int = Field(150, ge=1)
+    block: Literal["basic", "bottleneck"] = "basic"
+    shakedrop: Fraction = 0.0
+    shakedrop_gate: Literal["batch", "sample"] = "batch"
+    align: Literal[1, 8, 16, 32] = 1
+
+    @model_validator(mode="after")
+    def _depth(self) -> "PyramidNetConfig":
+        period = 6 if self.block == "basic" else 9
+        if (self.depth - 2) % period:
+            nearest_depth = (self.depth - 2) // period * period + 2
+            raise ValueError(f"depth {self.depth} is not {period}n + 2; the nearest is {nearest_depth}")
+        return self
+
+
+class SpeedNetConfig(ModelBase):
+    """A small network in the manner of the speed records (Jordan, 2024): whitening layer, GELU, scaled head."""
+
+    name: Literal["speednet"]
+    widths: list[int] = Field([64, 256, 256], min_length=3, max_length=3)
+    convs_per_block: int = Field(2, ge=2, le=3)
+    whiten_bias_epochs: int = Field(3, ge=0)
+    scale: Positive = 1 / 9
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "wrn16_8": {"name": "wide_resnet", "depth": 16, "widen": 8},
+    "wrn28_10": {"name": "wide_resnet", "depth": 28, "widen": 10},
+    "pyramidnet110_a150": {"name": "pyramidnet", "depth": 110, "alpha": 150},
+    "pyramidnet110_a270": {"name": "pyramidnet", "depth": 110, "alpha": 270},
+    "pyramidnet272_a200": {"name": "pyramidnet", "depth": 272, "alpha": 200, "block": "bottleneck"},
+}
+
+
+def expand_preset(value: Any) -> Any:
+    """Replace a preset's name by the options that it stands for; options beside the name win."""
+    if isinstance(value, dict) and isinstance(value.get("name"), str) and value["name"] in PRESETS:
+        return {**PRESETS[value["name"]], **{k: v for k, v in value.items() if k != "name"}}
+    return value
+
+
+ModelUnion = Annotated[
+    LeNet5Config
+    | DeepBaselineConfig
+    | Residual5Config
+    | Residual15Config
+    | WideResNetConfig
+    | PyramidNetConfig
+    | SpeedNetConfig,
+    Field(discriminator="name"),
+]
+ModelConfig = Annotated[ModelUnion, BeforeValidator(expand_preset)]
+
+# ------------------------------------------------------------------------------------------------------- optimization
+
+
+class OptimizerBase(Section):
+    """``weight_decay`` is L2 in the gradient for sgd and adam, decoupled for adamw and muon."""
+
+    lr: Positive
+    weight_decay: NotNegative = 0.0
+
+
+class SGDConfig(OptimizerBase):
+    """Stochastic gradient descent with (Nesterov) momentum, as torch.optim.SGD defines it."""
+
+    name: Literal["sgd"]
+    momentum: Fraction = 0.9
+    nesterov: bool = True
+
+
+class AdamConfig(OptimizerBase):
+    """Adam (Kingma & Ba, 2015) or AdamW (Loshchilov & Hutter, 2019)."""
+
+    name: Literal["adam", "adamw"]
+    betas: list[Fraction] = Field([0.9, 0.999], min_length=2, max_length=2)
+    eps: Positive = 1e-8
+
+
+class MuonConfig(OptimizerBase):
+    """Muon (Jordan et al., 2024) on convolution weights, SGD with Nesterov momentum on everything else.
+
+    ``lr_head`` is the learning rate of linear weights, ``lr_other`` by default. ``normalize`` keeps each convolution's
+    weight at norm sqrt(outputs), as airbench does.
+    """
+
+    name: Literal["muon"]
+    momentum: Fraction = 0.6
+    lr_head: Positive | None = None
+    lr_other: Positive = 0.05
+    momentum_other: Fraction = 0.85
+    normalize: bool = False
+
+
+OptimizerConfig = Annotated[SGDConfig | AdamConfig | MuonConfig, Field(discriminator="name")]
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the run, as a factor of ``optimizer.lr``.
+
+    ``constant``; ``cosine`` from 1 to ``final`` (Loshchilov & Hutter, 2017); ``linear`` from 1 to ``final``;
+    after ``warmup_epochs`` of linear rise. It moves once an ``epoch`` or once a ``step``.
+    """
+
+    name: Literal["constant", "cosine", "linear"] = "constant"
+    per: Literal["epoch", "step"] = "epoch"
+    warmup_epochs: NotNegative = 0.0
+    final: Fraction = 0.0
+
+
+class AsamConfig(Section):
+    """Sharpness-aware minimization: SAM (Foret et al., 2021) or ASAM (Kwon et al., 2021).
+
+    Attributes:
+        rho: radius of the ascent.
+        adaptive: True for ASAM, False for SAM.
+        eta: added to the scale abs(w) (ASAM).
+        scope: scale all parameters by abs(w), or only weight tensors (the ASAM authors' choice).
+        batch_norm: whether running statistics move in the second pass too (as published) or stay.
+        micro_batch: perturb per micro-batch of this many samples (m-sharpness); 0 for the whole batch.
+        every: take the two-pass step only every k-th step and reuse the ascent direction's effect between
+            (LookSAM, Liu et al., 2022); 1 for each step. Not recommended: it cost LeNet-5 some 24 points.
+        reuse: length of what LookSAM adds in the steps between, in lengths of their gradient (its alpha).
+    """
+
+    rho: Positive
+    adaptive: bool = True
+    eta: NotNegative = 0.0
+    scope: Literal["all", "weights"] = "all"
+    batch_norm: Literal["update", "freeze"] = "update"
+    micro_batch: int = Field(0, ge=0)
+    every: int = Field(1, ge=1)
+    reuse: NotNegative = 0.7
+
+
+class EmaConfig(Section):
+    """Exponential moving average of weights and BatchNorm statistics, after each step, without warm-up."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+
+
+class LossConfig(Section):
+    """Cross entropy with label smoothing in 0..1 and, where given, one weight per class."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    class_weights: list[NotNegative] | None = None
+
+
+class TrainConfig(Section):
+    """How long and in what portions. ``grad_clip`` bounds the global gradient norm (0: no bound).
+
+    ``accumulate``: a batch goes through the model in this many portions whose gradients add up, to save memory.
+    """
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(128, ge=1)
+    drop_last: bool = False
+    accumulate: int = Field(1, ge=1)
+    grad_clip: NotNegative = 0.0
+
+
+class EngineConfig(Section):
+    """How a step is carried out; the result is the same within rounding.
+
+    ``auto``: on a GPU a captured CUDA graph of a compiled model, elsewhere eager.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    mode: Literal["auto", "eager", "compile", "graph"] = "auto"
+    precision: Literal["bf16", "fp16", "fp32", "tf32"] = "bf16"
+    working_copy: bool = False
+
+
+class EvalConfig(Section):
+    """When and how to evaluate. ``tta``: test-time augmentation, reported beside the plain figure."""
+
+    every_epochs: int = Field(1, ge=1)
+    batch_size: int = Field(1000, ge=1)
+    tta: Literal["none", "flip", "multicrop"] = "none"
+    train_logits: bool = False
+
+
+class CheckpointConfig(Section):
+    """How often a checkpoint is written (the last epoch always is) and how many are kept.
+
+    ``resume = "auto"`` goes on with the newest unfinished run of the same recipe, where there is one.
+    """
+
+    every_epochs: int = Field(1, ge=1)
+    keep: int = Field(1, ge=1)
+    resume: Literal["never", "auto"] = "never"
+
+
+class Published(Section):
+    """What the published experiment reports, in percent; ``best`` was chosen on the test set."""
+
+    best: float = Field(ge=0, le=100)
+    last: float | None = Field(None, ge=0, le=100)
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+class Recipe(Section):
+    """One training run, completely."""
+
+    name: str
+    title: str = ""
+    stage: str = ""
+    published: Published | None = None
+    target: float | None = Field(None, ge=0, le=100)
+    seed: int = Field(42, ge=0, lt=2**63)
+    data: DataConfig = DataConfig()
+    augment: Annotated[AugmentConfig, BeforeValidator(_read_augment)] = AugmentConfig()
+    mix: MixConfig | None = None
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    asam: AsamConfig | None = None
+    ema: EmaConfig | None = None
+    train: TrainConfig
+    engine: EngineConfig = EngineConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Recipe":
+        if self.asam and self.optimizer.name != "sgd":
+            raise ValueError(f'asam works with optimizer.name = "sgd", not "{self.optimizer.name}"')
+        if self.asam and self.asam.micro_batch and self.train.batch_size % self.asam.micro_batch:
+            raise ValueError("asam.micro_batch must divide train.batch_size")
+        if self.asam and self.asam.micro_batch and (self.train.accumulate > 1 or self.asam.every > 1):
+            raise ValueError("asam.micro_batch works with train.accumulate = 1 and asam.every = 1")
+        if self.engine.working_copy and self.engine.precision not in ("bf16", "fp16"):
+            raise ValueError('engine.working_copy needs engine.precision = "bf16" or "fp16"')
+        if self.optimizer.name == "muon" and self.engine.precision == "fp16":
+            raise ValueError('optimizer.name = "muon" works with engine.precision = "bf16", "fp32" or "tf32"')
+        if self.augment.where == "loader" and self.data.loader.name not in ("auto", "torchvision"):
+            raise ValueError('augment.where = "loader" needs data.loader.name = "torchvision"')
+        if self.data.loader.order == "native" and self.data.loader.name != "dali":
+            raise ValueError('data.loader.order = "native" needs data.loader.name = "dali"')
+        return self
+
+
+class CombineConfig(Section):
+    """How trained runs become one prediction, from their saved logits.
+
+    Attributes:
+        how: ``hard`` majority vote, ``soft`` mean of softmax, ``weighted`` mean, or ``stacking`` by a meta-model.
+        members: recipe names whose runs are combined, in the order of ``weights`` and of stacking's columns.
+        weights: for ``weighted``; None fits them on the holdout.
+        meta: stacking's meta-model.
+        protocol: ``published`` fits on training-set logits and chooses the epoch on the test set; ``honest`` fits
+            on the holdout by cross-validation and scores the test set once.
+        meta_seed: seed of the meta-model.
+    """
+
+    how: Literal["hard", "soft", "weighted", "stacking"]
+    members: list[str] = Field(min_length=2)
+    weights: list[NotNegative] | None = None
+    meta: Literal["mlp", "logistic"] = "mlp"
+    protocol: Literal["honest", "published"] = "honest"
+    meta_seed: int = Field(250, ge=0)
+
+    @model_validator(mode="after")
+    def _lengths(self) -> "CombineConfig":
+        if self.weights is not None and len(self.weights) != len(self.members):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.members)} members")
+        return self
+
+
+class CombineRecipe(Section):
+    """A combination of trained runs (ensemble or stacking)."""
+
+    name: str
+    title: str = ""
+    stage: str = ""
+    published: Published | None = None
+    combine: CombineConfig

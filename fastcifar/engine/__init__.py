@@ -1,1 +1,0 @@
-"""Training: the run, the step, evaluation, checkpoints, clocks."""

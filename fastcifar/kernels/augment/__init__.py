@@ -1,0 +1,1 @@
+"""Augmentation of a batch: gather, transform, normalize, in one kernel."""

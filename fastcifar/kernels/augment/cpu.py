@@ -1,0 +1,406 @@
+"""Applying plans on the CPU: numba, parallel over samples, no allocation per sample.
+
+Every step gives PIL's bytes: nearest-neighbour geometry in 16.16 fixed point, grey as 19595 R + 38470 G + 7471 B,
+blends in float32, histograms as PIL.ImageOps. Crops and mirrors and the affine step after them move each pixel once;
+the normalization is vector arithmetic or a table of 256 values per channel, which holds the output's type already.
+"""
+
+import os
+from typing import Any
+
+import numba as nb
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastcifar.augment.decisions import PARAMS, Program, decide_sample
+from fastcifar.augment.policy import Code
+from fastcifar.kernels.philox import split_seed
+
+CHUNKS = 16  # most work items per batch: more than threads, because samples differ in cost
+CHUNK_SAMPLES = 32  # fewer are some 50 microseconds of work, which is not worth a second thread
+
+# OpenMP's threads look out for the next batch for a while, TBB's and numba's own go to sleep and must be woken: at 128
+# samples a batch, OpenMP's were two to two and a half times as fast. Who names an order of layers gets it.
+if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
+    nb.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
+
+IDENTITY, SHIFT, MIRROR, AFFINE = int(Code.IDENTITY), int(Code.SHIFT), int(Code.MIRROR), int(Code.AFFINE)
+CUTOUT, SHARPNESS, COLOR, CONTRAST = int(Code.CUTOUT), int(Code.SHARPNESS), int(Code.COLOR), int(Code.CONTRAST)
+BRIGHTNESS, POSTERIZE, SOLARIZE = int(Code.BRIGHTNESS), int(Code.POSTERIZE), int(Code.SOLARIZE)
+INVERT, AUTOCONTRAST, EQUALIZE = int(Code.INVERT), int(Code.AUTOCONTRAST), int(Code.EQUALIZE)
+
+
+@nb.njit(cache=True)
+def blend(low: Any, high: Any, factor: Any) -> Any:
+    """Return the byte ``low + factor * (high - low)``, computed in float32, cut off and clipped to 0..255."""
+    value = np.float32(low) + factor * np.float32(np.int32(high) - np.int32(low))
+    return np.uint8(min(max(value, np.float32(0)), np.float32(255)))
+
+
+@nb.njit(cache=True)
+def grey(red: Any, green: Any, blue: Any) -> Any:
+    """Return the luma byte of ITU-R 601-2 in 16-bit fixed point, rounded."""
+    return (np.int64(red) * 19595 + np.int64(green) * 38470 + np.int64(blue) * 7471 + 0x8000) >> 16
+
+
+@nb.njit(cache=True)
+def fold(table: Any, plan: Any, first: Any, window: Any) -> Any:
+    """Fold the crops and mirrors from slot ``first`` on, and an affine step after them, into one ``window``.
+
+    It is int32 (10,): row offset, column offset, column sign, last column (given), and the affine parameters.
+
+    Returns:
+        The first slot that is not folded. A second shift is not, because the first one has blackened pixels.
+    """
+    window[0], window[1], window[2] = 0, 0, 1
+    window[4], window[5], window[6] = 1 << 16, 0, 0
+    window[7], window[8], window[9] = 0, 1 << 16, 0
+    shifted = False
+    for s in range(first, plan.shape[0]):
+        row = table[plan[s]]
+        if row[0] == AFFINE:
+            for i in range(6):
+                window[4 + i] = row[PARAMS + i]
+            return s + 1
+        if row[0] == MIRROR:
+            window[1] += window[2] * window[3]
+            window[2] = -window[2]
+        elif row[0] == SHIFT and not shifted:
+            window[0] += row[PARAMS]
+            window[1] += window[2] * row[PARAMS + 1]
+            shifted = True
+        elif row[0] != IDENTITY:
+            return s
+    return plan.shape[0]
+
+
+@nb.njit(cache=True)
+def find_pixels(window: Any, height: Any, width: Any, index: Any) -> None:
+    """Write which pixel each pixel of a folded window shows: index uint32 (H * W,).
+
+    What lies outside shows pixel ``H * W + 1``, which is black. There is no branch, so that a line is a few vector
+    operations. Coordinates are 16.16 in 32 bits, which holds images of up to 8,000 pixels a side.
+    """
+    a, b, c, d, e, f = window[4], window[5], window[6], window[7], window[8], window[9]
+    top, bottom = max(0, -window[0]), min(height, height - window[0])
+    if window[2] > 0:
+        left, right = max(0, -window[1]), min(width, width - window[1])
+    else:
+        left, right = max(0, window[1] - width + 1), min(width, window[1] + 1)
+    rows, columns = np.uint32(max(bottom - top, 0)), np.uint32(max(right - left, 0))
+    first_row, first_column, sign = np.int32(top), np.int32(left), window[2]
+    origin, stride, outside = np.int32(window[0] * width + window[1]), np.int32(width), np.uint32(height * width + 1)
+    sixteen = np.int32(16)
+    for y in range(height):
+        line = index[y * width : y * width + width]
+        xx, yy = np.int32(c + np.int32(y) * b), np.int32(f + np.int32(y) * e)
+        for x in range(width):
+            x_in = np.int32(np.int32(xx + np.int32(x) * a) >> sixteen)
+            y_in = np.int32(np.int32(yy + np.int32(x) * d) >> sixteen)
+            # A negative difference is a large unsigned one, so two comparisons do for four.
+            inside = (np.uint32(x_in - first_column) < columns) & (np.uint32(y_in - first_row) < rows)
+            pixel = np.uint32(origin + x_in * sign + y_in * stride)
+            line[x] = pixel if inside else outside
+
+
+@nb.njit(cache=True)
+def move_pixels(source: Any, index: Any, out: Any) -> None:
+    """Write ``source[index]``, pixels as overlapping words, in rising order: a word's fourth byte is the next's first.
+
+    The last one spills into pixel ``H * W``, which nobody reads.
+    """
+    for i in range(index.shape[0]):
+        out[np.uint64(i)] = source[np.uint64(index[i])]
+
+
+@nb.njit(cache=True)
+def cutout(image: Any, row: Any) -> None:
+    """Blacken one rectangle in place."""
+    for y in range(row[PARAMS], row[PARAMS + 2]):
+        for x in range(row[PARAMS + 1], row[PARAMS + 3]):
+            for c in range(3):
+                image[y, x, c] = 0
+
+
+@nb.njit(cache=True)
+def sharpen_row(above: Any, row: Any, below: Any, factor: Any, out: Any) -> None:
+    """Write one inner row of `sharpness`; rows are uint8 (W * 3,), so that neighbours lie three bytes apart."""
+    last = row.shape[0] - 3
+    for i in range(3):
+        out[i], out[last + i] = row[i], row[last + i]
+    for i in range(last - 3):
+        total = np.int32(above[i]) + np.int32(above[i + 3]) + np.int32(above[i + 6])
+        total += np.int32(row[i]) + np.int32(5) * np.int32(row[i + 3]) + np.int32(row[i + 6])
+        total += np.int32(below[i]) + np.int32(below[i + 3]) + np.int32(below[i + 6])
+        # total / 13 rounded; a tie cannot happen, so the integer form equals PIL's float32 sum.
+        smooth = np.int32(np.uint32(2 * total + 13) // np.uint32(26))
+        out[i + 3] = blend(smooth, row[i + 3], factor)
+
+
+@nb.njit(cache=True)
+def sharpness(image: Any, factor: Any, out: Any) -> None:
+    """Blend ``image`` with its 3x3 smoothing (1 1 1, 1 5 1, 1 1 1) / 13, whose border pixels are the image's."""
+    height, row_bytes = image.shape[0], image.shape[1] * 3
+    rows, to = image.reshape(height, row_bytes), out.reshape(height, row_bytes)
+    to[0], to[height - 1] = rows[0], rows[height - 1]
+    for y in range(1, height - 1):
+        sharpen_row(rows[y - 1], rows[y], rows[y + 1], factor, to[y])
+
+
+@nb.njit(cache=True)
+def color(image: Any, factor: Any) -> None:
+    """Blend each pixel with its grey, in place."""
+    flat, one, two = image.reshape(-1), np.uint64(1), np.uint64(2)  # unsigned indices, so that this becomes vector code
+    for i in range(image.shape[0] * image.shape[1]):
+        k = np.uint64(3 * i)
+        red, green, blue = flat[k], flat[k + one], flat[k + two]
+        low = grey(red, green, blue)
+        flat[k], flat[k + one] = blend(low, red, factor), blend(low, green, factor)
+        flat[k + two] = blend(low, blue, factor)
+
+
+@nb.njit(cache=True)
+def mean_grey(image: Any) -> Any:
+    """Return the image's mean grey, rounded half up."""
+    flat, one, two = image.reshape(-1), np.uint64(1), np.uint64(2)
+    total, count = 0, image.shape[0] * image.shape[1]
+    for i in range(count):
+        k = np.uint64(3 * i)
+        total += grey(flat[k], flat[k + one], flat[k + two])
+    return (2 * total + count) // (2 * count)
+
+
+@nb.njit(cache=True)
+def histogram(image: Any, counts: Any) -> None:
+    """Count each channel's values: counts int32 (3, 256)."""
+    counts[:] = 0
+    for y in range(image.shape[0]):
+        for x in range(image.shape[1]):
+            for c in range(3):
+                counts[c, image[y, x, c]] += 1
+
+
+@nb.njit(cache=True)
+def autocontrast_lut(counts: Any, lut: Any) -> None:
+    """Write one channel's table that stretches its range to 0..255; a single value stays."""
+    low, high = 0, 255
+    while counts[low] == 0:
+        low += 1
+    while counts[high] == 0:
+        high -= 1
+    scale = 255.0 / (high - low) if high > low else 1.0
+    offset = -low * scale if high > low else 0.0
+    for v in range(256):
+        lut[v] = np.uint8(min(max(v * scale + offset, 0.0), 255.0))
+
+
+@nb.njit(cache=True)
+def equalize_lut(counts: Any, total: Any, lut: Any) -> None:
+    """Write one channel's table that flattens its histogram, or the identity where the step would be 0."""
+    high = 255
+    while counts[high] == 0:
+        high -= 1
+    step = (total - counts[high]) // 255
+    below = step // 2
+    for v in range(256):
+        # Whole numbers, whose quotient float64 rounds down right; integer divisions took 1.4 times as long.
+        lut[v] = np.uint8(min(np.float64(below) / np.float64(step), 255.0)) if step else v
+        below += counts[v]
+
+
+@nb.njit(cache=True)
+def point_lut(image: Any, row: Any, factor: Any, counts: Any, lut: Any) -> None:
+    """Write the tables uint8 (3, 256) of a step that maps each value alone."""
+    code, parameter = row[0], row[PARAMS]
+    if code == AUTOCONTRAST or code == EQUALIZE:
+        histogram(image, counts)
+        for c in range(3):
+            if code == EQUALIZE:
+                equalize_lut(counts[c], image.shape[0] * image.shape[1], lut[c])
+            else:
+                autocontrast_lut(counts[c], lut[c])
+        return
+    low = mean_grey(image) if code == CONTRAST else 0
+    for v in range(256):
+        if code == POSTERIZE:
+            value = np.uint8(v & parameter)
+        elif code == SOLARIZE:
+            value = np.uint8(v if v < parameter else 255 - v)
+        elif code == INVERT:
+            value = np.uint8(255 - v)
+        else:
+            value = blend(low, v, factor)
+        for c in range(3):
+            lut[c, v] = value
+
+
+@nb.njit(cache=True)
+def write_lut(image: Any, lut: Any, out: Any) -> None:
+    """Write ``lut[c, image[y, x, c]]``, of any element type."""
+    for y in range(image.shape[0]):
+        for x in range(image.shape[1]):
+            for c in range(3):
+                out[y, x, c] = lut[c, image[y, x, c]]
+
+
+@nb.njit(cache=True)
+def write_linear(pixels: Any, center: Any, scale: Any, line: Any, out: Any) -> None:
+    """Write ``(pixel - center) * scale`` as the bits of bfloat16, rounded to nearest even, an image line at a time.
+
+    Twice as fast as the table, because it is vector arithmetic;
+    `fastcifar.augment.augment.linear_form` proves it equal.
+    """
+    bits, width = line.view(np.uint32), line.shape[0]
+    for first in range(0, out.shape[0], width):
+        source, to = pixels[first : first + width], out[first : first + width]
+        for i in range(width):
+            line[i] = (np.float32(source[i]) - center[i]) * scale[i]
+        for i in range(width):
+            odd = bits[i] >> np.uint32(16) & np.uint32(1)
+            to[i] = np.uint16(bits[i] + np.uint32(0x7FFF) + odd >> np.uint32(16))
+
+
+@nb.njit(cache=True)
+def apply_sample(image: Any, plan: Any, table: Any, factors: Any, work: Any) -> Any:
+    """Carry out one plan.
+
+    Returns:
+        0 or 1: which half of the work space's pixels holds the result.
+    """
+    window, pixels, words, index, counts, lut = work
+    height, width, size, now, s = image.shape[0], image.shape[1], image.size, 0, 0
+    source = image.reshape(size)
+    for i in range(size):
+        pixels[0, i] = source[i]
+    while s < plan.shape[0]:
+        row, factor = table[plan[s]], factors[plan[s], PARAMS]
+        if IDENTITY < row[0] <= AFFINE:
+            s = fold(table, plan, s, window)
+            if height == 32 and width == 32:  # the compiler writes a line of known length without a loop: half the time
+                find_pixels(window, 32, 32, index)
+            else:
+                find_pixels(window, height, width, index)
+            move_pixels(words[now], index, words[1 - now])
+            now = 1 - now
+            continue
+        s += 1
+        if row[0] == IDENTITY:
+            continue
+        here = pixels[now][:size].reshape((height, width, 3))
+        if row[0] == CUTOUT:
+            cutout(here, row)
+        elif row[0] == SHARPNESS:
+            sharpness(here, factor, pixels[1 - now][:size].reshape((height, width, 3)))
+            now = 1 - now
+        elif row[0] == COLOR:
+            color(here, factor)
+        else:
+            point_lut(here, row, factor, counts, lut)
+            write_lut(here, lut, here)
+    return now
+
+
+@nb.njit(cache=True)
+def apply_chunk(
+    images: Any, rows: Any, indices: Any, key: Any, program: Any, normal: Any, out: Any, scratch: Any, span: Any
+) -> None:
+    """Augment samples ``span[0]`` to ``span[1] - 1`` of a batch; see `augment_batch`."""
+    slots, table, factors = program
+    lut, center, scale = normal
+    plan, line, work = scratch[0][: len(slots)], scratch[1], scratch[2:]
+    pixels, shape = work[1], images.shape[1:]
+    size = shape[0] * shape[1] * shape[2]
+    work[0][3] = shape[1] - 1
+    for i in range(span[0], span[1]):
+        decide_sample(key[0], key[1], np.uint64(indices[i]), key[2], slots, table, plan)
+        now = apply_sample(images[rows[i]], plan, table, factors, work)
+        if center.size:
+            write_linear(pixels[now], center, scale, line, out[i].reshape(size))
+        else:
+            write_lut(pixels[now][:size].reshape(shape), lut, out[i])
+
+
+@nb.njit(cache=True, parallel=True)
+def _augment_parallel(
+    images: Any, rows: Any, indices: Any, key: Any, program: Any, normal: Any, out: Any, scratch: Any, chunks: Any
+) -> None:
+    plans, lines, windows, pixels, words, indexes, counts, luts = scratch
+    count = len(rows)
+    for k in nb.prange(chunks):
+        mine = (plans[k], lines[k], windows[k], pixels[k], words[k], indexes[k], counts[k], luts[k])
+        span = (count * k // chunks, count * (k + 1) // chunks)
+        apply_chunk(images, rows, indices, key, program, normal, out, mine, span)
+
+
+def share_threads() -> int:
+    """Let numba use as many threads as torch, whose OpenMP it shares; return how many.
+
+    Starting them sets torch's number to that of the cores, and with it the last bits of sums; it is put back.
+    """
+    count = torch.get_num_threads()
+    if count > 1:
+        nb.set_num_threads(min(count, nb.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        if torch.get_num_threads() != count:
+            torch.set_num_threads(count)
+    return count
+
+
+def make_scratch(slots: int, height: int, width: int) -> tuple[NDArray[Any], ...]:
+    """Return the work space of `augment_batch`, per chunk; it serves every program of at most ``slots`` slots.
+
+    It is: plans, a line of floats, windows, two images, the same two as words, indices, histograms, tables. An image
+    has two more pixels: one that takes what `move_pixels` spills, and one that stays black. Its words of four bytes
+    lie three bytes apart, so that a pixel moves in one load and one store.
+    """
+    count = height * width
+    image_bytes = 3 * (count + 2) + 1
+    pixels = np.zeros((CHUNKS, 2, image_bytes), np.uint8)
+    strides = (2 * image_bytes, image_bytes, 3)
+    return (
+        np.zeros((CHUNKS, slots), np.int32),
+        np.zeros((CHUNKS, width * 3), np.float32),
+        np.zeros((CHUNKS, 10), np.int32),
+        pixels,
+        np.ndarray((CHUNKS, 2, count + 2), np.uint32, pixels.data, strides=strides),
+        np.zeros((CHUNKS, count), np.uint32),
+        np.zeros((CHUNKS, 3, 256), np.int32),
+        np.zeros((CHUNKS, 3, 256), np.uint8),
+    )
+
+
+def augment_batch(
+    images: NDArray[np.uint8],
+    rows: NDArray[np.int64],
+    indices: NDArray[np.int64],
+    program: Program,
+    normal: tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]],
+    out: NDArray[Any],
+    scratch: tuple[NDArray[Any], ...],
+    *,
+    seed: int,
+    epoch: int,
+) -> None:
+    """Augment and normalize ``images[rows]`` into ``out``.
+
+    Args:
+        images: uint8 (M, H, W, 3).
+        rows: int64 (B,): which images.
+        indices: int64 (B,): the samples' numbers, which key their plans.
+        program: the operations, compiled for H x W.
+        normal: (3, 256), the output value of each byte and channel, of ``out``'s type, and, where it is linear
+            (`fastcifar.augment.augment.linear_form`), centres and scales, float32 (W * 3,), else both empty.
+        out: (B, H, W, 3).
+        scratch: from `make_scratch`; not shared between concurrent calls.
+        seed: 0..2**64-1.
+        epoch: 0..2**32-1.
+    """
+    low, high = split_seed(seed)
+    key = (np.uint64(low), np.uint64(high), np.uint64(epoch))
+    tables = (program.slots, program.table, program.table.view(np.float32))
+    chunks = min(CHUNKS, len(rows) // CHUNK_SAMPLES)
+    if chunks > 1 and share_threads() > 1:
+        _augment_parallel(images, rows, indices, key, tables, normal, out, scratch, chunks)
+    else:
+        first = tuple(part[0] for part in scratch)
+        apply_chunk(images, rows, indices, key, tables, normal, out, first, (0, len(rows)))

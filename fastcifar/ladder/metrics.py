@@ -1,0 +1,165 @@
+"""The metrics of a row over several seeds, with standard errors, beside the published ones."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastcifar.errors import UserError
+
+NOT_MEASURED = "not measured yet"
+TEST_IMAGES = 10_000
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "ladder.json"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds.
+
+    Attributes:
+        mean: in percent.
+        error: its standard error in points; from the seeds' spread, None for a single seed.
+        n: seeds.
+    """
+
+    mean: float
+    error: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" if self.error is None else f"{self.mean:.2f} ± {self.error:.2f}"
+
+
+def mean_of(values: Iterable[float | None]) -> Mean | None:
+    """Return the mean of the values that are there, or None."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return None
+    error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
+    return Mean(statistics.fmean(known), error, len(known))
+
+
+def binomial_error(accuracy: float, images: int = TEST_IMAGES) -> float:
+    """Return the standard error, in points, of one run's accuracy (percent) on so many test images."""
+    share = accuracy / 100
+    return 100 * math.sqrt(share * (1 - share) / images)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Ours minus the published figure, in points, with the standard error of that difference."""
+
+    points: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.points:+.2f} ± {self.error:.2f}"
+
+
+def difference(ours: Mean | None, published: float | None) -> Difference | None:
+    """Compare a mean with a published figure of one run.
+
+    The error joins ours (over seeds, or binomial for a single one) and the published run's binomial one; what the
+    published run would vary by from seed to seed is not known.
+    """
+    if ours is None or published is None:
+        return None
+    own = ours.error if ours.error is not None else binomial_error(ours.mean)
+    return Difference(ours.mean - published, math.hypot(own, binomial_error(published)))
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a row came to.
+
+    Attributes:
+        last, best, selected: accuracies in percent over the seeds that got as far as any.
+        n: those seeds.
+        epochs_done, epochs: how far they got.
+        complete: whether that is the end.
+        training_s: mean training time in seconds.
+        images_per_s: median speed.
+        hardware, date, git: of these runs, several joined by "; ".
+    """
+
+    last: Mean | None
+    best: Mean | None
+    selected: Mean | None
+    n: int
+    epochs_done: int
+    epochs: int
+    complete: bool
+    training_s: float | None
+    images_per_s: float | None
+    hardware: str
+    date: str
+    git: str
+
+
+def metrics_of(rows: Sequence[dict[str, Any]]) -> Metrics | None:
+    """Summarize one row's results, one object a seed; complete runs leave incomplete ones out of account."""
+    if not rows:
+        return None
+    furthest = max((row["complete"], row["epochs_done"]) for row in rows)
+    used = [row for row in rows if (row["complete"], row["epochs_done"]) == furthest]
+    return Metrics(
+        last=mean_of(row["last"] for row in used),
+        best=mean_of(row["best"] for row in used),
+        selected=mean_of(row["selected"] for row in used),
+        n=len(used),
+        epochs_done=furthest[1],
+        epochs=used[0]["epochs"],
+        complete=furthest[0],
+        training_s=_average(statistics.fmean, [row["training_s"] for row in used]),
+        images_per_s=_average(statistics.median, [row["images_per_s"] for row in used]),
+        hardware=_joined(row["hardware"] for row in used),
+        date=max(str(row["date"]) for row in used),
+        git=_joined(row["git"] for row in used),
+    )
+
+
+def _average(how: Any, values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(how(known)) if known else None
+
+
+def _joined(values: Iterable[Any]) -> str:
+    return "; ".join(dict.fromkeys(str(v) for v in values if v))
+
+
+def read_results(path: Path = RESULTS) -> list[dict[str, Any]]:
+    """Return the recorded results, one object per row and seed; none where there is no file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not a list of ladder results: {error}") from None
+
+
+def recorded(name: str, results: list[dict[str, Any]]) -> Metrics | None:
+    """Return the recorded metrics of the recipe of that name."""
+    return metrics_of([row for row in results if row["id"] == name])
+
+
+def ours_in_words(metrics: Metrics | None) -> str:
+    """Return the text behind ``# ours:`` in a recipe's head, and in lists of recipes."""
+    if metrics is None:
+        return NOT_MEASURED
+    where = f"{metrics.hardware}, {metrics.date}"
+    if not metrics.complete:
+        return f"{NOT_MEASURED} ({metrics.last} last after {metrics.epochs_done} of {metrics.epochs} epochs; {where})"
+    parts = [f"{value} {which}" for which, value in _known(metrics)]
+    return f"{', '.join(parts)} (n = {metrics.n}; {where})"
+
+
+def _known(metrics: Metrics) -> list[tuple[str, Mean]]:
+    pairs = (("last", metrics.last), ("best", metrics.best), ("selected", metrics.selected))
+    return [(which, value) for which, value in pairs if value is not None]

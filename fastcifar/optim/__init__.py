@@ -1,1 +1,0 @@
-"""Losses, schedules, and optimizers that work on one flat arena."""

@@ -1,0 +1,1 @@
+"""Training: the step, what it is made of, evaluation, checkpoints, and the run that joins them."""

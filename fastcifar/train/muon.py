@@ -1,0 +1,104 @@
+"""Muon: momentum whose matrices are made orthogonal before they move the weights."""
+
+import torch
+from torch import Tensor
+
+from fastcifar.config.schema import MuonConfig
+from fastcifar.kernels.flat import Averages, Descent, operations
+from fastcifar.kernels.flat_cpu import average
+from fastcifar.train.flat_parameters import FlatParameters, Segment
+
+# The quintic iteration x -> a x + b x^3 + c x^5 that takes every singular value in (0, 1] to about 1 (0.7 to 1.2).
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+class MuonUpdate:
+    """Jordan et al., 2024: orthogonalized Nesterov momentum for convolution weights, SGD for everything else.
+
+    A convolution's weight counts as a matrix of one row per output. Weight decay is decoupled. All learning rates
+    follow the schedule.
+    """
+
+    def __init__(self, config: MuonConfig, flat: FlatParameters, averages: Averages | None):
+        self._config, self._arena, self._averages = config, flat, averages
+        self._other = Descent(config.momentum_other, nesterov=True, weight_decay=0.0)
+        self._momentum = flat.add("momentum")
+        self._ranges = _ranges(config, flat)
+        self._groups = _by_shape([s for s in flat.segments if s.offset < flat.conv_end])
+        self._operations = operations(flat.weights)
+
+    def __call__(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
+        """Take one step; see `fastcifar.train.update.Update`."""
+        flat, end = self._arena, self._arena.conv_end
+        if saved is not None:
+            flat.weights.copy_(saved)
+        if coefficient is not None:
+            flat.grads.mul_(coefficient)
+        flat.weights[:end].mul_(1 - lr * self._config.weight_decay)
+        self._convolutions(lr)
+        for part, factor in self._ranges:
+            weights, rate = flat.weights[part], lr * factor
+            weights.mul_(1 - rate * self._config.weight_decay)
+            self._operations.descend(weights, flat.grads[part], self._momentum[part], self._other, rate)
+        if self._averages is not None:
+            average(flat.weights, self._averages)
+        flat.grads[:end].zero_()
+        flat.cast()
+
+    def _convolutions(self, lr: Tensor | float) -> None:
+        """Move all convolution weights, those of one shape together."""
+        flat, config, end = self._arena, self._config, self._arena.conv_end
+        momentum, grads = self._momentum[:end], flat.grads[:end]
+        momentum.mul_(config.momentum).add_(grads)
+        grads.add_(momentum, alpha=config.momentum)
+        for group in self._groups:
+            # Memory order (channels-last) permutes columns, and orthogonalizing does not care about their order.
+            steps = orthogonal(torch.stack([_matrix(grads, s) for s in group]))
+            for segment, step in zip(group, steps, strict=True):
+                weight = _matrix(flat.weights, segment)
+                if config.normalize:
+                    weight.mul_(len(weight) ** 0.5 / torch.linalg.vector_norm(weight))
+                weight.sub_(step * lr)
+
+
+def _ranges(config: MuonConfig, flat: FlatParameters) -> list[tuple[slice, float]]:
+    """Return what is not convolutions, each range with its learning rate as a multiple of theirs."""
+    other = config.lr_other / config.lr
+    if config.lr_head is None or config.lr_head == config.lr_other:
+        return [(slice(flat.conv_end, None), other)]
+    head = slice(flat.conv_end, flat.matrix_end)
+    return [(head, config.lr_head / config.lr), (slice(flat.matrix_end, None), other)]
+
+
+def _by_shape(segments: list[Segment]) -> list[list[Segment]]:
+    groups: dict[tuple[int, int], list[Segment]] = {}
+    for segment in segments:
+        rows = segment.shape[0]
+        groups.setdefault((rows, segment.size // rows), []).append(segment)
+    return list(groups.values())
+
+
+def _matrix(buffer: Tensor, segment: Segment) -> Tensor:
+    """Return a convolution's weight in memory order as (outputs, inputs * height * width)."""
+    return buffer[segment.offset : segment.offset + segment.size].view(segment.shape[0], -1)
+
+
+def orthogonal(matrices: Tensor, iterations: int = 3) -> Tensor:
+    """Return the matrices with their singular values moved to about 1 by a Newton-Schulz iteration.
+
+    Args:
+        matrices: float32 (G, R, C).
+        iterations: three are enough for training small networks (Jordan, 2024, airbench).
+
+    Returns:
+        float32 (G, R, C). The products are computed in bfloat16 on a GPU.
+    """
+    a, b, c = QUINTIC
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.mT).to(torch.float32)

@@ -1,0 +1,174 @@
+"""From a recipe to a trained, evaluated and recorded model, one step after the other.
+
+recipe -> store -> loader -> augment -> model -> step -> evaluate -> record
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastcifar.augment.augment import Augment, build_augment
+from fastcifar.augment.mix import build_mix
+from fastcifar.config.schema import DataConfig, EngineConfig, Recipe
+from fastcifar.data.loaders import Loader, build_loader
+from fastcifar.data.split import holdout_split, subset_rows
+from fastcifar.data.store import Store, resolve_store
+from fastcifar.errors import UserError
+from fastcifar.models import build_model
+from fastcifar.models.speednet import SpeedNet
+from fastcifar.run_directory import RunDirectory
+from fastcifar.train.clock import Clock
+from fastcifar.train.display import Display
+from fastcifar.train.evaluate import EvaluationSet
+from fastcifar.train.results import Results
+from fastcifar.train.step import Step, build_step
+
+WHITENING_IMAGES = 5000
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+
+def train(
+    recipe: Recipe, run: RunDirectory, *, data: Path | None = None, stop_after: int | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Train what is left of a run and return its summary.
+
+    Args:
+        recipe: the run's own recipe.
+        run: its directory; training goes on from its newest checkpoint.
+        data: where the images are, before every other place.
+        stop_after: end after this many of the planned epochs; the run can be resumed.
+        quiet: show no progress.
+
+    Raises:
+        UserError: bad data, a missing package or GPU, a full disk, a damaged checkpoint, a loss that is not finite.
+    """
+    device = pick_device(recipe.engine)
+    store = resolve_store(recipe.data, data)
+    rows = choose_rows(recipe.data, store, recipe.seed)
+    loader = build_loader(
+        recipe.data.loader, store, rows.train, seed=recipe.seed, batch_size=recipe.train.batch_size,
+        drop_last=recipe.train.drop_last, device=device, augment=recipe.augment,
+    )
+    augment = build_augment(
+        recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=store.image_shape,
+        seed=recipe.seed, device=device, dtype=DTYPES[recipe.engine.precision],
+    )
+    mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=len(loader))
+    image_px = store.image_shape[0]
+    model = build_model(recipe.model, num_classes=len(store.classes), image_px=image_px, seed=recipe.seed).to(device)
+    if isinstance(model, SpeedNet):
+        fit_whitening(model, store, rows, augment, device)
+    step = build_step(recipe, model, augment, mix, steps_per_epoch=len(loader), device=device)
+    results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, augment, device))
+    done, end = results.progress.epochs_done, min(stop_after or recipe.train.epochs, recipe.train.epochs)
+    clock = Clock(device, results.progress.clocks)
+    with Display(recipe.name, recipe.train.epochs, len(loader), recipe.train.batch_size, quiet) as display:
+        display.say(f"{recipe.name}: seed {recipe.seed} on {device}, {loader.name} loader ({loader.reason})")
+        display.begin(done)
+        try:
+            for epoch in range(done, end):
+                row = train_epoch(epoch, loader, step, clock, display)
+                results.add(row, clock.seconds())
+                display.epoch(row)
+        finally:
+            loader.close()
+    if step.fallback:
+        display.say(step.fallback)
+    facts: dict[str, Any] = {
+        "loader": loader.name, "mode": step.mode, "fallback": step.fallback, "classes": store.classes,
+        "image_px": image_px, "environment": run.environment, "git": run.environment.get("git"),
+    }
+    return results.finish(clock.seconds(), {**facts, "arrays": {"holdout/indices": rows.holdout}})
+
+
+def train_epoch(epoch: int, loader: Loader, step: Step, clock: Clock, display: Display) -> dict[str, Any]:
+    """Train one epoch and return its row of metrics; a process's first step counts as compilation and warm-up.
+
+    Raises:
+        UserError: the loss was not finite; the message names the step.
+    """
+    before = clock.seconds()
+    lr = step.begin_epoch(epoch)
+    batches, apart = iter(loader.epoch(epoch)), 0
+    if not step.warm:
+        with clock.span("compilation_s"):
+            step(next(batches))
+        apart = 1
+    with clock.span("training_s"):
+        for done, batch in enumerate(batches, start=apart + 1):
+            step(batch)
+            display.step(epoch + 1, done)
+        result = step.end_epoch()
+    if result["nonfinite_step"] is not None:
+        raise UserError(
+            f"the loss was not finite at step {result['nonfinite_step']} of epoch {epoch + 1}: lower optimizer.lr, "
+            'set train.grad_clip = 1.0 or engine.precision = "fp32"; the last checkpoint is from before it'
+        )
+    after = clock.seconds()
+    training_s = after["training_s"] - before["training_s"]
+    timed_images = result["samples"] * (len(loader) - apart) / len(loader)
+    return {
+        "epoch": epoch + 1, "lr": lr, "train_loss": result["loss"], "train_accuracy": result["accuracy"],
+        "images": result["samples"], "training_s": training_s, "images_per_s": timed_images / max(training_s, 1e-9),
+        "seconds": after["total_s"] - before["total_s"],
+    }
+
+
+def pick_device(config: EngineConfig) -> torch.device:
+    """Return the device to train on.
+
+    Raises:
+        UserError: the recipe wants a GPU and there is none.
+    """
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise UserError('engine.device = "cuda": no CUDA GPU is available here; use --set engine.device=auto')
+    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the stored splits a run uses: int64 (n,) each; train and holdout are rows of the training split."""
+
+    train: np.ndarray
+    holdout: np.ndarray
+    test: np.ndarray
+
+
+def choose_rows(config: DataConfig, store: Store, seed: int) -> Rows:
+    """Return the rows to train, select and test on: first the subset of each split, then the holdout out of it."""
+    labels = store.labels("train")
+    train = subset_rows(labels, config.subset)
+    test = subset_rows(store.labels("test"), config.test_subset)
+    holdout = train[:0]
+    if config.holdout:
+        kept, held = holdout_split(labels[train], config.holdout, seed)
+        train, holdout = train[kept], train[held]
+    return Rows(train, holdout, test)
+
+
+def fit_whitening(model: SpeedNet, store: Store, rows: Rows, augment: Augment, device: torch.device) -> None:
+    """Compute the first layer's filters from the first training images; before the step copies weights for its EMA."""
+    images = torch.from_numpy(store.split("train").images[rows.train[:WHITENING_IMAGES]])
+    model.whiten(augment.plain(images.to(device)).float())
+
+
+def evaluation_sets(
+    recipe: Recipe, store: Store, rows: Rows, augment: Augment, device: torch.device
+) -> dict[str, EvaluationSet]:
+    """Return what to evaluate on, by name: test, holdout if there is one, train if its logits are wanted."""
+    wanted = {"test": ("test", rows.test), "holdout": ("train", rows.holdout)}
+    if recipe.eval.train_logits:
+        wanted["train"] = ("train", rows.train)
+    sets = {}
+    for name, (split_name, chosen) in wanted.items():
+        if len(chosen):
+            split = store.split(split_name)  # once: a store that is not raw reads all of its pixels for it
+            sets[name] = EvaluationSet(
+                split.images[chosen], split.labels[chosen], augment, device,
+                recipe.eval.batch_size, recipe.engine.precision,
+            )
+    return sets

@@ -1,0 +1,47 @@
+"""Exports against torch: the state dict by value, ONNX through onnxruntime on real numbers of images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fastcifar.analysis.export import FromPixels, export_onnx, export_safetensors
+from fastcifar.analysis.predict import Trained
+from fastcifar.models import build_model
+from tests.run_directories import recipe
+
+CLASSES = [f"class {i}" for i in range(10)]
+
+
+def trained(model):
+    built = build_model(recipe("r", model=model).model, seed=3).eval()
+    return Trained(built, CLASSES, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3], 32)
+
+
+def test_safetensors_hold_the_state_dict_and_what_the_input_must_be(tmp_path):
+    model = trained({"name": "deep_baseline_bn"})
+    export_safetensors(model, tmp_path / "m.safetensors")
+    loaded = load_file(tmp_path / "m.safetensors")
+    for name, tensor in model.model.state_dict().items():
+        assert torch.equal(loaded[name], tensor)
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        facts = {key: json.loads(value) for key, value in file.metadata().items()}
+    assert facts == {"classes": CLASSES, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "image_px": 32}
+
+
+@pytest.mark.parametrize("model", [{"name": "lenet5"}, {"name": "wide_resnet", "widen": 1}])
+def test_onnx_gives_torchs_logits_for_any_batch(tmp_path, model):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    made = trained(model)
+    assert export_onnx(made, tmp_path / "m.onnx") < 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        (logits,) = session.run(None, {"pixels": pixels})
+        with torch.no_grad():
+            expected = FromPixels(made)(torch.from_numpy(pixels)).numpy()
+        np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,85 @@
+"""Confusion, hard images, comparisons and label errors against scikit-learn, torch, scipy and injected errors."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from scipy.stats import binom, sem
+from sklearn.metrics import confusion_matrix, recall_score
+
+from fastcifar.analysis import confusion
+from fastcifar.analysis.compare import group_by_recipe, mcnemar, mean_and_error
+from fastcifar.analysis.label_errors import find_label_errors
+from fastcifar.analysis.top_loss import losses, top_loss
+from tests.run_directories import logits_for, make_run, recipe
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(8)
+
+
+def test_confusion_is_scikit_learns(rng):
+    labels, predicted = rng.integers(7, size=500), rng.integers(7, size=500)
+    ours = confusion.confusion_matrix(labels, predicted, 7)
+    np.testing.assert_array_equal(ours, confusion_matrix(labels, predicted, labels=range(7)))
+    np.testing.assert_allclose(confusion.recall_percent(ours), 100 * recall_score(labels, predicted, average=None))
+
+
+def test_largest_confusions_leave_out_the_diagonal():
+    pairs = confusion.largest_confusions(np.array([[9, 2, 0], [5, 9, 1], [0, 0, 9]]))
+    assert [tuple(pair) for pair in pairs] == [(1, 0, 5), (0, 1, 2), (1, 2, 1)]
+
+
+def test_losses_are_torchs_and_the_hardest_come_first(rng):
+    labels = rng.integers(10, size=200)
+    logits = logits_for(labels, rng, 2.0)
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits).double(), torch.from_numpy(labels), reduction="none"
+    ).numpy()
+    np.testing.assert_allclose(losses(logits, labels), expected)
+    hard = top_loss(logits, labels, 5)
+    assert [image.row for image in hard] == np.argsort(-expected)[:5].tolist()
+    assert hard[0].label_probability == pytest.approx(float(np.exp(-expected.max())))
+
+
+def test_injected_label_errors_are_found(rng):
+    true = rng.integers(10, size=4000)
+    labels = true.copy()
+    wrong = rng.choice(4000, 120, replace=False)
+    labels[wrong] = (labels[wrong] + rng.integers(1, 10, size=120)) % 10
+    found = find_label_errors(softmax(2 * logits_for(true, rng, 5.0), axis=1), labels)
+    hits = len(set(found.rows) & set(wrong))
+    assert hits > 100
+    assert hits / len(found.rows) > 0.8
+    assert found.estimated_errors == pytest.approx(120, rel=0.25)
+    assert (np.diff(found.margins) >= 0).all()
+
+
+def test_mcnemar_is_the_two_sided_binomial_test():
+    labels = np.zeros(20, int)
+    right, wrong = [1.0, 0.0], [0.0, 1.0]
+    a = np.array([right] * 12 + [wrong] * 8)
+    b = np.array([right] * 10 + [wrong] * 2 + [right] * 8)
+    found = mcnemar(a, b, labels)
+    assert (found["only_first"], found["only_second"]) == (2, 8)
+    assert found["p_value"] == pytest.approx(2 * binom.cdf(2, 10, 0.5))
+
+
+def test_standard_errors_are_scipys(rng):
+    values = rng.normal(size=9)
+    assert mean_and_error(values)["standard_error"] == pytest.approx(sem(values))
+    assert mean_and_error([3.0]) == {"mean": 3.0, "standard_error": None, "n": 1}
+
+
+def test_runs_are_grouped_by_recipe_over_seeds(tmp_path, rng):
+    labels = rng.integers(10, size=100)
+    runs = []
+    for i, made in enumerate([recipe("a", seed=1), recipe("a", seed=2), recipe("b", seed=1)]):
+        arrays = {"test/labels": labels, "test/last/raw": logits_for(labels, rng, 2.0)}
+        runs.append(make_run(tmp_path / str(i), arrays, made))
+    rows = group_by_recipe(runs)
+    assert [(row["name"], row["seeds"]) for row in rows] == [("a", [1, 2]), ("b", [1])]
+    accuracies = [run.summary["last"]["accuracy"] for run in runs[:2]]
+    assert rows[0]["last"]["mean"] == pytest.approx(np.mean(accuracies))
+    assert rows[0]["best"] is None

@@ -1,0 +1,74 @@
+"""Prediction of image files against torch, torchvision's normalization and the saved logits."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision.transforms import v2
+
+from fastcifar.analysis.content import CIFAR10
+from fastcifar.analysis.predict import load_trained, predict, predict_files, read_image
+from fastcifar.errors import UserError
+from fastcifar.models import build_model
+from fastcifar.run_directory import RunDirectory
+from tests.run_directories import make_members
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with the weights of an untrained LeNet-5."""
+    run = make_members(tmp_path, test=20)["m0"]
+    (run.folder / "weights").mkdir()
+    state = {k: v.contiguous() for k, v in build_model(run.recipe.model, seed=7).state_dict().items()}
+    save_file(state, run.folder / "weights/last.safetensors")
+    return run
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+
+
+def test_probabilities_are_those_of_the_model_under_torchvisions_normalization(run, images):
+    normalize = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
+    batch = torch.stack([normalize(Image.fromarray(image)) for image in images])
+    model = build_model(run.recipe.model, seed=7).eval()
+    with torch.no_grad():
+        expected = model(batch).softmax(1).numpy()
+    np.testing.assert_allclose(predict(load_trained(run), images), expected, atol=1e-6)
+
+
+def test_files_are_listed_with_their_most_probable_classes(run, images, tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        Image.fromarray(image).save(file)
+    probabilities = predict(load_trained(run), images, tta="flip")
+    results = predict_files(load_trained(run), files, tta="flip", top=2)
+    for result, file, p in zip(results, files, probabilities, strict=True):
+        assert result["file"] == str(file)
+        assert len(result["classes"]) == 2
+        assert result["classes"][0]["probability"] == pytest.approx(float(p.max()))
+    assert results[0]["classes"][0]["class"] in CIFAR10
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_images_of_any_size_and_mode_are_read(tmp_path, mode):
+    Image.new(mode, (80, 50)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", 32).shape == (32, 32, 3)
+
+
+def test_what_is_no_image_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_image(tmp_path / "none.png", 32)
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        read_image(tmp_path / "text.png", 32)
+
+
+def test_missing_and_foreign_weights_are_refused(run):
+    with pytest.raises(UserError, match="this run has: last"):
+        load_trained(run, "best")
+    save_file({"other": torch.zeros(2)}, run.folder / "weights/last.safetensors")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_trained(RunDirectory.open(run.folder))

@@ -1,0 +1,111 @@
+"""``fastcifar plan``: what it says is what the engine would do."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastcifar.cli import plan
+from fastcifar.config import load_recipe
+from fastcifar.errors import UserError
+from fastcifar.models import build_model
+
+
+def told(name: str, *words: str, times: dict | None = None) -> dict:
+    return plan.describe(load_recipe(name, words), None, "x", times or {})
+
+
+def test_the_published_counts(monkeypatch):
+    found = told("wrn-asam")
+    assert found["model"]["parameters"] == 10_961_370
+    assert found["model"]["gmacs"] == pytest.approx(1.5481, abs=5e-5)
+    training = found["training"]
+    assert (training["steps_per_epoch"], training["steps"], training["passes_per_step"]) == (391, 39_100, 2)
+
+
+def test_missing_data_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    data = told("lenet5")["data"]
+    assert data["found"] is False
+    assert "fastcifar data fetch" in data["where"]
+
+
+def test_smoke_needs_no_data():
+    assert told("smoke")["data"]["found"] is True
+
+
+def test_nothing_is_predicted_that_was_not_measured():
+    assert told("lenet5")["time"]["total_s"] is None
+    assert "not measured yet" in plan.lines(told("lenet5"))[-1]
+
+
+def test_activations_grow_with_the_batch_and_the_precision():
+    small, large = (told("wrn-sgd", f"train.batch_size={n}")["memory_mib"]["activations"] for n in (64, 128))
+    assert large == pytest.approx(2 * small, rel=0.01)
+    full = told("wrn-sgd", "train.batch_size=64", "engine.precision=fp32")["memory_mib"]["activations"]
+    assert full == pytest.approx(2 * small, rel=0.05)
+
+
+def test_saved_bytes_are_those_of_a_real_forward_pass():
+    import torch
+
+    recipe = load_recipe("residual", ["engine.precision=fp32"])
+    model = build_model(recipe.model, seed=0).train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = model(torch.zeros(2, 3, 32, 32).to(memory_format=torch.channels_last))
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // 2
+    del result
+    assert plan.saved_bytes(recipe) == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["lenet5", "smoke/wrn-adam", "smoke/wrn-ema"])
+def test_buffers_are_counted_as_the_step_makes_them(name):
+    import gc
+
+    import torch
+
+    from fastcifar.train.step import build_step
+
+    recipe = load_recipe(name, ["engine.device=cpu"])
+    model = build_model(recipe.model, seed=0)
+    parameters = sum(p.numel() for p in model.parameters())
+    step = build_step(recipe, model, None, None, steps_per_epoch=1, device=torch.device("cpu"))
+    size = step.flat.weights.untyped_storage().nbytes()
+    storages = {t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor
+                and t.untyped_storage().nbytes() == size and t.dtype == torch.float32}  # fmt: skip
+    state = plan.memory_mib(recipe, parameters, 0)["weights_and_state"] * 2**20
+    assert state == pytest.approx(4 * parameters * len(storages), rel=0.1)
+
+
+def test_the_ladder_has_every_training_row():
+    table = plan.ladder_table("h200", {})
+    assert len(table["rows"]) == 32
+    assert table["measured_rows"] == 0
+    assert all(row["total_s"] is None for row in table["rows"])
+
+
+def test_a_combination_names_its_members():
+    assert "wrn-200" in " ".join(plan.lines(plan.combination(load_recipe("stacking"))))
+
+
+def test_recipe_and_ladder_exclude_each_other():
+    for words in ({"recipe": None, "ladder": False}, {"recipe": "lenet5", "ladder": True}):
+        with pytest.raises(UserError, match="not both"):
+            plan.plan(**words)
+
+
+def test_json_is_one_object(tmp_path):
+    command = [sys.executable, "-m", "fastcifar", "plan", "--ladder", "--gpu", "nothing-like-it", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["hardware"] == "nothing-like-it"

@@ -1,0 +1,100 @@
+"""The flat: layout, views that survive, state, and clear refusals."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastcifar.train.flat_parameters import ALIGNMENT, FlatParameters
+from tests.kernels.reference import loss_of, make_data, make_net
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return make_net(1)
+
+
+def test_values_shapes_and_strides_are_kept(net: nn.Module) -> None:
+    before = {n: (t.clone(), t.stride()) for n, t in net.state_dict().items()}
+    flat = FlatParameters(net)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name][0])
+        if tensor.ndim:
+            assert tensor.stride() == before[name][1]
+    assert net.first.weight.is_contiguous(memory_format=torch.channels_last)
+    for segment in flat.segments + flat.stat_segments:
+        assert segment.offset % ALIGNMENT == 0
+    assert flat.weights.data_ptr() % 64 == 0
+
+
+def test_order_by_role(net: nn.Module) -> None:
+    flat = FlatParameters(net)
+    below = lambda end: {s.name for s in flat.segments if s.offset < end}  # noqa: E731
+    assert below(flat.conv_end) == {"first.weight", "second.weight"}
+    assert below(flat.matrix_end) == below(flat.conv_end) | {"head.weight"}
+    assert below(flat.weight_end) == below(flat.matrix_end) | {"norm.weight"}
+    assert {s.name for s in flat.stat_segments} == {"norm.running_mean", "norm.running_var"}
+
+
+def test_backward_fills_the_flat_gradient_and_clearing_it_clears_all(net: nn.Module) -> None:
+    plain = copy.deepcopy(net)
+    flat = FlatParameters(net)
+    x, y = make_data(1, 1)[0]
+    for model in (net, plain):
+        loss_of(model, x.to(memory_format=torch.channels_last), y).backward()
+    views = flat.named(flat.grads)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(views[name], parameter.grad)
+    flat.check()
+    flat.grads.zero_()
+    assert all(not p.grad.any() for p in net.parameters())
+
+
+def test_survives_load_state_dict_memory_format_and_state(net: nn.Module) -> None:
+    flat, other = FlatParameters(net), make_net(2)
+    net.load_state_dict(other.state_dict())
+    net.to(memory_format=torch.channels_last)
+    net.to("cpu")
+    flat.check()
+    assert torch.equal(flat.named(flat.weights)["first.weight"], other.first.weight)
+    flat.add("momentum").fill_(3.0)
+    state = {name: tensor.clone() for name, tensor in flat.state_dict().items()}
+    third = make_net(3)
+    again = FlatParameters(third)
+    again.add("momentum")
+    again.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), third.state_dict().values(), strict=True))
+    assert torch.equal(again.buffers["momentum"], flat.buffers["momentum"])
+
+
+def test_says_what_left_it(net: nn.Module) -> None:
+    flat = FlatParameters(net)
+    net.zero_grad()
+    with pytest.raises(RuntimeError, match=r"the gradient of first\.weight left the flat buffer"):
+        flat.check()
+    net.second.weight.data = net.second.weight.data.clone()
+    with pytest.raises(RuntimeError, match=r"second\.weight left the flat parameters"):
+        flat.check()
+
+
+def test_refuses_pickling_copying_other_dtypes_and_foreign_state(net: nn.Module) -> None:
+    flat = FlatParameters(net)
+    for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be pickled or copied"):
+            attempt(flat)
+    with pytest.raises(ValueError, match=r"flat buffer stats: expected .* found nothing"):
+        flat.load_state_dict({"weights": flat.weights})
+    with pytest.raises(TypeError, match=r"weight is torch\.bfloat16"):
+        FlatParameters(nn.Linear(2, 2).bfloat16())
+
+
+def test_frozen_parameters_are_statistics_and_shared_ones_appear_once() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    net[1].bias.requires_grad_(False)
+    flat = FlatParameters(net)
+    assert [s.name for s in flat.segments] == ["0.weight", "0.bias"]
+    assert [s.name for s in flat.stat_segments] == ["1.bias"]
+    assert net[1].weight is net[0].weight

@@ -1,0 +1,69 @@
+"""Muon against a per-tensor transcription in float64, and its orthogonalization against singular values."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastcifar.config.schema import MuonConfig
+from fastcifar.train.flat_parameters import FlatParameters
+from fastcifar.train.muon import MuonUpdate, orthogonal
+from tests.kernels.reference import error, loss_of, make_data, make_net
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 60), (1, 60, 16), (3, 8, 8)])
+def test_singular_values_come_near_one(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    found = orthogonal(matrices, iterations=10)
+    values = torch.linalg.svdvals(found)
+    assert 0.6 < float(values.min())
+    assert float(values.max()) < 1.3
+    # The singular vectors stay: U^T X V is diagonal.
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    inner = u.mT @ found @ v.mT
+    off = inner - torch.diag_embed(torch.diagonal(inner, dim1=1, dim2=2))
+    assert float(off.abs().max()) < 1e-3
+
+
+def newton_schulz(g: Tensor) -> Tensor:
+    x = g / (g.norm() + 1e-7)
+    x = x.T if g.shape[0] > g.shape[1] else x
+    for _ in range(3):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+def reference_step(model: torch.nn.Module, momenta: dict[str, Tensor], config: MuonConfig) -> None:
+    for name, p in model.named_parameters():
+        conv = p.ndim == 4
+        mu = config.momentum if conv else config.momentum_other
+        lr = config.lr if conv else (config.lr_head or config.lr_other) if p.ndim == 2 else config.lr_other
+        momenta[name] = mu * momenta.get(name, 0.0) + p.grad
+        step = p.grad + mu * momenta[name]
+        p.data *= 1 - lr * config.weight_decay
+        if conv and config.normalize:
+            p.data *= len(p) ** 0.5 / p.data.norm()
+        p.data -= lr * (newton_schulz(step.flatten(1)).view_as(p) if conv else step)
+        p.grad = None
+
+
+@pytest.mark.parametrize("lr_head", [None, 0.05])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_steps_equal_the_transcription(normalize: bool, lr_head: float | None) -> None:
+    rates = {"lr": 0.02, "lr_head": lr_head, "lr_other": 0.01}
+    config = MuonConfig(name="muon", **rates, weight_decay=0.01, normalize=normalize)
+    net, momenta = make_net(1), {}
+    expected = copy.deepcopy(net).double()
+    flat = FlatParameters(net)
+    update = MuonUpdate(config, flat, None)
+    for x, y in make_data(2, 20):
+        loss_of(net, x.to(memory_format=torch.channels_last), y).backward()
+        with torch.no_grad():
+            update(config.lr)
+        assert not flat.grads.any()
+        loss_of(expected, x.double(), y).backward()
+        reference_step(expected, momenta, config)
+    assert error(net.state_dict(), expected) < 1e-5

@@ -1,0 +1,237 @@
+"""A run from end to end on drawn images: its record, its result, and every way in which it can stop."""
+
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from fastcifar.analysis.predict import load_trained
+from fastcifar.config import Recipe
+from fastcifar.data.store import resolve_store
+from fastcifar.environment import describe
+from fastcifar.errors import UserError
+from fastcifar.run_directory import RunDirectory
+from fastcifar.train import checkpoint
+from fastcifar.train.run import choose_rows, pick_device, train
+from tests.train.tiny import assert_same_run, recipe
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run_in(folder: Path, wanted: Recipe, **options) -> dict:
+    there = (folder / "recipe.toml").exists()
+    made = RunDirectory.open(folder) if there else RunDirectory.create(folder, wanted, describe())
+    return train(wanted, made, quiet=True, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run of the tiny recipe."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    run_in(folder, recipe())
+    return folder
+
+
+def test_the_record_is_complete(whole):
+    run = RunDirectory.open(whole)
+    assert run.recipe == recipe()
+    assert [row["epoch"] for row in run.metrics()] == [1, 2, 3, 4]
+    assert run.summary["status"] == "finished"
+    assert run.summary["images"] == 4 * 200
+    assert set(run.summary["clocks"]) == {"total_s", "training_s", "compilation_s"}
+    assert run.environment["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert len(list((whole / "checkpoints").iterdir())) == 1
+    assert not list(whole.rglob("*.tmp"))
+
+
+def test_figures_follow_from_the_saved_logits(whole):
+    run = RunDirectory.open(whole)
+    labels = run.logits("test/labels")
+    for which in ("last", "best"):
+        logits = run.logits(f"test/{which}/raw").astype(np.float64)
+        assert run.summary[which]["accuracy"] == pytest.approx(100 * np.mean(logits.argmax(1) == labels))
+        log_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        loss = -log_softmax[np.arange(len(labels)), labels].mean()
+        assert run.summary[which]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert run.summary["best"]["accuracy"] == max(row["test"]["raw"]["accuracy"] for row in run.metrics())
+
+
+def test_best_is_the_first_epoch_of_the_highest_accuracy(whole):
+    run = RunDirectory.open(whole)
+    accuracy = [row["test"]["raw"]["accuracy"] for row in run.metrics()]
+    assert run.summary["best"]["epoch"] == 1 + int(np.argmax(accuracy))
+
+
+def test_another_seed_gives_another_run(whole, tmp_path):
+    run_in(tmp_path / "other", recipe(seed=7))
+    one, other = (load_file(f / "weights/last.safetensors") for f in (whole, tmp_path / "other"))
+    assert any(not np.array_equal(one[k], other[k]) for k in one)
+
+
+def test_the_same_seed_gives_the_same_bits(whole, tmp_path):
+    run_in(tmp_path / "again", recipe())
+    assert_same_run(whole, tmp_path / "again")
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path):
+    summary = run_in(tmp_path / "cut", recipe(), stop_after=1)
+    assert (summary["status"], summary["epochs_done"]) == ("stopped", 1)
+    run_in(tmp_path / "cut", recipe(), stop_after=3)
+    assert run_in(tmp_path / "cut", recipe())["status"] == "finished"
+    assert_same_run(whole, tmp_path / "cut")
+
+
+def test_clocks_add_up_over_a_resume(tmp_path):
+    first = run_in(tmp_path / "cut", recipe(), stop_after=2)["clocks"]
+    second = run_in(tmp_path / "cut", recipe())["clocks"]
+    assert all(second[name] > first[name] for name in first)
+
+
+EVERYTHING = {
+    "data": {"source": "synthetic", "subset": 20, "test_subset": 10, "holdout": 40, "loader": {"name": "resident"}},
+    "augment": ["crop(4)", "flip", "autoaugment", "cutout(8)"],
+    "mix": {"name": "cutmix_or_mixup", "p": 0.5},
+    "model": {"name": "wide_resnet", "depth": 10, "widen": 1, "shakedrop": 0.3, "dropout": 0.2},
+    "optimizer": {"name": "sgd", "lr": 0.05, "weight_decay": 5e-4},
+    "asam": {"rho": 0.5},
+    "ema": {"decay": 0.9},
+    "train": {"epochs": 2, "batch_size": 50},
+    "eval": {"tta": "flip", "train_logits": True},
+}
+
+
+def test_resume_is_exact_with_every_part_switched_on(tmp_path):
+    wanted = recipe(**EVERYTHING)
+    run_in(tmp_path / "whole", wanted)
+    run_in(tmp_path / "cut", wanted, stop_after=1)
+    run_in(tmp_path / "cut", wanted)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    run = RunDirectory.open(tmp_path / "cut")
+    assert {f"{s}/last/{k}" for s in ("test", "holdout", "train") for k in ("raw", "ema")} <= set(run.logits_keys())
+    wanted_keys = {"test/last/ema/tta", "test/selected/ema", "train/best/ema", "train/selected/ema", "holdout/indices"}
+    assert wanted_keys <= set(run.logits_keys())
+    holdout = [row["holdout"]["ema"]["accuracy"] for row in run.metrics()]
+    assert run.summary["selected"]["epoch"] == 1 + int(np.argmax(holdout))
+    assert run.summary["weights"] == "ema"
+
+
+def test_training_logits_are_those_of_the_saved_weights(tmp_path):
+    wanted = recipe(eval={"train_logits": True}, engine={"precision": "fp32"})
+    run_in(tmp_path / "run", wanted)
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.summary["best"]["epoch"] < run.summary["last"]["epoch"], "choose a seed of which the two differ"
+    images = torch.from_numpy(resolve_store(wanted.data, None).split("train").images[:200])
+    for which in ("last", "best"):
+        trained = load_trained(run, which)
+        with torch.no_grad():
+            theirs = trained.model(trained.normalized(images)).numpy()
+        np.testing.assert_allclose(run.logits(f"train/{which}/raw"), theirs, atol=1e-4)
+    assert not np.allclose(run.logits("train/last/raw"), run.logits("train/best/raw"), atol=1e-2)
+    assert np.array_equal(run.logits("train/labels"), resolve_store(wanted.data, None).split("train").labels[:200])
+
+
+def test_the_holdout_is_stratified_and_not_trained_on():
+    wanted = recipe(data={"source": "synthetic", "subset": 20, "holdout": 50})
+    store = resolve_store(wanted.data, None)
+    rows = choose_rows(wanted.data, store, wanted.seed)
+    assert not set(rows.train) & set(rows.holdout)
+    assert len(rows.train) + len(rows.holdout) == 200
+    assert np.bincount(store.split("train").labels[rows.holdout]).tolist() == [5] * 10
+
+
+def test_the_whitening_layer_is_fitted_to_the_training_images(tmp_path):
+    speed = {"name": "speednet", "widths": [8, 8, 8]}
+    run_in(tmp_path / "run", recipe(model=speed, train={"epochs": 1, "batch_size": 100}))
+    filters = load_file(tmp_path / "run/weights/last.safetensors")["whitening.weight"]
+    flat = filters.reshape(len(filters), -1).astype(np.float64)
+    rows = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+    half = rows[: len(rows) // 2]
+    # Whitening filters are orthogonal, random ones are not.
+    np.testing.assert_allclose(half @ half.T, np.eye(len(half)), atol=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------- kill -9
+
+
+def _train_in_child(folder: str) -> None:
+    torch.set_num_threads(1)
+    run_in(Path(folder), recipe())
+
+
+def test_killed_at_twenty_random_moments_it_ends_in_the_same_bits(whole, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastcifar.train.run", "tests.train.test_run"])
+    chance, kills, finished = random.Random(time.time_ns()), 0, 0
+    folder = tmp_path / "victim-0"
+    longest_s = 0.2
+    while kills < 20 or not finished:
+        start, child = time.perf_counter(), context.Process(target=_train_in_child, args=(str(folder),))
+        child.start()
+        child.join(None if kills >= 20 else chance.uniform(0, longest_s))
+        if child.is_alive():
+            child.kill()
+            child.join()
+            kills += 1
+            # A child that was killed before it finished an epoch each time would never end.
+            longest_s *= 1.1
+        else:
+            assert child.exitcode == 0
+            assert_same_run(whole, folder)
+            longest_s = time.perf_counter() - start
+            finished += 1
+            folder = tmp_path / f"victim-{finished}"
+    assert finished >= 1
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
+    bad = recipe(optimizer={"name": "sgd", "lr": 1e12}, engine={"device": "cpu", "precision": "fp32"})
+    with pytest.raises(UserError, match=r"not finite at step \d+ of epoch 1: lower optimizer.lr"):
+        run_in(tmp_path / "bad", bad)
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_survives(tmp_path, monkeypatch):
+    run_in(tmp_path / "full", recipe(), stop_after=2)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"No space left on device\. Free some space"):
+        run_in(tmp_path / "full", recipe())
+    monkeypatch.undo()
+    assert [p.name for p in checkpoint.complete(tmp_path / "full/checkpoints")] == ["epoch-00002"]
+    assert not list((tmp_path / "full").rglob(".epoch*"))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run_in(tmp_path / "run", recipe(), stop_after=1)
+    state = tmp_path / "run/checkpoints/epoch-00001/state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"epoch-00001: is damaged .*delete this folder"):
+        run_in(tmp_path / "run", recipe())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named():
+    with pytest.raises(UserError, match="no CUDA GPU is available"):
+        pick_device(recipe(engine={"device": "cuda"}).engine)
+
+
+def test_metrics_cut_by_a_crash_are_read_up_to_the_cut(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + "\n" + '{"epoch": 2, "lo')
+    assert RunDirectory(tmp_path).metrics() == [{"epoch": 1}]

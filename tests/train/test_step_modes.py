@@ -1,0 +1,163 @@
+"""Compiled and captured steps give the eager step's losses; on a GPU nothing in a step waits for the host."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from fastcifar.augment.augment import build_augment
+from fastcifar.data.batch import Batch
+from fastcifar.models import build_model
+from fastcifar.train.cuda_graph import untouched
+from fastcifar.train.step import build_step
+from tests.train.step_parts import batches, make_step, recipe, state, train
+
+# torch's compiler warns about itself: while it is imported, and with advice on performance.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("default::UserWarning"),
+]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "adam": {"optimizer": {"name": "adam", "lr": 1e-3}, "ema": {"decay": 0.9}},
+    "asam": {"asam": {"rho": 0.5}, "ema": {"decay": 0.9}, "schedule": {"name": "cosine", "per": "step"}},
+    "asam-fp16": {"asam": {"rho": 0.5}, "train": {"epochs": 4, "batch_size": 16, "grad_clip": 1.0}},
+    "asam-micro": {"asam": {"rho": 0.5, "micro_batch": 4, "batch_norm": "freeze"}},
+    "look": {"asam": {"rho": 0.5, "every": 3}},
+    "muon": {"optimizer": {"name": "muon", "lr": 0.02}},
+    "mixed": {"mix": {"name": "cutmix"}, "asam": {"rho": 0.5}, "loss": {"label_smoothing": 0.1}},
+}
+PRECISION = {"asam-fp16": "fp16"}
+
+
+def run(mode: str, device: str, size: int = 20, **tables: Any) -> tuple[torch.Tensor, Any]:
+    """Train two epochs without dropout, whose random numbers depend on the mode; return the losses and the step.
+
+    With 20 samples a batch, an epoch's last batch is smaller.
+    """
+    engine = {"precision": "fp32", "mode": mode} | tables.pop("engine", {})
+    step = make_step(recipe(engine=engine, **tables), device, dropout=0.0)
+    curve = torch.cat([result["curve"] for result in train(step, 0, 2, device, size)])
+    return curve, step
+
+
+def test_compiled_equals_eager_on_the_cpu() -> None:
+    torch.compiler.reset()
+    tables = {"asam": {"rho": 0.5}, "ema": {"decay": 0.9}}
+    compiled, step = run("compile", "cpu", 16, **tables)  # one shape: each takes long to compile here
+    assert step.mode == "compile"
+    eager, reference = run("eager", "cpu", 16, **tables)
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state(step)["flat.ema"], state(reference)["flat.ema"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("mode", ["graph", "auto"])
+def test_graph_equals_eager(name: str, mode: str) -> None:
+    tables = VARIANTS[name] | {"engine": {"precision": PRECISION.get(name, "fp32")}}
+    eager, _ = run("eager", "cuda", **tables)
+    captured, step = run(mode, "cuda", **tables)
+    assert step.fallback is None
+    assert "graph" in step.mode
+    bound = 2e-2 if name in PRECISION else 2e-3
+    torch.testing.assert_close(captured, eager, rtol=bound, atol=bound)
+
+
+@pytest.mark.gpu
+def test_gpu_equals_cpu() -> None:
+    on_cpu, _ = run("eager", "cpu", **VARIANTS["asam"])
+    on_gpu, _ = run("graph", "cuda", **VARIANTS["asam"])
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_step_waits_for_the_host(name: str, mode: str) -> None:
+    engine = {"precision": PRECISION.get(name, "bf16"), "mode": mode}
+    step = make_step(recipe(engine=engine, **VARIANTS[name]), "cuda")
+    step.begin_epoch(0)
+    given = batches(0, "cuda")
+    for batch in given[:4]:  # kernels are compiled, graphs captured
+        step(batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in given[4:]:
+            step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.end_epoch()["nonfinite_step"] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["wide_resnet", "pyramidnet"])
+def test_a_recipe_as_published_is_captured_with_its_augmentation(model: str) -> None:
+    small = {"wide_resnet": {"depth": 10, "widen": 1}, "pyramidnet": {"depth": 8, "alpha": 8, "shakedrop": 0.5}}
+    tables = {
+        "model": {"name": model, **small[model]}, "augment": ["crop(4)", "flip", "autoaugment"],
+        "asam": {"rho": 2.0}, "ema": {}, "loss": {"label_smoothing": 0.1}, "engine": {"mode": "auto"},
+    }  # fmt: skip
+    config, device = recipe(**tables), torch.device("cuda")
+    augment = build_augment(
+        config.augment, mean=[0.5] * 3, std=[0.5] * 3, image_shape=(32, 32, 3), seed=1, device=device,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    step = build_step(config, build_model(config.model, seed=1), augment, None, steps_per_epoch=6, device=device)
+    images = torch.randint(0, 256, (96, 32, 32, 3), dtype=torch.uint8, device=device)
+    given = [Batch(images, b.rows, b.labels, b.indices) for b in batches(0, "cuda")]
+    step.begin_epoch(0)
+    step(given[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in given[1:]:
+            step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (step.mode, step.fallback) == ("compile+graph", None)
+    assert step.end_epoch()["nonfinite_step"] is None
+
+
+@pytest.mark.gpu
+def test_capture_leaves_no_trace() -> None:
+    """Steps that only warm up and capture must not train: one captured step equals one eager step."""
+    found = []
+    for mode in ("eager", "graph"):
+        step = make_step(recipe(engine={"precision": "fp32", "mode": mode}, asam={"rho": 0.5}), "cuda", dropout=0.0)
+        step.begin_epoch(0)
+        step(batches(0, "cuda")[0])
+        found.append(state(step))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_state_is_put_back() -> None:
+    tensor, before = torch.ones(3, device="cuda"), torch.cuda.get_rng_state()
+    with untouched([tensor]):
+        tensor.add_(1)
+        torch.rand(5, device="cuda")
+    assert tensor.tolist() == [1.0, 1.0, 1.0]
+    assert torch.equal(before, torch.cuda.get_rng_state())
+
+
+def test_a_step_that_cannot_be_captured_goes_on_eagerly_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, reference = make_step(recipe()), make_step(recipe())
+
+    attempts = []
+
+    def refuse(batch: Any, kind: int) -> None:
+        attempts.append(step.mode)
+        raise RuntimeError("operation not permitted when stream is capturing\nlong explanation")
+
+    monkeypatch.setattr(step, "_capturer", refuse)
+    monkeypatch.setattr(step, "_compiled", True)
+    train(step, 0, 1)
+    train(reference, 0, 1)
+    assert attempts == ["compile+graph", "graph"]
+    assert step.mode == "eager"
+    assert re.fullmatch(r"graph: the step cannot be captured .*: operation .* is capturing", str(step.fallback))
+    assert all(torch.equal(a, b) for a, b in zip(state(step).values(), state(reference).values(), strict=True))

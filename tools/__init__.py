@@ -1,0 +1,1 @@
+"""What only the repository needs: generated tables, the GPU session, packing, set-up."""

@@ -1,0 +1,223 @@
+"""On a machine with a GPU: tests, benchmarks and the ladder, in order of value, in pieces of under ten minutes.
+
+    python tools/gpu.py                       every piece that is not done, one after the other
+    python tools/gpu.py --piece K             one piece; again, until it says that it is done
+    python tools/gpu.py --list                the pieces
+
+It needs no network; where the parts of gpu-pack/ lie here they are unpacked first. Results: runs/gpu/ (the ladder's
+runs and table, a log per piece) and benchmarks/results/. ``--collect FOLDER`` also packs them, less weights and
+checkpoints, into one archive. FASTCIFAR_GPU_REHEARSAL=1 walks through every piece on a CPU, with tiny settings, into
+runs/gpu-rehearsal/.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+REHEARSAL = os.environ.get("FASTCIFAR_GPU_REHEARSAL") == "1"
+FOLDER = ROOT / "runs" / ("gpu-rehearsal" if REHEARSAL else "gpu")
+DATA = ROOT / "gpu-pack" / "ready"
+GRACE_S = 30.0
+UNFINISHED = 3
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One portion of the work; ``benchmarks``, ``rows`` (with ``seeds``) or ``tests``."""
+
+    name: str
+    tests: bool = False
+    benchmarks: tuple[str, ...] = ()
+    quick: bool = False
+    rows: tuple[str, ...] = ()
+    seeds: int = 1
+
+
+PIECES = (
+    Piece("tests", tests=True),
+    Piece("suite-quick", benchmarks=("all",), quick=True),
+    Piece("ladder-cheap", rows=("lenet5", "lenet5-kaiming", "deep", "deep-*"), seeds=3),
+    Piece("suite-step", benchmarks=("ceilings", "optimizer", "augment", "step")),
+    Piece("suite-rest", benchmarks=("loaders", "models")),
+    Piece("step-times", benchmarks=("step-times",)),
+    Piece("wrn-200", rows=("wrn-200",)),
+    Piece("time-to-accuracy", benchmarks=("time-to-accuracy",)),
+    Piece("ladder-augmentation", rows=("aug-*",)),
+    Piece("ladder-residual", rows=("residual", "residual-deep")),
+    Piece("ladder-wrn", rows=("wrn-*",)),
+    Piece("pyramid-aligned", rows=("beyond/pyramid-aligned",)),
+    Piece("ladder-pyramid", rows=("pyramid", "pyramid-shakedrop", "pyramid-asam", "pyramid200", "pyramid400")),
+    Piece("ladder-combined", rows=("ensemble-*", "stacking")),
+)
+
+
+def main() -> None:
+    """Run one piece or all that are left."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--piece", help=f"1 to {len(PIECES)}, or a name")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after so long a piece stops, to be resumed")
+    parser.add_argument("--collect", type=Path, help="folder for the archive of the results")
+    parser.add_argument("--list", action="store_true", help="list the pieces and which are done")
+    arguments = parser.parse_args()
+    if arguments.list:
+        for number, piece in enumerate(PIECES, 1):
+            print(f"{number:3} {piece.name:20} {'done' if mark(piece).exists() else ''}")
+        return
+    prepare()
+    if arguments.piece:
+        status = attempt(chosen(arguments.piece), arguments.minutes)
+    else:
+        status = all_pieces(arguments.minutes)
+    if arguments.collect:
+        collect(arguments.collect)
+    sys.exit(status)
+
+
+def prepare() -> None:
+    """Unpack what was carried here, and see to it that there is a GPU."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if any((ROOT / "gpu-pack").glob("part-*")) and not REHEARSAL:
+        subprocess.run([sys.executable, str(ROOT / "tools" / "gpu_unpack.py")], check=True)
+    import torch
+
+    if not torch.cuda.is_available() and not REHEARSAL:
+        sys.exit("gpu: torch sees no GPU here; a rehearsal on the CPU: FASTCIFAR_GPU_REHEARSAL=1 make gpu")
+
+
+def chosen(word: str) -> Piece:
+    """Return the piece of that number or name."""
+    for number, piece in enumerate(PIECES, 1):
+        if word in (str(number), piece.name):
+            return piece
+    sys.exit(f"gpu: no piece {word}; there are 1 to {len(PIECES)}: {', '.join(p.name for p in PIECES)}")
+
+
+def all_pieces(minutes: float) -> int:
+    """Run every piece that is not done, each until it is done; go past one that fails, and report it at the end."""
+    failed = []
+    for piece in PIECES:
+        status = UNFINISHED
+        while status == UNFINISHED and not mark(piece).exists():
+            status = attempt(piece, minutes)
+        if not mark(piece).exists():
+            failed.append(piece.name)
+    if failed:
+        print(f"gpu: failed: {', '.join(failed)}; their logs are in {FOLDER}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def attempt(piece: Piece, minutes: float) -> int:
+    """Go on with a piece for at most so long: 0 when it is done, 3 when it wants to be run again, else it failed.
+
+    Each command leaves a mark when it is done; those that have one are skipped.
+    """
+    started, statuses = time.monotonic(), [0]
+    for number, command in enumerate(commands(piece, minutes), 1):
+        done = FOLDER / f"{piece.name}-{number}.done"
+        if not done.exists():
+            left_s = 60 * minutes - (time.monotonic() - started)
+            statuses.append(limited(command, left_s, FOLDER / f"{piece.name}.log"))
+            if statuses[-1] == 0 and (not piece.rows or ladder_done(piece)):
+                done.touch()
+            elif statuses[-1] == 0:
+                statuses[-1] = UNFINISHED
+            elif statuses[-1] == UNFINISHED and not piece.rows and left_s > 55 * minutes:
+                statuses[-1] = 1  # it had nearly all the time there is, so another try would end the same
+    status = next((s for s in statuses if s not in (0, UNFINISHED)), UNFINISHED if UNFINISHED in statuses else 0)
+    if status == 0:
+        mark(piece).touch()
+    word = {0: "done", UNFINISHED: "stopped at its time limit; run it again"}.get(status, f"failed (status {status})")
+    print(f"gpu: {piece.name}: {word} after {time.monotonic() - started:.0f} s", file=sys.stderr)
+    return status
+
+
+def commands(piece: Piece, minutes: float) -> list[list[str]]:
+    """Return the piece's commands; in a rehearsal with the smallest settings."""
+    if piece.tests:
+        return [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]]
+    command = [sys.executable, "-m", "fastcifar"]
+    if piece.benchmarks:
+        quick = ["--quick"] if piece.quick or REHEARSAL else []
+        to = ["--out", str(FOLDER / "results.json")] if REHEARSAL else []
+        return [[*command, "bench", name, *quick, *to] for name in every(piece.benchmarks)]
+    return [[*command, "ladder", *ladder_options(piece), "--until", f"{60 * minutes - GRACE_S:.0f}s"]]
+
+
+def every(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names with ``all`` spelled out, so that a piece can be resumed between benchmarks."""
+    from fastcifar.cli.bench import NAMES
+
+    return NAMES if names == ("all",) else names
+
+
+def ladder_options(piece: Piece) -> list[str]:
+    """Return which rows to run and where; a rehearsal takes each row's small twin on drawn images, one seed."""
+    rows = [f"smoke/{row.removeprefix('beyond/')}" if REHEARSAL else row for row in piece.rows]
+    rows = ["smoke/pyramid" if row == "smoke/pyramid-aligned" else row for row in rows]
+    only = [word for row in rows for word in ("--only", row)]
+    return [*only, "--seeds", str(1 if REHEARSAL else piece.seeds), "--out", str(FOLDER / "ladder")]
+
+
+def ladder_done(piece: Piece) -> bool:
+    """Return whether every run of the piece has finished."""
+    command = [sys.executable, "-m", "fastcifar", "ladder", *ladder_options(piece), "--dry-run", "--json"]
+    table = json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE).stdout)
+    return all(row["state"] == "done" for row in table["rows"])
+
+
+def limited(command: list[str], limit_s: float, log: Path) -> int:
+    """Run a command, its output on the screen and in a log; interrupt it at the limit, which counts as unfinished."""
+    if limit_s < 1:
+        return UNFINISHED
+    environment = {**os.environ}
+    if (DATA / "cifar-10-batches-bin").is_dir():
+        environment.setdefault("FASTCIFAR_DATA", str(DATA))
+    print(f"$ {' '.join(command)}", file=sys.stderr)
+    with subprocess.Popen(["tee", "-a", str(log)], stdin=subprocess.PIPE) as tee:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=tee.stdin, stderr=subprocess.STDOUT)
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            stop(process)
+            return UNFINISHED
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a process, so that it can end well, and kill it when it does not."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def mark(piece: Piece) -> Path:
+    """Return the file that says that a piece is done."""
+    return FOLDER / f"{piece.name}.done"
+
+
+def collect(folder: Path) -> None:
+    """Pack logs, results and runs, less weights and checkpoints, into one archive."""
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = folder / "fastcifar-gpu.tar.gz"
+
+    def light(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if Path(info.name).name in ("checkpoints", "weights") else info
+
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(FOLDER, FOLDER.name, filter=light)
+        tar.add(ROOT / "benchmarks" / "results", "results")
+    print(f"gpu: {archive}, {archive.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
