@@ -141,7 +141,7 @@ class FlatParameters:
         self.cast()
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("FlatParameters cannot be pickled or copied: views would come apart; save its state_dict() instead")
+        raise TypeError("FlatParameters cannot be pickled or copied (views would come apart); save its state_dict()")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         self.__reduce__()
