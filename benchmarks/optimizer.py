@@ -16,17 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common import Row, alternate, device, main, result, timed
-from fastcifar.config.schema import AsamConfig, EmaConfig, Recipe, SGDConfig
+from fastcifar.config.schema import EmaConfig, Recipe, SGDConfig
+from fastcifar.kernels.sam import Ascent, ascend, norm_squared
 from fastcifar.models import build_model
 from fastcifar.train.ema import build_averages
 from fastcifar.train.flat_parameters import FlatParameters
-from fastcifar.train.sam import Perturbation
-from fastcifar.train.update import build_update
+from fastcifar.train.optimizers import build_optimizer
 
 RHO, LR, MOMENTUM, WEIGHT_DECAY, DECAY = 2.0, 0.1, 0.9, 5e-4, 0.999
-# norm: w, g; ascend: reads w, g, writes w, saved, g; descend: reads saved, g, v, a, writes w, v, a, g. The two
-# gradients lie between the three passes, so that no fewer bytes are possible in fp32.
-LEAST_BYTES = 4 * (2 + 5 + 8)
+# Twice collecting the gradient: reads and writes g; norm: reads w, g; ascent: reads w, g, writes w, saved; step: reads
+# saved, g, v, a, writes w, v, a.
+LEAST_BYTES = 4 * (4 + 2 + 4 + 7)
 
 
 class CountBytes(TorchDispatchMode):
@@ -94,30 +94,37 @@ class Side:
         raise NotImplementedError
 
 
-class ArenaSide(Side):
-    """fastcifar's."""
+class FlatSide(Side):
+    """fastcifar's; collecting the gradients into the flat buffer is part of it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.flat = FlatParameters(model)
         averages = build_averages(self.flat, EmaConfig(decay=DECAY))
-        self.perturbation = Perturbation(self.flat, AsamConfig(rho=RHO))
+        self.ascent = Ascent(RHO, True, 0.0, self.flat.weights.numel())
+        self.saved = torch.zeros_like(self.flat.weights)
         config = SGDConfig(name="sgd", lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-        self.update = build_update(config, self.flat, averages)
+        self.optimizer = build_optimizer(config, self.flat, averages)
         on_gpu = self.flat.weights.is_cuda
         self.lr: Any = torch.full((1,), LR, device=self.flat.weights.device) if on_gpu else LR
+        self.given = [torch.full_like(p, 0.01) for p in self.parameters]
 
     def refill(self) -> None:
-        """Put gradients in place."""
-        self.flat.grads.fill_(0.01)
+        """Put gradients in place, as autograd does."""
+        for p, grad in zip(self.parameters, self.given, strict=True):
+            p.grad = grad
 
     def ascend(self) -> None:
-        """Save w, go to w + e, clear the gradient."""
-        self.perturbation.ascend()
+        """Save w, go to w + e."""
+        flat = self.flat
+        flat.collect_gradients()
+        partials = norm_squared(flat.weights, flat.grads, self.ascent)
+        ascend(flat.weights, flat.grads, self.saved, partials, self.ascent)
 
     def descend(self) -> None:
-        """Go back to w, update, average, clear the gradient."""
-        self.update(self.lr, saved=self.perturbation.saved)
+        """Go back to w, update, average."""
+        self.flat.collect_gradients()
+        self.optimizer.step(self.lr, saved=self.saved)
 
 
 class LoopSide(Side):
@@ -181,7 +188,7 @@ class ForeachSide(Side):
 
 
 SIDES: dict[str, Callable[[nn.Module], Side]] = {
-    "flat": ArenaSide,
+    "flat": FlatSide,
     "loop": LoopSide,
     "foreach": lambda model: ForeachSide(model, fused=False),
     "fused SGD": lambda model: ForeachSide(model, fused=True),
@@ -230,7 +237,7 @@ def measure(work: Callable[[], None], side: Side, where: torch.device, repeats: 
 
 def bytes_of(side: Side, parameters: int, statistics: int) -> tuple[int, int]:
     """Return the bytes that one call moves, and its number of operators or kernels."""
-    if isinstance(side, ArenaSide) and side.flat.weights.is_cuda:
+    if isinstance(side, FlatSide) and side.flat.weights.is_cuda:
         return LEAST_BYTES * parameters + 12 * statistics, 3
     with CountBytes() as count:
         side()

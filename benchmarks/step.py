@@ -21,9 +21,9 @@ from fastcifar.config import load_recipe
 from fastcifar.config.operations import AutoAugment, Rotate
 from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
+from fastcifar.kernels.sam import ascend, norm_squared
 from fastcifar.models import build_model
-from fastcifar.train.run import DTYPES
-from fastcifar.train.sam import Perturbation
+from fastcifar.train.precision import PRECISIONS
 from fastcifar.train.step import Step, build_step
 from published import PublishedLoop
 
@@ -44,7 +44,7 @@ class Ours:
         self.images, self.labels = (torch.from_numpy(a).to(self.device) for a in (images, labels))
         augment = build_augment(
             recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=(32, 32, 3), seed=0,
-            device=self.device, dtype=DTYPES[recipe.engine.precision],
+            device=self.device, dtype=PRECISIONS[recipe.engine.precision].images,
         )  # fmt: skip
         self.size, per_epoch = recipe.train.batch_size, len(images) // recipe.train.batch_size
         mix = build_mix(recipe.mix, seed=0, epochs=recipe.train.epochs, steps_per_epoch=per_epoch)
@@ -143,7 +143,8 @@ def by_mode(name: str, images: np.ndarray, labels: np.ndarray, rounds: int, step
     theirs.close()
     rows = []
     for mode, side in ours.items():
-        label = f"{name}: {mode}" + (f" ({side.step.mode}; {side.step.fallback})" if side.step.fallback else "")
+        done = side.step.execution
+        label = f"{name}: {mode}" + (f" ({done.mode}; {done.fallback})" if done.fallback else "")
         rows.append(result(label, found[mode], "images/s", "published loop", found["published"]))
     return rows + parts(name, ours["eager"], steps)
 
@@ -155,16 +156,23 @@ def parts(name: str, ours: Ours, repeats: int) -> list[Row]:
     sides: dict[str, Callable[[], Any]] = {
         "whole step, eager": lambda: step(ours.batch()),
         "augmentation and mixing": lambda: step.inputs(batch),
-        "forward and backward, once": lambda: step.passes(images, target),
+        "forward and backward, once": lambda: step.backward(images, target),
     }
     if ours.recipe.asam is not None:
-        sides["norm and ascend"] = Perturbation(step.flat, ours.recipe.asam).ascend
-    sides["update, average, clearing"] = lambda: step.update(step.cursor.lr)
+        sides["norm and ascent"] = lambda: ascent_step(step)
+    sides["optimizer step, average"] = lambda: step.optimizer.step(step.cursor.lr)
     rows = []
     for what, work in sides.items():
         work()
         rows.append(result(f"{name}: {what}", [1e3 * timed(work, ours.device) for _ in range(repeats)], "ms"))
     return rows
+
+
+def ascent_step(step: Step) -> None:
+    """Take SAM's ascent step by whatever lies in the gradient buffer."""
+    flat = step.flat
+    partials = norm_squared(flat.weights, flat.grads, step.ascent)
+    ascend(flat.weights, flat.grads, torch.empty_like(flat.weights), partials, step.ascent)  # type: ignore[arg-type]
 
 
 def _recipe(name: str) -> Recipe:

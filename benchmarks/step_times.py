@@ -18,7 +18,7 @@ from fastcifar.data.batch import Batch
 from fastcifar.models import build_model
 from fastcifar.models.budget import compilation_key, evaluation_key, step_key
 from fastcifar.models.cost import cost_of_config
-from fastcifar.train.run import DTYPES
+from fastcifar.train.precision import PRECISIONS
 from fastcifar.train.step import build_step
 
 STEPS_PER_EPOCH = 391
@@ -52,7 +52,7 @@ class Kind:
         self.batch = Batch(*(tensor.to(self.device) for tensor in (images, rows, labels, rows)))
         self.augment = build_augment(
             recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=(32, 32, 3),
-            seed=recipe.seed, device=self.device, dtype=DTYPES[recipe.engine.precision],
+            seed=recipe.seed, device=self.device, dtype=PRECISIONS[recipe.engine.precision].images,
         )  # fmt: skip
         mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=STEPS_PER_EPOCH)
         model = build_model(recipe.model, seed=recipe.seed).to(self.device)

@@ -1,13 +1,14 @@
 """The one exception that a user is meant to see."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
 class UserError(Exception):
     """Bad input of any kind: a file, a key, a value, a missing package, a full disk.
 
-    The message names what was wrong and its cure. The command line prints it alone, without a traceback, and
+    The message names what was wrong and its fix. The command line prints it alone, without a traceback, and
     ends with exit status 2.
     """
 
@@ -16,3 +17,13 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return `` (did you mean "x"?)`` for the closest allowed spelling, or nothing when none is close."""
     close = difflib.get_close_matches(word, list(allowed), n=1)
     return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the innermost message of a chain of errors in one line: what failed, not through how many layers."""
+    while (inner := error.__cause__ or getattr(error, "inner_exception", None)) is not None and inner is not error:
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Triton and Inductor print the source first and the reason last.
+    named = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
+    return named[-1] if named else f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

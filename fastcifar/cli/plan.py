@@ -52,8 +52,8 @@ def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str
     """Return the plan of a training run as plain values; memory in MiB, times in seconds."""
     from fastcifar.models import budget
     from fastcifar.models.cost import cost_of_config
+    from fastcifar.train.execution import choose_mode
     from fastcifar.train.run import pick_device
-    from fastcifar.train.step import choose_mode
 
     where, store, images = find_data(recipe, data)
     device = pick_device(recipe.engine)

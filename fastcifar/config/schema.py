@@ -278,10 +278,6 @@ class AsamConfig(Section):
         eta: added to the scale abs(w) (ASAM).
         scope: scale all parameters by abs(w), or only weight tensors (the ASAM authors' choice).
         batch_norm: whether running statistics move in the second pass too (as published) or stay.
-        micro_batch: perturb per micro-batch of this many samples (m-sharpness); 0 for the whole batch.
-        every: take the two-pass step only every k-th step and reuse the ascent direction's effect between
-            (LookSAM, Liu et al., 2022); 1 for each step. Not recommended: it cost LeNet-5 some 24 points.
-        reuse: length of what LookSAM adds in the steps between, in lengths of their gradient (its alpha).
     """
 
     rho: Positive
@@ -289,9 +285,6 @@ class AsamConfig(Section):
     eta: NotNegative = 0.0
     scope: Literal["all", "weights"] = "all"
     batch_norm: Literal["update", "freeze"] = "update"
-    micro_batch: int = Field(0, ge=0)
-    every: int = Field(1, ge=1)
-    reuse: NotNegative = 0.7
 
 
 class EmaConfig(Section):
@@ -308,9 +301,16 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long and in what portions. ``grad_clip`` bounds the global gradient norm (0: no bound).
+    """How long, and how a batch goes through the model.
 
-    ``accumulate``: a batch goes through the model in this many portions whose gradients add up, to save memory.
+    Attributes:
+        epochs: length of the run.
+        batch_size: samples an optimizer step.
+        drop_last: leave out an epoch's last, smaller batch.
+        accumulate: send each batch through the model in this many micro-batches whose gradients add up; for whoever
+            trains a large model on a GPU whose memory does not hold the batch's activations.
+        grad_clip: bound of the global gradient norm, 0 for none; for whoever trains a model of their own that diverges
+            now and then.
     """
 
     epochs: int = Field(ge=1)
@@ -323,13 +323,22 @@ class TrainConfig(Section):
 class EngineConfig(Section):
     """How a step is carried out; the result is the same within rounding.
 
-    ``auto``: on a GPU a captured CUDA graph of a compiled model, elsewhere eager.
+    Attributes:
+        device: ``auto`` takes a GPU where there is one.
+        mode: ``auto`` is a captured CUDA graph of a compiled model on a GPU, eager elsewhere.
+        precision: of convolutions and matrix products; ``fp16`` is for GPUs without bf16 (V100, T4).
+        working_copy: keep bf16 (or fp16) weights beside the fp32 ones, written by the optimizer's own kernel, and hand
+            them to the model, so that nothing is cast in a pass and gradients travel in 16 bits: the same values in
+            fewer bytes, for whoever trains on a GPU.
+        strict: make it an error when the step cannot be carried out as ``mode`` asks for (a model that does not compile
+            or cannot be captured), instead of saying so and going on with less.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
     precision: Literal["bf16", "fp16", "fp32", "tf32"] = "bf16"
     working_copy: bool = False
+    strict: bool = False
 
 
 class EvalConfig(Section):
@@ -389,12 +398,10 @@ class Recipe(Section):
     def _combinations(self) -> "Recipe":
         if self.asam and self.optimizer.name != "sgd":
             raise ValueError(f'asam works with optimizer.name = "sgd", not "{self.optimizer.name}"')
-        if self.asam and self.asam.micro_batch and self.train.batch_size % self.asam.micro_batch:
-            raise ValueError("asam.micro_batch must divide train.batch_size")
-        if self.asam and self.asam.micro_batch and (self.train.accumulate > 1 or self.asam.every > 1):
-            raise ValueError("asam.micro_batch works with train.accumulate = 1 and asam.every = 1")
         if self.engine.working_copy and self.engine.precision not in ("bf16", "fp16"):
             raise ValueError('engine.working_copy needs engine.precision = "bf16" or "fp16"')
+        if self.engine.working_copy and self.train.accumulate > 1:
+            raise ValueError("engine.working_copy works with train.accumulate = 1: gradients would add up in 16 bits")
         if self.optimizer.name == "muon" and self.engine.precision == "fp16":
             raise ValueError('optimizer.name = "muon" works with engine.precision = "bf16", "fp32" or "tf32"')
         if self.augment.where == "loader" and self.data.loader.name not in ("auto", "torchvision"):

@@ -12,7 +12,7 @@ from torch import nn
 from fastcifar.config.schema import ModelBase
 from fastcifar.errors import UserError
 from fastcifar.models import deep_baseline, lenet, pyramidnet, residual, speednet, wide_resnet
-from fastcifar.models.shakedrop import bind_counter
+from fastcifar.models.hooks import bind_counter
 
 __all__ = ["MODELS", "bind_counter", "build_model", "kaiming_normal_fan_out"]
 

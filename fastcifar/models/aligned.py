@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastcifar.models.batch_norm import BatchNorm2d
+
 
 def round_up(width: int, multiple: int) -> int:
     """Return the smallest multiple of ``multiple`` that is not below ``width``."""
@@ -62,17 +64,13 @@ class AlignedConv2d(nn.Conv2d):
         return F.conv2d(input, weight, bias, self.stride, self.padding)
 
 
-class AlignedBatchNorm2d(nn.BatchNorm2d):
+class AlignedBatchNorm2d(BatchNorm2d):
     """BatchNorm over a channel count rounded up to a multiple of ``align``; zero channels come out as exactly zero.
 
     Args:
         width: true number of channels.
         align: 1 for a plain BatchNorm.
     """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
 
     def __init__(self, width: int, align: int = 1):
         super().__init__(width)
@@ -86,16 +84,8 @@ class AlignedBatchNorm2d(nn.BatchNorm2d):
         if self.training and not self.track_running_stats:
             return F.batch_norm(input, None, None, weight, bias, True, 0.0, self.eps)
         mean, var = F.pad(self.running_mean, (0, self.extra)), F.pad(self.running_var, (0, self.extra), value=1.0)
-        output = F.batch_norm(input, mean, var, weight, bias, self.training, self._momentum(), self.eps)
+        output = F.batch_norm(input, mean, var, weight, bias, self.training, self.fixed_momentum(), self.eps)
         if self.training:
             self.running_mean.copy_(mean[: self.num_features])
             self.running_var.copy_(var[: self.num_features])
         return output
-
-    def _momentum(self) -> float:
-        """Count the batch and return the running statistics' step, as `torch.nn.BatchNorm2d` does."""
-        if self.training:
-            self.num_batches_tracked.add_(1)
-        if self.momentum is None:
-            raise ValueError("a cumulative average of BatchNorm statistics is not offered with aligned widths")
-        return self.momentum

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from fastcifar.config.schema import DeepBaselineConfig
+from fastcifar.models.batch_norm import BatchNorm2d
 
 WIDTHS = (32, 64, 128, 128, 256)
 POOL_AFTER = (1, 3, 4)
@@ -23,7 +24,7 @@ class DeepBaseline(nn.Module):
         layers: list[nn.Module] = []
         for i, (inputs, outputs) in enumerate(zip((3, *WIDTHS), WIDTHS, strict=False)):
             layers.append(nn.Conv2d(inputs, outputs, 3, padding=1))
-            layers += [nn.BatchNorm2d(outputs)] if batch_norm else []
+            layers += [BatchNorm2d(outputs)] if batch_norm else []
             layers.append(nn.ReLU())
             layers += [nn.MaxPool2d(2)] if i in POOL_AFTER else []
         self.features = nn.Sequential(*layers)

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcifar.config.schema import Residual5Config, Residual15Config
+from fastcifar.models.batch_norm import BatchNorm2d
 
 STAGES_15 = ((64, 2, 1), (128, 2, 2), (256, 4, 2), (512, 2, 2))
 """Of residual15: channels, blocks, stride of the first block."""
@@ -12,7 +13,7 @@ STAGES_15 = ((64, 2, 1), (128, 2, 2), (256, 4, 2), (512, 2, 2))
 def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Return a convolution without bias that keeps the size (stride aside), with its BatchNorm."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+    return nn.Sequential(conv, BatchNorm2d(outputs))
 
 
 class BasicBlock(nn.Module):

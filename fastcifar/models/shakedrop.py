@@ -5,8 +5,8 @@ Where it is 1 the branch passes. Where it is 0 the branch is scaled by alpha ~ U
 gradient by beta ~ U(0, 1) on the way back, both per sample. In evaluation the branch is scaled by 1 - p_l, the
 expectation of the forward factor.
 
-All numbers of one forward pass are drawn at once, at its start, by `ShakeDraws`: one small computation instead of
-one per block, the same graph whatever the gates are, and nothing that waits for the host.
+All numbers of one forward pass are drawn at once, at its start, by `ShakeDraws`: one launch instead of one per block,
+the same graph whatever the gates are, and no host-device synchronization.
 """
 
 from typing import Any, Literal
@@ -14,13 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastcifar.kernels.philox import Stream, philox
+from fastcifar.kernels.shakedrop import BITS, draw_scales
 
 Gate = Literal["batch", "sample"]
-
-BITS = 24
-"""Of a random word that are used: as many as a float32 holds exactly."""
-
 
 def death_rates(last: float, blocks: int) -> list[float]:
     """Return each block's death probability: the linear schedule ``last * l / L`` for l = 1..L."""
@@ -47,7 +43,7 @@ class ShakeDraws(nn.Module):
     """The random factors of all blocks for one forward pass, drawn from the run's counter-based randomness.
 
     The draws are a function of (seed, forward counter, block, position in the batch), so that they are the same on
-    every device and after a resume. Call `bind_counter` before training.
+    every device and after a resume. Call `fastcifar.models.hooks.bind_counter` before training.
 
     Args:
         rates: each block's death probability in 0..1.
@@ -79,20 +75,12 @@ class ShakeDraws(nn.Module):
         """
         if not self.bound:
             raise RuntimeError("ShakeDrop has no counter to draw from: call bind_counter(model, counter, seed) first")
-        blocks = len(self.thresholds)
-        position = torch.arange(batch, device=self.counter.device).expand(blocks, batch)
-        block = torch.arange(blocks, device=self.counter.device)[:, None]
-        alpha, beta, each, whole = philox(self.seed, position, self.counter, block, Stream.SHAKEDROP)
-        # The batch's gate is the first sample's word, apart from the words of the per-sample gates.
-        word = each if self.gate == "sample" else whole[:, :1]
-        alive = word >> (32 - BITS) >= self.thresholds[:, None]
-        scales = torch.stack([unit(alpha) * 2 - 1, unit(beta)], dim=1)
-        return torch.where(alive[:, None], torch.ones_like(scales), scales)
+        return draw_scales(self.thresholds, self.counter, self.seed, batch, self.gate == "sample")
 
-
-def unit(word: Tensor) -> Tensor:
-    """Map random words, int64 in 0..2**32-1, to float32 in [0, 1): their upper 24 bits, exactly."""
-    return (word >> (32 - BITS)).to(torch.float32) * 2.0**-BITS
+    def bind_counter(self, counter: Tensor, seed: int) -> None:
+        """Draw from this counter from now on; see `fastcifar.models.hooks.Draws`."""
+        # The operator takes the seed's 64 bits as a signed integer.
+        self.counter, self.seed, self.bound = counter, seed - (1 << 64) if seed >> 63 else seed, True
 
 
 class ShakeDrop(nn.Module):
@@ -122,19 +110,3 @@ class ShakeDrop(nn.Module):
     def extra_repr(self) -> str:
         """Return what ``print(model)`` shows."""
         return f"death_rate={self.death_rate:.4g}"
-
-
-def bind_counter(model: nn.Module, counter: Tensor, seed: int) -> None:
-    """Let every ShakeDrop of a model draw from a counter that the training step owns.
-
-    The step adds 1 to ``counter`` on the device before each forward pass (a two-pass step thereby draws new gates for
-    its second pass, as published). Bind after moving the model to its device. A model without ShakeDrop is left alone.
-
-    Args:
-        model: any model.
-        counter: int64 (1,) on the model's device, values in 0..2**32-1; read at each forward pass in training.
-        seed: the run's seed, 0..2**64-1.
-    """
-    for module in model.modules():
-        if isinstance(module, ShakeDraws):
-            module.counter, module.seed, module.bound = counter, seed, True

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcifar.config.schema import SpeedNetConfig
+from fastcifar.models.batch_norm import BatchNorm2d
 
 PATCH_PX = 2
 PATCH_VALUES = 3 * PATCH_PX**2
@@ -17,7 +18,7 @@ EIGENVALUE_FLOOR = 5e-4
 """Added to the eigenvalues, so that directions that hold mostly noise are not blown up."""
 
 
-class BiasBatchNorm2d(nn.BatchNorm2d):
+class BiasBatchNorm2d(BatchNorm2d):
     """BatchNorm whose scale stays 1: a buffer, not a parameter, so that no optimizer sees it."""
 
     def __init__(self, width: int):
@@ -95,9 +96,11 @@ def near_identity(inputs: int, outputs: int) -> nn.Conv2d:
 class SpeedNet(nn.Module):
     """Whitening, GELU, three blocks, global max pooling and a linear layer without bias whose output is scaled.
 
-    Call `whiten` before training and, where the bias of the whitening layer is to stop learning after some epochs,
+    Call `fit_images` before training and, where the bias of the whitening layer is to stop learning after some epochs,
     `begin_epoch` before each.
     """
+
+    images_to_fit = 5000
 
     def __init__(self, config: SpeedNetConfig, num_classes: int = 10):
         super().__init__()
@@ -110,12 +113,8 @@ class SpeedNet(nn.Module):
         )
         self.head = nn.Linear(channels[-1], num_classes, bias=False)
 
-    def whiten(self, images: Tensor) -> None:
-        """Compute the first layer's filters from training images.
-
-        Args:
-            images: float (N, 3, S, S), normalized as in training, any device; a few thousand are enough.
-        """
+    def fit_images(self, images: Tensor) -> None:
+        """Compute the first layer's filters from training images, float (N, 3, S, S), normalized as in training."""
         self.whitening.fit(images)
 
     def begin_epoch(self, epoch: int) -> None:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcifar.config.schema import WideResNetConfig
+from fastcifar.models.batch_norm import BatchNorm2d
 from fastcifar.models.shakedrop import ShakeDraws, ShakeDrop, death_rates
 
 
@@ -28,13 +29,13 @@ class WideBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, config: WideResNetConfig, death_rate: float | None):
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
+        self.bn1 = BatchNorm2d(inputs)
         self.relu1 = nn.ReLU() if config.first_relu else nn.Identity()
         self.conv1 = conv3x3(inputs, outputs, stride)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.bn2 = BatchNorm2d(outputs)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = conv3x3(outputs, outputs)
-        self.bn3 = nn.BatchNorm2d(outputs) if config.last_bn else nn.Identity()
+        self.bn3 = BatchNorm2d(outputs) if config.last_bn else nn.Identity()
         self.shakedrop = None if death_rate is None else ShakeDrop(death_rate)
         same = inputs == outputs and stride == 1
         self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
@@ -68,7 +69,7 @@ class WideResNet(nn.Module):
             outputs = 16 * config.widen * 2**stage
             self.blocks.append(WideBlock(inputs, outputs, 2 if stage and not place else 1, config, rate))
             inputs = outputs
-        self.bn = nn.BatchNorm2d(inputs)
+        self.bn = BatchNorm2d(inputs)
         self.head = nn.Linear(inputs, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

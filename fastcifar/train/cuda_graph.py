@@ -1,15 +1,14 @@
 """A whole step captured as a CUDA graph: some thousand launches become one."""
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from fastcifar.data.batch import Batch
+from fastcifar.errors import UserError, root_cause
 
-WARMUP_RUNS = 3
+T = TypeVar("T")
 
 
 class Captured(NamedTuple):
@@ -19,67 +18,69 @@ class Captured(NamedTuple):
     batch: Batch
 
 
-class Capturer:
-    """Captures ``run(batch, kind)`` once for each kind and shape, and replays it.
+class GraphedStep:
+    """Captures ``run(batch)`` once for each shape of batch, and replays it.
 
-    A resident set (more images than rows) is read in place; whatever else a batch brings is copied into the graph's
-    own input. Capturing leaves no trace in the training state.
+    A resident set (more images than rows) is read in place; whatever else a batch brings is copied into the graph's own
+    input. All graphs share one private memory pool, since they never run at once.
 
     Args:
         run: one step, without any wait for the host.
-        state: returns all tensors that a step changes and that matter afterwards.
     """
 
-    def __init__(self, run: Callable[[Batch, int], None], state: Callable[[], list[Tensor]]):
-        self._run, self._state = run, state
+    def __init__(self, run: Callable[[Batch], None]):
+        self._run = run
         self._captured: dict[Hashable, Captured] = {}
 
-    def __call__(self, batch: Batch, kind: int) -> None:
-        """Replay the step for this batch, capturing it first where it is new.
+    def knows(self, batch: Batch) -> bool:
+        """Tell whether a graph for batches of this shape has been captured."""
+        return _shape(batch) in self._captured
+
+    def capture(self, batch: Batch) -> None:
+        """Capture the step for batches of this shape; the step must have run before, see `beside`.
 
         Raises:
-            RuntimeError: something in the step cannot be captured; the state is as before.
+            UserError: the capture failed. torch cannot be used for training afterwards: its generator and allocator
+                are still in capture mode.
         """
-        resident = len(batch.images) != len(batch.rows)
-        key = (kind, tuple(batch.images.shape), len(batch.rows), batch.images.data_ptr() if resident else None)
-        if key not in self._captured:
-            self._captured[key] = self._capture(batch, kind, resident)
-        captured = self._captured[key]
+        own = Batch(batch.images if _resident(batch) else batch.images.clone(), *(t.clone() for t in batch[1:]))
+        graph, pool = torch.cuda.CUDAGraph(), next((c.graph.pool() for c in self._captured.values()), None)
+        try:
+            # thread_local: the threads of a loader may allocate memory and copy to the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._run(own)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f'capturing the step as a CUDA graph failed: {root_cause(error)}; set engine.mode = "compile" to train '
+                "without a graph"
+            ) from error
+        self._captured[_shape(batch)] = Captured(graph, own)
+
+    def replay(self, batch: Batch) -> None:
+        """Run the captured step on a batch whose shape is known."""
+        captured = self._captured[_shape(batch)]
         for own, given in zip(captured.batch, batch, strict=True):
             if own is not given:
                 own.copy_(given, non_blocking=True)
         captured.graph.replay()
 
-    def _capture(self, batch: Batch, kind: int, resident: bool) -> Captured:
-        """Run the step a few times beside the main stream, capture it, and put the state back."""
-        own = Batch(batch.images if resident else batch.images.clone(), *(t.clone() for t in batch[1:]))
-        graph = torch.cuda.CUDAGraph()
-        with untouched(self._state()):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARMUP_RUNS):
-                    self._run(own, kind)
-            torch.cuda.current_stream().wait_stream(side)
-            # Threads of a loader may talk to the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool(), capture_error_mode="thread_local"):
-                self._run(own, kind)
-        return Captured(graph, own)
-
-    def _pool(self) -> Any:
-        """Return the memory pool of the first graph: graphs that never run at once can share it."""
-        return next(iter(self._captured.values())).graph.pool() if self._captured else None
+    @staticmethod
+    def beside(work: Callable[[], T]) -> T:
+        """Do work on a stream of its own, as CUDA graphs want it before a capture, and return its result."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            result = work()
+        torch.cuda.current_stream().wait_stream(side)
+        return result
 
 
-@contextmanager
-def untouched(state: list[Tensor]) -> Iterator[None]:
-    """Put tensors and the GPU's generator back to what they were before the block, in place."""
-    before, generator = [tensor.clone() for tensor in state], torch.cuda.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.cuda.synchronize()
-        with torch.no_grad():
-            for tensor, old in zip(state, before, strict=True):
-                tensor.copy_(old)
-        torch.cuda.set_rng_state(generator)
+def _resident(batch: Batch) -> bool:
+    """Tell whether the batch's images are the whole set, to be read in place."""
+    return len(batch.images) != len(batch.rows)
+
+
+def _shape(batch: Batch) -> Hashable:
+    return tuple(batch.images.shape), len(batch.rows), batch.images.data_ptr() if _resident(batch) else None

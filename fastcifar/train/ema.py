@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from fastcifar.config.schema import EmaConfig
-from fastcifar.kernels.flat import Averages
+from fastcifar.kernels.sgd_ema import Averages
 from fastcifar.train.flat_parameters import FlatParameters
 
 

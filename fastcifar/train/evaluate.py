@@ -1,7 +1,6 @@
 """Evaluation: logits of a whole split; every figure is computed from them."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcifar.augment.augment import Augment
+from fastcifar.errors import root_cause
+from fastcifar.train.cuda_graph import GraphedStep
+from fastcifar.train.execution import Forward, compile_model, first_wait, out_of_memory_explained
+from fastcifar.train.precision import Precision
+from fastcifar.train.tta import tta_logits
 
 # A split is kept on the device while it takes no more than this; larger ones are sent batch by batch.
 RESIDENT_BYTES = 1 << 30
@@ -41,28 +45,109 @@ def metrics(logits: Tensor, labels: Tensor) -> Metrics:
     return Metrics(logits.cpu().numpy(), 100.0 * right / len(labels), loss)
 
 
+class Evaluator:
+    """A model in evaluation mode as a function of uint8 images, at the weights that it has at the moment.
+
+    On a GPU it is compiled, and one batch size is captured as a CUDA graph, which raw and averaged weights share
+    because they are swapped in place. Smaller batches then go through padded; each image's logits depend on it alone.
+
+    Args:
+        model: the model.
+        augment: its ``plain`` normalizes a batch.
+        precision: as in training.
+        device: where to evaluate.
+        batch_size: images a forward pass, B.
+        mode: what the training step does: "eager", "compile", "graph" or "compile+graph".
+
+    Attributes:
+        fallback: why less is done than ``mode`` says, or None.
+    """
+
+    def __init__(
+        self, model: nn.Module, augment: Augment, precision: Precision, device: torch.device, batch_size: int, mode: str
+    ) -> None:
+        self.model, self.device, self.batch_size = model, device, batch_size
+        self._augment, self._precision = augment, precision
+        self._forward: Forward = compile_model(model) if "compile" in mode else model
+        self._wanted = "graph" in mode and device.type == "cuda"
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.fallback: str | None = None
+
+    @torch.no_grad()
+    def warm_up(self, image_shape: tuple[int, ...]) -> None:
+        """Compile, and capture where that is wanted, for uint8 images of this shape (H, W, C)."""
+        self._input = torch.zeros((self.batch_size, *image_shape), dtype=torch.uint8, device=self.device)
+        was_training = self.model.training
+        self.model.eval()
+        with out_of_memory_explained():
+            self._rehearse()
+            if self._wanted:
+                self._capture()
+        self.model.train(was_training)
+
+    def _rehearse(self) -> None:
+        """Run the model once, without compilation where the compiler fails and the plain model does not."""
+        try:
+            self.predict(self._input)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self._forward is self.model:
+                raise
+            self._forward = self.model
+            self.predict(self._input)
+            self.fallback = f"evaluation runs without compilation: {root_cause(error)}"
+
+    def _capture(self) -> None:
+        waits = GraphedStep.beside(lambda: first_wait(lambda: self.predict(self._input)))
+        if waits is not None:
+            self.fallback = f"evaluation cannot be captured as a CUDA graph, because it waits for the host: {waits}"
+            return
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._output = self.predict(self._input)
+        self._graph = graph
+
+    def predict(self, images: Tensor, tta: str = "none") -> Tensor:
+        """Return the logits of uint8 images (B, H, W, C) on the device, operation by operation: float32 (B, K)."""
+        with self._precision.autocasting(self.device.type):
+            normalized = self._augment.plain(images)
+            return tta_logits(self._forward, normalized, tta).float()
+
+    def batch(self, images: Tensor, tta: str = "none") -> Tensor:
+        """Return the logits of at most B images, uint8 (b, H, W, C) on any device: float32 (b, K)."""
+        if self._graph is None or tta != "none":
+            return self.predict(images.to(self.device, non_blocking=True), tta)
+        self._input[: len(images)].copy_(images, non_blocking=True)
+        self._graph.replay()
+        return self._output[: len(images)].clone()
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, tta: str = "none") -> Tensor:
+        """Return the logits of all images, uint8 (N, H, W, C) on any device: float32 (N, K) on the device.
+
+        Args:
+            images: the images; they are sent to the device batch by batch where they do not lie there.
+            tta: test-time augmentation, see `fastcifar.train.tta`.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        parts = [self.batch(part, tta) for part in images.split(self.batch_size)]
+        self.model.train(was_training)
+        return torch.cat(parts)
+
+
 class EvaluationSet:
-    """The images to evaluate on, normalized on the fly and never augmented.
+    """Images to evaluate on, normalized on the fly and never augmented.
 
     Args:
         images: uint8 (N, H, W, C), possibly memory-mapped.
         labels: int64 (N,).
-        augment: its ``plain`` normalizes a batch.
-        batch_size: images a forward pass.
-        precision: ``bf16``, ``fp16``, ``fp32`` or ``tf32``, as in training.
+        evaluator: the model.
     """
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        augment: Augment,
-        device: torch.device,
-        batch_size: int,
-        precision: str,
-    ) -> None:
-        self._device, self._augment, self._batch_size = device, augment, batch_size
-        self._autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    def __init__(self, images: np.ndarray, labels: np.ndarray, evaluator: Evaluator) -> None:
+        self._evaluator, device = evaluator, evaluator.device
         self._images = torch.from_numpy(np.ascontiguousarray(images))
         if images.nbytes <= RESIDENT_BYTES:
             self._images = self._images.to(device)
@@ -71,25 +156,6 @@ class EvaluationSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @torch.inference_mode()
-    def logits(self, model: nn.Module, forward: Any = None) -> Tensor:
-        """Return the model's logits, float32 (N, classes) on the device.
-
-        Args:
-            model: put into evaluation mode for the pass and back.
-            forward: what to call on a normalized batch instead of the model (test-time augmentation).
-        """
-        was_training = model.training
-        model.eval()
-        with torch.autocast(self._device.type, self._autocast or torch.bfloat16, enabled=self._autocast is not None):
-            parts = [(forward or model)(self._batch(start)).float() for start in range(0, len(self), self._batch_size)]
-        model.train(was_training)
-        return torch.cat(parts)
-
-    def metrics(self, model: nn.Module, forward: Any = None) -> Metrics:
-        """Return logits, accuracy and loss of the model on this set."""
-        return metrics(self.logits(model, forward), self.labels)
-
-    def _batch(self, start: int) -> Tensor:
-        images = self._images[start : start + self._batch_size].to(self._device, non_blocking=True)
-        return self._augment.plain(images)
+    def metrics(self, tta: str = "none") -> Metrics:
+        """Return logits, accuracy and loss of the model, at its present weights, on this set."""
+        return metrics(self._evaluator.logits(self._images, tta), self.labels)

@@ -4,15 +4,14 @@ import torch
 from torch import Tensor
 
 from fastcifar.config.schema import MuonConfig
-from fastcifar.kernels.flat import Averages, Descent, operations
-from fastcifar.kernels.flat_cpu import average
+from fastcifar.kernels.sgd_ema import Averages, SGDSettings, average, sgd_step
 from fastcifar.train.flat_parameters import FlatParameters, Segment
 
 # The quintic iteration x -> a x + b x^3 + c x^5 that takes every singular value in (0, 1] to about 1 (0.7 to 1.2).
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-class MuonUpdate:
+class Muon:
     """Jordan et al., 2024: orthogonalized Nesterov momentum for convolution weights, SGD for everything else.
 
     A convolution's weight counts as a matrix of one row per output. Weight decay is decoupled. All learning rates
@@ -20,16 +19,15 @@ class MuonUpdate:
     """
 
     def __init__(self, config: MuonConfig, flat: FlatParameters, averages: Averages | None):
-        self._config, self._arena, self._averages = config, flat, averages
-        self._other = Descent(config.momentum_other, nesterov=True, weight_decay=0.0)
+        self._config, self._flat, self._averages = config, flat, averages
+        self._other = SGDSettings(config.momentum_other, nesterov=True, weight_decay=0.0)
         self._momentum = flat.add("momentum")
         self._ranges = _ranges(config, flat)
         self._groups = _by_shape([s for s in flat.segments if s.offset < flat.conv_end])
-        self._operations = operations(flat.weights)
 
-    def __call__(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
-        """Take one step; see `fastcifar.train.update.Update`."""
-        flat, end = self._arena, self._arena.conv_end
+    def step(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
+        """Take one step; see `fastcifar.train.optimizers.Optimizer`."""
+        flat, end = self._flat, self._flat.conv_end
         if saved is not None:
             flat.weights.copy_(saved)
         if coefficient is not None:
@@ -39,15 +37,14 @@ class MuonUpdate:
         for part, factor in self._ranges:
             weights, rate = flat.weights[part], lr * factor
             weights.mul_(1 - rate * self._config.weight_decay)
-            self._operations.descend(weights, flat.grads[part], self._momentum[part], self._other, rate)
+            sgd_step(weights, flat.grads[part], self._momentum[part], self._other, rate)
         if self._averages is not None:
             average(flat.weights, self._averages)
-        flat.grads[:end].zero_()
         flat.cast()
 
     def _convolutions(self, lr: Tensor | float) -> None:
         """Move all convolution weights, those of one shape together."""
-        flat, config, end = self._arena, self._config, self._arena.conv_end
+        flat, config, end = self._flat, self._config, self._flat.conv_end
         momentum, grads = self._momentum[:end], flat.grads[:end]
         momentum.mul_(config.momentum).add_(grads)
         grads.add_(momentum, alpha=config.momentum)

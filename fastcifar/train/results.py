@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from fastcifar.run_directory import RunDirectory
 from fastcifar.train import checkpoint
 from fastcifar.train.evaluate import EvaluationSet, Metrics
 from fastcifar.train.step import Step
-from fastcifar.train.tta import tta_logits
 
 BEST = "best epoch on the test set, as published"
 SELECTED = "epoch chosen on the holdout, test set looked at once"
@@ -109,13 +107,13 @@ class Results:
                 progress.selected = {**entry, "holdout_accuracy": holdout, "protocol": SELECTED}
                 self._keep("selected", results, weights=True)
 
-    def _metrics(self, names: list[str], forward: Any = None) -> dict[str, dict[str, Metrics]]:
+    def _metrics(self, names: list[str], tta: str = "none") -> dict[str, dict[str, Metrics]]:
         """Return the metrics of each named split for each kind of weights."""
         found: dict[str, dict[str, Metrics]] = {name: {} for name in names}
         for kind in self.kinds:
             with self.step.weights(kind):
                 for name in names:
-                    found[name][kind] = self.splits[name].metrics(self.model, forward)
+                    found[name][kind] = self.splits[name].metrics(tta)
         return found
 
     def _keep(self, which: str, results: dict[str, dict[str, Metrics]], weights: bool = False) -> None:
@@ -182,7 +180,7 @@ class Results:
         for which in ("best", "selected"):
             if getattr(self.progress, which) is not None:
                 with self._saved_weights(which):
-                    arrays[f"train/{which}/{self.reported}"] = self.splits["train"].metrics(self.model).logits
+                    arrays[f"train/{which}/{self.reported}"] = self.splits["train"].metrics().logits
         return arrays
 
     @contextmanager
@@ -198,7 +196,7 @@ class Results:
     def _tta(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """Evaluate the last weights with test-time augmentation; add the logits to ``arrays``."""
         kind = self.recipe.eval.tta
-        found = self._metrics(["test"], partial(tta_logits, self.model, kind=kind))["test"]
+        found = self._metrics(["test"], kind)["test"]
         arrays |= {f"test/last/{weights}/tta": f.logits for weights, f in found.items()}
         return {"kind": kind, **found[self.reported].row()}
 

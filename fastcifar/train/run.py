@@ -3,31 +3,32 @@
 recipe -> store -> loader -> augment -> model -> step -> evaluate -> record
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastcifar.augment.augment import Augment, build_augment
 from fastcifar.augment.mix import build_mix
 from fastcifar.config.schema import DataConfig, EngineConfig, Recipe
+from fastcifar.data.batch import Batch
 from fastcifar.data.loaders import Loader, build_loader
 from fastcifar.data.split import holdout_split, subset_rows
 from fastcifar.data.store import Store, resolve_store
 from fastcifar.errors import UserError
-from fastcifar.models import build_model
-from fastcifar.models.speednet import SpeedNet
+from fastcifar.models import build_model, hooks
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.clock import Clock
 from fastcifar.train.display import Display
-from fastcifar.train.evaluate import EvaluationSet
+from fastcifar.train.evaluate import EvaluationSet, Evaluator
+from fastcifar.train.precision import PRECISIONS
 from fastcifar.train.results import Results
 from fastcifar.train.step import Step, build_step
-
-WHITENING_IMAGES = 5000
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
 def train(
@@ -54,51 +55,47 @@ def train(
     )
     augment = build_augment(
         recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=store.image_shape,
-        seed=recipe.seed, device=device, dtype=DTYPES[recipe.engine.precision],
+        seed=recipe.seed, device=device, dtype=PRECISIONS[recipe.engine.precision].images,
     )
     mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=len(loader))
     image_px = store.image_shape[0]
     model = build_model(recipe.model, num_classes=len(store.classes), image_px=image_px, seed=recipe.seed).to(device)
-    if isinstance(model, SpeedNet):
-        fit_whitening(model, store, rows, augment, device)
+    fit_images(model, store, rows, augment, device)
     step = build_step(recipe, model, augment, mix, steps_per_epoch=len(loader), device=device)
-    results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, augment, device))
+    evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode)
+    results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, evaluator))
     done, end = results.progress.epochs_done, min(stop_after or recipe.train.epochs, recipe.train.epochs)
     clock = Clock(device, results.progress.clocks)
     with Display(recipe.name, recipe.train.epochs, len(loader), recipe.train.batch_size, quiet) as display:
         display.say(f"{recipe.name}: seed {recipe.seed} on {device}, {loader.name} loader ({loader.reason})")
         display.begin(done)
         try:
+            if done < end:
+                warm_up(step, evaluator, loader, clock, display, done, store.image_shape)
             for epoch in range(done, end):
                 row = train_epoch(epoch, loader, step, clock, display)
                 results.add(row, clock.seconds())
                 display.epoch(row)
         finally:
             loader.close()
-    if step.fallback:
-        display.say(step.fallback)
     facts: dict[str, Any] = {
-        "loader": loader.name, "mode": step.mode, "fallback": step.fallback, "classes": store.classes,
-        "image_px": image_px, "environment": run.environment, "git": run.environment.get("git"),
+        "loader": loader.name, "mode": step.execution.mode, "fallback": step.execution.fallback,
+        "classes": store.classes, "image_px": image_px,
+        "environment": run.environment, "git": run.environment.get("git"),
     }
     return results.finish(clock.seconds(), {**facts, "arrays": {"holdout/indices": rows.holdout}})
 
 
 def train_epoch(epoch: int, loader: Loader, step: Step, clock: Clock, display: Display) -> dict[str, Any]:
-    """Train one epoch and return its row of metrics; a process's first step counts as compilation and warm-up.
+    """Train one epoch and return its row of metrics.
 
     Raises:
         UserError: the loss was not finite; the message names the step.
     """
     before = clock.seconds()
     lr = step.begin_epoch(epoch)
-    batches, apart = iter(loader.epoch(epoch)), 0
-    if not step.warm:
-        with clock.span("compilation_s"):
-            step(next(batches))
-        apart = 1
     with clock.span("training_s"):
-        for done, batch in enumerate(batches, start=apart + 1):
+        for done, batch in enumerate(loader.epoch(epoch), start=1):
             step(batch)
             display.step(epoch + 1, done)
         result = step.end_epoch()
@@ -109,12 +106,45 @@ def train_epoch(epoch: int, loader: Loader, step: Step, clock: Clock, display: D
         )
     after = clock.seconds()
     training_s = after["training_s"] - before["training_s"]
-    timed_images = result["samples"] * (len(loader) - apart) / len(loader)
     return {
         "epoch": epoch + 1, "lr": lr, "train_loss": result["loss"], "train_accuracy": result["accuracy"],
-        "images": result["samples"], "training_s": training_s, "images_per_s": timed_images / max(training_s, 1e-9),
+        "images": result["samples"], "training_s": training_s,
+        "images_per_s": result["samples"] / max(training_s, 1e-9),
         "seconds": after["total_s"] - before["total_s"],
     }
+
+
+def warm_up(
+    step: Step, evaluator: Evaluator, loader: Loader, clock: Clock, display: Display, epoch: int,
+    image_shape: tuple[int, ...],
+) -> None:
+    """Compile and capture every shape of training and evaluation before the training clock starts.
+
+    Nothing is trained. What cannot be done as the recipe asks for is said here, at once.
+
+    Raises:
+        UserError: out of memory, or, with ``engine.strict``, anything less than the recipe asks for.
+    """
+    eager = step.execution.mode == "eager"
+    if not eager:
+        display.say(f"compiling ({step.execution.mode}); a second run of the same recipe finds it in the cache")
+    with clock.span("compilation_s"):
+        # An eager step has nothing to prepare for each shape: one batch loads and compiles the augmentation.
+        step.execution.warm_up(islice(example_batches(loader, epoch), 1 if eager else None))
+        if not eager:
+            evaluator.warm_up(image_shape)
+    for fallback in filter(None, (step.execution.fallback, evaluator.fallback)):
+        display.say(fallback)
+
+
+def example_batches(loader: Loader, epoch: int) -> Iterator[Batch]:
+    """Yield a batch of each size that an epoch has: a full one, and the smaller last one where there is one."""
+    batch = next(iter(loader.epoch(epoch)))
+    yield batch
+    rest = loader.samples % len(batch.rows)
+    if rest:
+        resident = len(batch.images) != len(batch.rows)
+        yield Batch(batch.images if resident else batch.images[:rest], *(part[:rest] for part in batch[1:]))
 
 
 def pick_device(config: EngineConfig) -> torch.device:
@@ -150,15 +180,15 @@ def choose_rows(config: DataConfig, store: Store, seed: int) -> Rows:
     return Rows(train, holdout, test)
 
 
-def fit_whitening(model: SpeedNet, store: Store, rows: Rows, augment: Augment, device: torch.device) -> None:
-    """Compute the first layer's filters from the first training images; before the step copies weights for its EMA."""
-    images = torch.from_numpy(store.split("train").images[rows.train[:WHITENING_IMAGES]])
-    model.whiten(augment.plain(images.to(device)).float())
+def fit_images(model: nn.Module, store: Store, rows: Rows, augment: Augment, device: torch.device) -> None:
+    """Hand the first training images to a model that wants them; before the step copies weights for its averages."""
+    wanted = hooks.images_to_fit(model)
+    if wanted:
+        images = torch.from_numpy(store.split("train").images[rows.train[:wanted]])
+        hooks.fit_images(model, augment.plain(images.to(device)).float())
 
 
-def evaluation_sets(
-    recipe: Recipe, store: Store, rows: Rows, augment: Augment, device: torch.device
-) -> dict[str, EvaluationSet]:
+def evaluation_sets(recipe: Recipe, store: Store, rows: Rows, evaluator: Evaluator) -> dict[str, EvaluationSet]:
     """Return what to evaluate on, by name: test, holdout if there is one, train if its logits are wanted."""
     wanted = {"test": ("test", rows.test), "holdout": ("train", rows.holdout)}
     if recipe.eval.train_logits:
@@ -167,8 +197,5 @@ def evaluation_sets(
     for name, (split_name, chosen) in wanted.items():
         if len(chosen):
             split = store.split(split_name)  # once: a store that is not raw reads all of its pixels for it
-            sets[name] = EvaluationSet(
-                split.images[chosen], split.labels[chosen], augment, device,
-                recipe.eval.batch_size, recipe.engine.precision,
-            )
+            sets[name] = EvaluationSet(split.images[chosen], split.labels[chosen], evaluator)
     return sets

@@ -1,151 +1,201 @@
-"""One training step: augment, mix, forward, backward, update. Nothing in it waits for the host."""
+"""One training step, from a batch of bytes to new weights, and the state that steps share.
 
+Read `Step.execute` from top to bottom: it is all that happens to a batch. Nothing in it waits for the host (no
+``.item()``, no branch on a value of the device), so that on a GPU the whole of it, augmentation and both SAM passes
+included, is captured once as a CUDA graph and replayed (`fastcifar.train.execution`). The kernels that it calls have
+their formulas beside them: `fastcifar.kernels.sam.reference`, `fastcifar.kernels.sgd_ema.reference`.
+
+Shapes in the comments: B samples, C channels, H and W pixels, K classes, n parameters, m BatchNorm statistics.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastcifar.config.schema import EngineConfig, Recipe
+from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
-from fastcifar.kernels.flat import operations
 from fastcifar.kernels.philox import Stream, philox
-from fastcifar.models.shakedrop import bind_counter
-from fastcifar.train.cuda_graph import Capturer
-from fastcifar.train.cursor import build_cursor
+from fastcifar.kernels.sam import Ascent, ascend, norm_squared
+from fastcifar.kernels.sgd_ema import Averages
+from fastcifar.models import hooks
+from fastcifar.models.batch_norm import set_batches_tracked
+from fastcifar.train.cursor import DeviceCursor, HostCursor, build_cursor
 from fastcifar.train.ema import averaged, build_averages
+from fastcifar.train.execution import Execution, model_forward
 from fastcifar.train.flat_parameters import FlatParameters
-from fastcifar.train.forward import build_forward, compile_forward
-from fastcifar.train.gradient import build_gradients
-from fastcifar.train.passes import AUTOCAST, Passes
-from fastcifar.train.scaler import Scaler
-from fastcifar.train.schedule import learning_rate
-from fastcifar.train.update import build_update
+from fastcifar.train.loss import class_weights, cross_entropy, divisors
+from fastcifar.train.optimizers import Optimizer, build_optimizer
+from fastcifar.train.precision import PRECISIONS, LossScaler, Precision
+from fastcifar.train.schedule import LearningRate, learning_rate
 
 
+@dataclass(eq=False)
 class Step:
-    """A recipe's training step, with all of its state; `build_step` makes it.
+    """A recipe's training step with its state; `build_step` puts the parts together.
 
     Attributes:
-        model: the model, whose parameters live in ``flat``.
-        flat: the flat buffers.
-        passes: forward and backward.
-        update: the optimizer.
-        cursor: where the run is.
-        warm: whether a step has been taken in this process (compilation and capture are behind).
-        fallback: why that is less than the recipe asked for, or None.
+        recipe: the whole recipe.
+        model: the model, whose parameters are views of ``flat``.
+        augment: (Batch, epoch) -> images (B, C, H, W), normalized.
+        mix: CutMix or Mixup, (images, labels, epoch, step) -> (images, target), or None.
+        flat: weights, gradients and optimizer state in flat buffers.
+        forward: what is called as the model: itself, with a working copy of its weights, compiled or not.
+        precision: what autocast does.
+        rate: (epoch, step) -> learning rate.
+        cursor: the epoch, the step in it and the learning rate, on the device.
+        optimizer: moves the weights.
+        averages: the moving averages of weights and statistics, or None.
+        ascent: the settings of SAM's ascent step, or None for plain gradients.
+        scaler: fp16's loss scaler, or None.
+        class_weights: float32 (K,), or None.
+        forward_passes: int64 (1,), the number of forward passes so far: what random layers draw from.
+        losses: float32 (steps_per_epoch,), each step's mean loss, at w and on augmented images.
+        correct: float32 (steps_per_epoch,), how many samples it got right; mixed labels count by their shares.
     """
 
-    def __init__(
-        self, recipe: Recipe, model: nn.Module, augment: Any, mix: Any, steps_per_epoch: int, device: torch.device
-    ):
-        self.model, self.warm = model.to(device), False
-        self._recipe, self._augment, self._mix = recipe, augment, mix
-        compiled, captured, self.fallback = choose_mode(recipe.engine, device)
-        self.flat = FlatParameters(model)
-        self._averages = build_averages(self.flat, recipe.ema)
-        self._scaler = Scaler(device) if recipe.engine.precision == "fp16" else None
-        self._rate = learning_rate(recipe.schedule, recipe.optimizer.lr, recipe.train.epochs, steps_per_epoch)
-        self.cursor = build_cursor(self._rate, steps_per_epoch, device)
-        working_copy = AUTOCAST[recipe.engine.precision] if recipe.engine.working_copy else None
-        self._forward = build_forward(model, self.flat, working_copy)
-        forward = compile_forward(self._forward) if compiled else self._forward
-        self.passes = Passes(recipe, model, forward, self.cursor, self._scaler)
-        bind_counter(model, self.passes.counter, recipe.seed)
-        self._gradients = build_gradients(recipe.asam, self.passes, self.flat)
-        self.update = build_update(recipe.optimizer, self.flat, self._averages, skip=self._scaler is not None)
-        self._capturer = Capturer(self._run, self._changing) if captured else None
-        self._every = recipe.asam.every if recipe.asam else 1
-        self._compiled, self._first = compiled, 0
-        self._sizes: list[int] = []
+    recipe: Recipe
+    model: nn.Module
+    augment: Any
+    mix: Any
+    flat: FlatParameters
+    forward: Callable[[Tensor], Tensor]
+    precision: Precision
+    rate: LearningRate
+    cursor: HostCursor | DeviceCursor
+    optimizer: Optimizer
+    averages: Averages | None
+    ascent: Ascent | None
+    scaler: LossScaler | None
+    class_weights: Tensor | None
+    forward_passes: Tensor
+    losses: Tensor
+    correct: Tensor
+    _sizes: list[int] = field(default_factory=list)
 
-    @property
-    def mode(self) -> str:
-        """What is done: "eager", "compile", "graph" or "compile+graph"."""
-        parts = ["compile"] * self._compiled + ["graph"] * (self._capturer is not None)
-        return "+".join(parts) or "eager"
+    def __post_init__(self) -> None:
+        # Scratch, not state: each step writes them before it reads them.
+        self._saved = torch.zeros_like(self.flat.weights) if self.ascent else None
+        freeze = self.recipe.asam is not None and self.recipe.asam.batch_norm == "freeze"
+        self._stats = self.flat.stats.clone() if freeze else None
+        self.execution = Execution(self)
 
-    def begin_epoch(self, epoch: int) -> float:
-        """Go to the start of an epoch (counted from 0) and return its first learning rate.
-
-        It seeds torch's generator from (seed, epoch), so that dropout is the same after a resume, and tells a model
-        that has a method ``begin_epoch``.
-        """
-        self.flat.check()
-        self.model.train()
-        hook = getattr(self.model, "begin_epoch", None)
-        if hook is not None:
-            hook(epoch)
-        torch.manual_seed(torch_seed(self._recipe.seed, epoch))
-        self.cursor.begin(epoch)
-        self._first, self._sizes = epoch * self.cursor.steps_per_epoch, []
-        return self._rate(epoch, 0)
+    # ----------------------------------------------------------------------------------------------- one training step
 
     def __call__(self, batch: Batch) -> None:
-        """Train on one batch."""
-        kind = int((self._first + len(self._sizes)) % self._every != 0)
-        if not self._replayed(batch, kind):
-            self._run(batch, kind)
+        """Train on one batch: `execute`, or the CUDA graph that was captured from it."""
+        self.execution(batch)
         self._sizes.append(len(batch.rows))
-        self.warm = True
 
-    def _replayed(self, batch: Batch, kind: int) -> bool:
-        """Run the captured step, first capturing it; return False where there is none.
+    def execute(self, batch: Batch) -> None:
+        """Train on one batch, operation by operation."""
+        flat, cursor, saved = self.flat, self.cursor, None
+        images, target = self.inputs(batch)  # uint8 (B, H, W, C) -> bf16 (B, C, H, W)
 
-        Where it cannot be captured, say why and give up compilation first, then capturing. A failed attempt leaves
-        the state as it was.
-        """
-        while self._capturer is not None:
-            try:
-                self._capturer(batch, kind)
-                return True
-            except RuntimeError as error:
-                self.fallback = f"{self.mode}: the step cannot be captured as a CUDA graph: {_headline(error)}"
-                if not self._compiled:
-                    self._capturer = None
-                self._compiled, self.passes.forward = False, self._forward
-        return False
+        # The gradient at w.
+        loss, correct = self.backward(images, target)
+        cursor.record(self.losses, loss)
+        cursor.record(self.correct, correct)
 
-    def _run(self, batch: Batch, kind: int) -> None:
-        """Carry out a step, operation by operation; ``kind`` 1 is a step between two full ones of LookSAM."""
-        images, target = self.inputs(batch)
-        saved = self._gradients[kind](images, target)
-        self.update(self.cursor.lr, saved=saved, coefficient=self._coefficient())
-        if self._scaler is not None:
-            self._scaler.advance()
-        self.cursor.advance()
+        if self.ascent is not None and self._saved is not None:
+            # SAM's ascent step: to w + e, the point nearby where the loss is highest to first order. The norm of the
+            # gradient stays on the device, as partial sums.
+            partials = norm_squared(flat.weights, flat.grads, self.ascent)
+            self._observe(partials)
+            ascend(flat.weights, flat.grads, self._saved, partials, self.ascent, flat.working_copy)
+            saved = self._saved
+            # The gradient at w + e. Published code lets this pass move BatchNorm's running statistics once more;
+            # batch_norm = "freeze" takes that back.
+            if self._stats is not None:
+                self._stats.copy_(flat.stats)
+            self.backward(images, target)
+            if self._stats is not None:
+                flat.stats.copy_(self._stats)
+
+        # The optimizer step: back to w, along the gradient at w + e; the moving averages follow in the same launch.
+        self.optimizer.step(cursor.lr, saved=saved, coefficient=self._coefficient())
+        if self.scaler is not None:
+            self.scaler.advance()
+        cursor.advance()
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Any]:
-        """Return the augmented, normalized, mixed images (B, C, H, W) and their target."""
-        images = self._augment(batch, self.cursor.epoch)
-        if self._mix is None:
+        """Return the augmented, normalized, mixed images (B, C, H, W) and their target: labels, or mixed labels."""
+        images = self.augment(batch, self.cursor.epoch)
+        if self.mix is None:
             return images, batch.labels
-        return self._mix(images, batch.labels, self.cursor.epoch, self.cursor.step)
+        return self.mix(images, batch.labels, self.cursor.epoch, self.cursor.step)
+
+    def backward(self, images: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+        """Run forward and backward and leave the gradient of the mean loss in ``flat.grads``.
+
+        With ``train.accumulate`` above 1 the batch goes through in micro-batches, whose gradients autograd adds up;
+        each loss is divided by what the whole batch's would be.
+
+        Returns:
+            The mean loss and the number of right answers, both () on the device.
+        """
+        accumulate, losses, correct = self.recipe.train.accumulate, [], []
+        divide = divisors(target, self.class_weights) if accumulate > 1 else None
+        self.flat.clear_gradients()
+        for x, y in split(images, target, -(-len(images) // accumulate)):
+            self.forward_passes.add_(1)
+            with self.precision.autocasting(x.device.type):
+                logits = self.forward(x)
+            loss = cross_entropy(logits, y, self.recipe.loss, weights=self.class_weights, divide=divide)
+            (loss if self.scaler is None else loss * self.scaler.scale[0]).backward()
+            losses.append(loss.detach())
+            correct.append(right(logits.detach(), y))
+        self.flat.collect_gradients()
+        return (losses[0], correct[0]) if accumulate == 1 else (torch.stack(losses).sum(), torch.stack(correct).sum())
 
     def _coefficient(self) -> Tensor | None:
-        """Return what the gradient is to be multiplied by (unscaling, clipping): float32 (1,), or None."""
-        clip = self._recipe.train.grad_clip
-        if not clip and self._scaler is None:
+        """Return what the optimizer multiplies the gradient by (unscaling, clipping): float32 (1,), or None."""
+        clip = self.recipe.train.grad_clip
+        if not clip and self.scaler is None:
             return None
-        partials = operations(self.flat.grads).norm_squared(self.flat.weights, self.flat.grads)
-        self.passes.observe(partials)
-        coefficient = torch.ones_like(partials[:1]) if self._scaler is None else self._scaler.coefficient()
+        partials = norm_squared(self.flat.weights, self.flat.grads)
+        self._observe(partials)
+        coefficient = torch.ones_like(partials[:1]) if self.scaler is None else self.scaler.coefficient()
         if clip:
             norm = partials.sum().sqrt() * coefficient
             coefficient = coefficient * (clip / (norm + 1e-6)).clamp(max=1.0)
         return coefficient
 
+    def _observe(self, partials: Tensor) -> None:
+        if self.scaler is not None:
+            self.scaler.observe(partials)
+
+    # ----------------------------------------------------------------------------------------------------------- epochs
+
+    def begin_epoch(self, epoch: int) -> float:
+        """Go to the start of an epoch (counted from 0) and return its first learning rate.
+
+        It seeds torch's generator from (seed, epoch), so that dropout is the same after a resume, and tells the model
+        (`fastcifar.models.hooks.FollowsEpochs`).
+        """
+        self.flat.check()
+        self.model.train()
+        hooks.begin_epoch(self.model, epoch)
+        torch.manual_seed(torch_seed(self.recipe.seed, epoch))
+        self.cursor.begin(epoch)
+        self._sizes = []
+        return self.rate(epoch, 0)
+
     def end_epoch(self) -> dict[str, Any]:
-        """Return the epoch's results: the one wait for the device in an epoch.
+        """Return the epoch's results: the one host-device synchronization of an epoch.
 
         Returns:
             ``loss`` (mean over samples), ``accuracy`` in percent (both of the first passes, on augmented images),
             ``samples``, and ``nonfinite_step``: the number, from 1, of the epoch's first step whose loss was not
             finite, or None.
         """
+        set_batches_tracked(self.model, self.forward_passes)
         sizes = torch.tensor(self._sizes, dtype=torch.float64)
-        losses = self.passes.losses[: len(sizes)].to("cpu", torch.float64)
-        correct = self.passes.correct[: len(sizes)].to("cpu", torch.float64)
+        losses = self.losses[: len(sizes)].to("cpu", torch.float64)
+        correct = self.correct[: len(sizes)].to("cpu", torch.float64)
         bad = (~torch.isfinite(losses)).nonzero()
         samples = int(sizes.sum())
         return {
@@ -155,17 +205,19 @@ class Step:
             "nonfinite_step": int(bad[0]) + 1 if len(bad) else None,
         }
 
-    def losses(self) -> Tensor:
+    def step_losses(self) -> Tensor:
         """Return the loss of each step of this epoch so far: float32 (steps,), a copy on the host."""
-        return self.passes.losses[: len(self._sizes)].cpu().clone()
+        return self.losses[: len(self._sizes)].cpu().clone()
+
+    # ------------------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all that a bit-identical resume at an epoch's border needs: flat names to tensors (not copies)."""
+        """Return all that a bit-identical resume at an epoch boundary needs: flat names to tensors (not copies)."""
         state = {f"flat.{name}": tensor for name, tensor in self.flat.state_dict().items()}
-        state["forward_passes"] = self.passes.counter
+        state["forward_passes"] = self.forward_passes
         state |= {f"model.{n}": t for n, t in self.model.state_dict().items() if not t.is_floating_point()}
-        if self._scaler is not None:
-            state |= {f"scaler.{name}": tensor for name, tensor in self._scaler.tensors().items()}
+        if self.scaler is not None:
+            state |= {f"scaler.{name}": tensor for name, tensor in self.scaler.tensors().items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -182,10 +234,10 @@ class Step:
             tensor.copy_(state[name])
         self.flat.cast()
 
-    def _changing(self) -> list[Tensor]:
-        """Return every tensor that a step changes and that matters after it."""
-        state = [*self.state_dict().values(), *self.cursor.tensors(), self.passes.losses, self.passes.correct]
-        return [*state, self.flat.grads, *([] if self.flat.working_copy is None else [self.flat.working_copy])]
+    def changing(self) -> Iterable[Tensor]:
+        """Return every tensor that a step changes and that matters after it: what a warm-up has to put back."""
+        tensors = [*self.state_dict().values(), *self.cursor.tensors(), self.losses, self.correct]
+        return tensors if self.flat.working_copy is None else [*tensors, self.flat.working_copy]
 
     def weights(self, which: str) -> AbstractContextManager[None]:
         """Return a context in which the model has its "raw" or averaged ("ema") weights and BatchNorm statistics.
@@ -197,39 +249,38 @@ class Step:
             return nullcontext()
         if which != "ema":
             raise ValueError(f'"{which}": the weights are "raw" or "ema"')
-        if self._averages is None:
+        if self.averages is None:
             raise ValueError("the recipe has no ema, so there are no averaged weights")
-        return averaged(self.flat, self._averages)
+        return averaged(self.flat, self.averages)
 
 
-def _headline(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def right(logits: Tensor, target: Any) -> Tensor:
+    """Return how many of logits (B, K) are highest at their label: (); mixed labels count by their shares."""
+    best = logits.argmax(1)
+    if isinstance(target, Tensor):
+        return (best == target).sum()
+    labels_a, labels_b, lam = target
+    return (lam * (best == labels_a) + (1 - lam) * (best == labels_b)).sum()
+
+
+def split(images: Tensor, target: Any, size: int) -> Iterator[tuple[Tensor, Any]]:
+    """Yield (images, target) in micro-batches of ``size`` samples, the last one perhaps smaller."""
+    if size >= len(images):
+        yield images, target
+        return
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        if isinstance(target, Tensor):
+            yield images[part], target[part]
+        else:
+            labels_a, labels_b, lam = target
+            yield images[part], (labels_a[part], labels_b[part], lam[part] if lam.ndim else lam)
 
 
 def torch_seed(seed: int, epoch: int) -> int:
     """Return the seed of torch's own generator for an epoch: 0..2**63-1, a function of the run's seed."""
     words = philox(seed, torch.zeros(1, dtype=torch.int64), epoch, 0, Stream.TORCH)
     return int(words[0]) | (int(words[1]) >> 1) << 32
-
-
-def choose_mode(config: EngineConfig, device: torch.device) -> tuple[bool, bool, str | None]:
-    """Return whether to compile, whether to capture, and why that is less than the recipe asks for, or None.
-
-    ``auto`` compiles and captures on a GPU; on a CPU torch.compile costs minutes and wins nothing.
-    """
-    on_gpu = device.type == "cuda"
-    if config.mode == "auto":
-        return on_gpu, on_gpu, None
-    if config.mode == "graph" and not on_gpu:
-        return False, False, 'engine.mode = "graph" needs a CUDA device; the step runs eagerly'
-    return config.mode == "compile", config.mode == "graph", None
-
-
-def use_precision(precision: str) -> None:
-    """Let a GPU's matrix products and convolutions round fp32 inputs to tf32, or not; let cuDNN choose by timing."""
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = True
 
 
 def build_step(
@@ -248,7 +299,31 @@ def build_step(
     Raises:
         UserError: there is not one class weight per class.
     """
-    device = torch.device(device)
+    precision, asam = PRECISIONS[recipe.engine.precision], recipe.asam
     if device.type == "cuda":
-        use_precision(recipe.engine.precision)
-    return Step(recipe, model, augment, mix, steps_per_epoch, device)
+        precision.apply_to_cuda()
+    flat = FlatParameters(model.to(device))
+    averages = build_averages(flat, recipe.ema)
+    rate = learning_rate(recipe.schedule, recipe.optimizer.lr, recipe.train.epochs, steps_per_epoch)
+    forward_passes = torch.zeros(1, dtype=torch.int64, device=device)
+    hooks.bind_counter(model, forward_passes, recipe.seed)
+    scaled_end = flat.weights.numel() if asam and asam.scope == "all" else flat.weight_end
+    return Step(
+        recipe=recipe, model=model, augment=augment, mix=mix, flat=flat, precision=precision, rate=rate,
+        forward=model_forward(model, flat, precision.autocast if recipe.engine.working_copy else None),
+        cursor=build_cursor(rate, steps_per_epoch, device),
+        optimizer=build_optimizer(recipe.optimizer, flat, averages, skip=precision.scaled),
+        averages=averages,
+        ascent=Ascent(asam.rho, asam.adaptive, asam.eta, scaled_end) if asam else None,
+        scaler=LossScaler(device) if precision.scaled else None,
+        class_weights=class_weights(recipe.loss, _classes(model), device),
+        forward_passes=forward_passes,
+        losses=torch.zeros(steps_per_epoch, device=device),
+        correct=torch.zeros(steps_per_epoch, device=device),
+    )  # fmt: skip
+
+
+def _classes(model: nn.Module) -> int:
+    """Return the number of outputs: that of the last linear layer."""
+    widths = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
+    return widths[-1] if widths else 0

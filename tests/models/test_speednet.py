@@ -24,7 +24,7 @@ def smooth_images(count: int, seed: int = 1) -> Tensor:
 def whitened(images: Tensor) -> SpeedNet:
     model = build_model(CONFIG, seed=1)
     assert isinstance(model, SpeedNet)
-    model.whiten(images)
+    model.fit_images(images)
     return model
 
 

@@ -72,7 +72,7 @@ def train(step: Step, first: int, last: int, device: str = "cpu", size: int = BA
         step.begin_epoch(epoch)
         for batch in batches(epoch, device, size):
             step(batch)
-        results.append(step.end_epoch() | {"curve": step.losses()})
+        results.append(step.end_epoch() | {"curve": step.step_losses()})
     return results
 
 

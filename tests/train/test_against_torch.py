@@ -9,7 +9,7 @@ import torch
 from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
 from fastcifar.train.step import Step, build_step
-from tests.kernels.reference import error, make_data, make_net, train_reference
+from tests.train.reference import error, make_data, make_net, train_reference
 
 STEPS = 50
 

@@ -1,4 +1,4 @@
-"""The flat: layout, views that survive, state, and clear refusals."""
+"""Flat parameters: layout, views that survive, state, and clear refusals."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastcifar.train.flat_parameters import ALIGNMENT, FlatParameters
-from tests.kernels.reference import loss_of, make_data, make_net
+from tests.train.reference import loss_of, make_data, make_net
 
 
 @pytest.fixture
@@ -38,18 +38,33 @@ def test_order_by_role(net: nn.Module) -> None:
     assert {s.name for s in flat.stat_segments} == {"norm.running_mean", "norm.running_var"}
 
 
-def test_backward_fills_the_flat_gradient_and_clearing_it_clears_all(net: nn.Module) -> None:
+def test_gradients_are_collected_and_let_go(net: nn.Module) -> None:
     plain = copy.deepcopy(net)
     flat = FlatParameters(net)
     x, y = make_data(1, 1)[0]
     for model in (net, plain):
         loss_of(model, x.to(memory_format=torch.channels_last), y).backward()
+    flat.collect_gradients()
     views = flat.named(flat.grads)
     for name, parameter in plain.named_parameters():
         assert torch.equal(views[name], parameter.grad)
     flat.check()
-    flat.grads.zero_()
-    assert all(not p.grad.any() for p in net.parameters())
+    assert all(p.grad is None for p in net.parameters())
+    flat.collect_gradients()  # a parameter without a gradient counts as zero
+    assert not flat.grads.any()
+
+
+def test_gradients_of_a_working_copy_are_collected_in_its_dtype(net: nn.Module) -> None:
+    flat = FlatParameters(net)
+    copies = flat.add_working_copy(torch.bfloat16)
+    assert set(copies) == {"first.weight", "second.weight", "head.weight"}
+    generator = torch.Generator().manual_seed(3)
+    expected = {n: torch.randn(c.shape, generator=generator).bfloat16() for n, c in copies.items()}
+    sum((copy * expected[name]).float().sum() for name, copy in copies.items()).backward()
+    flat.collect_gradients()
+    views = flat.named(flat.grads)
+    assert all(torch.equal(views[name], grad.float()) for name, grad in expected.items())
+    assert not views["head.bias"].any()
 
 
 def test_survives_load_state_dict_memory_format_and_state(net: nn.Module) -> None:
@@ -71,9 +86,6 @@ def test_survives_load_state_dict_memory_format_and_state(net: nn.Module) -> Non
 
 def test_says_what_left_it(net: nn.Module) -> None:
     flat = FlatParameters(net)
-    net.zero_grad()
-    with pytest.raises(RuntimeError, match=r"the gradient of first\.weight left the flat buffer"):
-        flat.check()
     net.second.weight.data = net.second.weight.data.clone()
     with pytest.raises(RuntimeError, match=r"second\.weight left the flat parameters"):
         flat.check()

@@ -1,6 +1,5 @@
 """Compiled and captured steps give the eager step's losses; on a GPU nothing in a step waits for the host."""
 
-import re
 from typing import Any
 
 import pytest
@@ -8,8 +7,10 @@ import torch
 
 from fastcifar.augment.augment import build_augment
 from fastcifar.data.batch import Batch
+from fastcifar.errors import UserError
 from fastcifar.models import build_model
-from fastcifar.train.cuda_graph import untouched
+from fastcifar.train import execution
+from fastcifar.train.execution import preserved
 from fastcifar.train.step import build_step
 from tests.train.step_parts import batches, make_step, recipe, state, train
 
@@ -24,8 +25,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adam": {"optimizer": {"name": "adam", "lr": 1e-3}, "ema": {"decay": 0.9}},
     "asam": {"asam": {"rho": 0.5}, "ema": {"decay": 0.9}, "schedule": {"name": "cosine", "per": "step"}},
     "asam-fp16": {"asam": {"rho": 0.5}, "train": {"epochs": 4, "batch_size": 16, "grad_clip": 1.0}},
-    "asam-micro": {"asam": {"rho": 0.5, "micro_batch": 4, "batch_norm": "freeze"}},
-    "look": {"asam": {"rho": 0.5, "every": 3}},
+    "asam-freeze": {"asam": {"rho": 0.5, "batch_norm": "freeze"}},
+    "accumulate": {"asam": {"rho": 0.5}, "train": {"epochs": 4, "batch_size": 16, "accumulate": 2}},
     "muon": {"optimizer": {"name": "muon", "lr": 0.02}},
     "mixed": {"mix": {"name": "cutmix"}, "asam": {"rho": 0.5}, "loss": {"label_smoothing": 0.1}},
 }
@@ -47,7 +48,7 @@ def test_compiled_equals_eager_on_the_cpu() -> None:
     torch.compiler.reset()
     tables = {"asam": {"rho": 0.5}, "ema": {"decay": 0.9}}
     compiled, step = run("compile", "cpu", 16, **tables)  # one shape: each takes long to compile here
-    assert step.mode == "compile"
+    assert step.execution.mode == "compile"
     eager, reference = run("eager", "cpu", 16, **tables)
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state(step)["flat.ema"], state(reference)["flat.ema"], rtol=1e-3, atol=1e-4)
@@ -60,8 +61,8 @@ def test_graph_equals_eager(name: str, mode: str) -> None:
     tables = VARIANTS[name] | {"engine": {"precision": PRECISION.get(name, "fp32")}}
     eager, _ = run("eager", "cuda", **tables)
     captured, step = run(mode, "cuda", **tables)
-    assert step.fallback is None
-    assert "graph" in step.mode
+    assert step.execution.fallback is None
+    assert "graph" in step.execution.mode
     bound = 2e-2 if name in PRECISION else 2e-3
     torch.testing.assert_close(captured, eager, rtol=bound, atol=bound)
 
@@ -117,7 +118,7 @@ def test_a_recipe_as_published_is_captured_with_its_augmentation(model: str) -> 
             step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert (step.mode, step.fallback) == ("compile+graph", None)
+    assert (step.execution.mode, step.execution.fallback) == ("compile+graph", None)
     assert step.end_epoch()["nonfinite_step"] is None
 
 
@@ -137,27 +138,51 @@ def test_capture_leaves_no_trace() -> None:
 @pytest.mark.gpu
 def test_state_is_put_back() -> None:
     tensor, before = torch.ones(3, device="cuda"), torch.cuda.get_rng_state()
-    with untouched([tensor]):
+    with preserved([tensor]):
         tensor.add_(1)
         torch.rand(5, device="cuda")
     assert tensor.tolist() == [1.0, 1.0, 1.0]
     assert torch.equal(before, torch.cuda.get_rng_state())
 
 
-def test_a_step_that_cannot_be_captured_goes_on_eagerly_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, reference = make_step(recipe()), make_step(recipe())
+def broken_backend(graph: Any, inputs: Any) -> Any:
+    raise RuntimeError("at 11:11:\nsource\nValueError('Scalar 3449720151 is out of range for type int32')")
 
-    attempts = []
 
-    def refuse(batch: Any, kind: int) -> None:
-        attempts.append(step.mode)
-        raise RuntimeError("operation not permitted when stream is capturing\nlong explanation")
-
-    monkeypatch.setattr(step, "_capturer", refuse)
-    monkeypatch.setattr(step, "_compiled", True)
+def test_a_model_that_does_not_compile_goes_on_without_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    broken = lambda forward: torch.compile(forward, backend=broken_backend)  # noqa: E731
+    monkeypatch.setattr(execution, "compile_model", broken)
+    step, reference = make_step(recipe(engine={"mode": "compile"})), make_step(recipe(engine={"mode": "eager"}))
+    assert step.execution.mode == "compile"
+    step.execution.warm_up(batches(0)[:1])
+    assert step.execution.mode == "eager"
+    assert "cannot be compiled" in str(step.execution.fallback)
+    assert str(step.execution.fallback).endswith("ValueError('Scalar 3449720151 is out of range for type int32')")
     train(step, 0, 1)
     train(reference, 0, 1)
-    assert attempts == ["compile+graph", "graph"]
-    assert step.mode == "eager"
-    assert re.fullmatch(r"graph: the step cannot be captured .*: operation .* is capturing", str(step.fallback))
     assert all(torch.equal(a, b) for a, b in zip(state(step).values(), state(reference).values(), strict=True))
+
+
+def test_strict_makes_that_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    broken = lambda forward: torch.compile(forward, backend=broken_backend)  # noqa: E731
+    monkeypatch.setattr(execution, "compile_model", broken)
+    step = make_step(recipe(engine={"mode": "compile", "strict": True}))
+    with pytest.raises(UserError, match=r"cannot be compiled.*out of range.*engine\.strict"):
+        step.execution.warm_up(batches(0)[:1])
+
+
+def test_warming_up_trains_on_nothing() -> None:
+    step, reference = make_step(recipe(ema={}, asam={"rho": 0.5})), make_step(recipe(ema={}, asam={"rho": 0.5}))
+    step.execution.warm_up(batches(0))
+    assert all(torch.equal(a, b) for a, b in zip(state(step).values(), state(reference).values(), strict=True))
+    for results in zip(train(step, 0, 1), train(reference, 0, 1), strict=True):
+        assert torch.equal(results[0]["curve"], results[1]["curve"])
+
+
+def test_out_of_memory_says_what_to_lower() -> None:
+    step = make_step(recipe())
+    step.forward = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("tried to allocate 20 GiB"))
+    with pytest.raises(UserError, match=r"20 GiB.*lower train\.batch_size"):
+        step.execution.warm_up(batches(0)[:1])

@@ -1,4 +1,4 @@
-"""Plain float64 transcriptions of what the flat parameters does, per tensor, and a small real model to run them on."""
+"""Plain float64 transcriptions of what the step does, tensor by tensor, and a small real model to run them on."""
 
 import copy
 

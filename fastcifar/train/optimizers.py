@@ -1,4 +1,4 @@
-"""The update of a step on the flat parameters, moving averages and the clearing of gradients included."""
+"""Optimizers over flat parameters: each moves the weights by the gradient and the moving averages with them."""
 
 from typing import Any, Protocol
 
@@ -6,60 +6,62 @@ import torch
 from torch import Tensor
 
 from fastcifar.config.schema import AdamConfig, OptimizerConfig, SGDConfig
-from fastcifar.kernels.flat import Averages, Descent, operations
-from fastcifar.kernels.flat_cpu import average
+from fastcifar.kernels.sgd_ema import Averages, SGDSettings, average, sgd_step
 from fastcifar.train.flat_parameters import FlatParameters
 
 
-class Update(Protocol):
-    """Changes the flat parameters' weights by its gradients, moves the averages, and clears the gradients."""
+class Optimizer(Protocol):
+    """Moves the flat weights by the flat gradient, in place. The gradient's memory may be used up."""
 
-    def __call__(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
-        """Take one step.
+    def step(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
+        """Take one optimizer step and move the averages.
 
         Args:
             lr: learning rate; on a GPU a float32 tensor (1,), so that a captured graph sees its changes.
-            saved: the weights (n,) to go back to first, after a perturbation.
+            saved: the weights (n,) to go back to first, after a SAM ascent step.
             coefficient: float32 (1,), multiplies the gradient (unscaling, clipping).
         """
 
 
-def build_update(
+def build_optimizer(
     config: OptimizerConfig, flat: FlatParameters, averages: Averages | None, *, skip: bool = False
-) -> Update:
-    """Make the update that a recipe's optimizer names, with its state in the flat parameters' buffers.
+) -> Optimizer:
+    """Make the optimizer that a recipe names; its state are buffers of ``flat``, so that checkpoints hold it.
 
-    ``skip`` leaves out steps whose coefficient is not finite (fp16) instead of letting them spoil the weights.
+    Args:
+        config: the recipe's ``optimizer`` table.
+        flat: the parameters.
+        averages: what moves along, or None.
+        skip: leave out steps whose coefficient is not finite instead of letting them spoil the weights.
     """
     if isinstance(config, SGDConfig):
-        return SGDUpdate(config, flat, averages, skip)
+        return SGD(config, flat, averages, skip)
     if isinstance(config, AdamConfig):
-        return AdamUpdate(config, flat, averages, skip)
-    from fastcifar.train.muon import MuonUpdate
+        return Adam(config, flat, averages, skip)
+    from fastcifar.train.muon import Muon
 
-    return MuonUpdate(config, flat, averages)
+    return Muon(config, flat, averages)
 
 
-class SGDUpdate:
-    """Stochastic gradient descent as torch.optim.SGD defines it, in one pass over the flat."""
+class SGD:
+    """Stochastic gradient descent as torch.optim.SGD defines it, restoring and averaging in the same launch."""
 
     def __init__(self, config: SGDConfig, flat: FlatParameters, averages: Averages | None, skip: bool):
         # torch.optim.SGD refuses Nesterov without momentum; without momentum the two are the same.
-        self._descent = Descent(config.momentum, config.nesterov, config.weight_decay, skip)
+        self._settings = SGDSettings(config.momentum, config.nesterov, config.weight_decay, skip)
         self._momentum = flat.add("momentum")
-        self._arena, self._averages = flat, averages
-        self._operations = operations(flat.weights)
+        self._flat, self._averages = flat, averages
 
-    def __call__(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
-        """Take one step; see `Update`."""
-        flat = self._arena
-        self._operations.descend(
-            flat.weights, flat.grads, self._momentum, self._descent, lr,
+    def step(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
+        """Take one step; see `Optimizer`."""
+        flat = self._flat
+        sgd_step(
+            flat.weights, flat.grads, self._momentum, self._settings, lr,
             saved=saved, averages=self._averages, coefficient=coefficient, working_copy=flat.working_copy,
         )  # fmt: skip
 
 
-class AdamUpdate:
+class Adam:
     """Adam (Kingma & Ba, 2015) and AdamW (Loshchilov & Hutter, 2019): torch's fused kernel over one flat tensor."""
 
     def __init__(self, config: AdamConfig, flat: FlatParameters, averages: Averages | None, skip: bool):
@@ -70,11 +72,11 @@ class AdamUpdate:
         self._kernel = torch._fused_adam_ if config.name == "adam" else torch._fused_adamw_
         self._first, self._second = flat.add("adam_first"), flat.add("adam_second")
         flat.buffers["adam_steps"] = self._steps = torch.zeros((), device=flat.weights.device)
-        self._arena, self._averages, self._skip = flat, averages, skip
+        self._flat, self._averages, self._skip = flat, averages, skip
 
-    def __call__(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
-        """Take one step; see `Update`."""
-        flat, missed = self._arena, None
+    def step(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
+        """Take one step; see `Optimizer`."""
+        flat, missed = self._flat, None
         if saved is not None:
             flat.weights.copy_(saved)
         if coefficient is not None:
@@ -89,5 +91,4 @@ class AdamUpdate:
             self._steps.sub_(missed[0])
         if self._averages is not None:
             average(flat.weights, self._averages)
-        flat.grads.zero_()
         flat.cast()

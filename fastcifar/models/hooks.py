@@ -1,0 +1,80 @@
+"""What a model may ask of the training run: three optional methods, found by name on the model and its submodules.
+
+A model that needs none of them is a plain `torch.nn.Module`. Each hook is a protocol of its own:
+
+- `FitsImages`: compute something from training images before the first step (the whitening layer of the speed nets);
+- `FollowsEpochs`: change with the epoch (a layer that stops learning);
+- `Draws`: draw reproducible random numbers in the forward pass (ShakeDrop).
+"""
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class FitsImages(Protocol):
+    """A module that is fitted to training images once, before the first step of a new run.
+
+    Attributes:
+        images_to_fit: how many images it wants.
+    """
+
+    images_to_fit: int
+
+    def fit_images(self, images: Tensor) -> None:
+        """Take float32 (N, C, H, W), normalized as in training, N at most ``images_to_fit``, on any device."""
+        ...
+
+
+@runtime_checkable
+class FollowsEpochs(Protocol):
+    """A module that changes with the epoch. Change tensors in place: a captured CUDA graph keeps their addresses."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Prepare for an epoch, counted from 0."""
+        ...
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """A module whose forward pass draws random numbers from the run's own counter, so that a resume repeats them."""
+
+    def bind_counter(self, counter: Tensor, seed: int) -> None:
+        """Draw from (seed, counter) from now on; the step adds 1 to ``counter`` before each forward pass.
+
+        Args:
+            counter: int64 (1,) on the model's device, values in 0..2**32-1; to be read in each forward pass.
+            seed: the run's seed, 0..2**64-1.
+        """
+        ...
+
+
+def images_to_fit(model: nn.Module) -> int:
+    """Return how many training images the model's modules want to see before the first step."""
+    return max((m.images_to_fit for m in model.modules() if isinstance(m, FitsImages)), default=0)
+
+
+def fit_images(model: nn.Module, images: Tensor) -> None:
+    """Hand normalized training images, float32 (N, C, H, W), to every module that wants them."""
+    for module in model.modules():
+        if isinstance(module, FitsImages):
+            module.fit_images(images)
+
+
+def begin_epoch(model: nn.Module, epoch: int) -> None:
+    """Tell every module that follows epochs that one begins, counted from 0."""
+    for module in model.modules():
+        if isinstance(module, FollowsEpochs):
+            module.begin_epoch(epoch)
+
+
+def bind_counter(model: nn.Module, counter: Tensor, seed: int) -> None:
+    """Let every module that draws do so from a counter that the training step owns; call it on the final device.
+
+    The step adds 1 to ``counter`` before each forward pass: the second pass of a SAM step thereby draws new numbers, as
+    published. A model without such modules is left alone.
+    """
+    for module in model.modules():
+        if isinstance(module, Draws):
+            module.bind_counter(counter, seed)

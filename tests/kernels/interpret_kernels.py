@@ -1,0 +1,102 @@
+"""Run the Triton kernels in the interpreter against the CPU's; started with TRITON_INTERPRET=1 by test_sam.py.
+
+It prints one JSON list of [what, error in units of the last place of the largest value of that buffer].
+"""
+
+import itertools
+import json
+import os
+
+import torch
+from torch import Tensor
+
+from fastcifar.kernels.sam import Ascent
+from fastcifar.kernels.sam import cpu as sam_cpu
+from fastcifar.kernels.sam import triton as sam_triton
+from fastcifar.kernels.sgd_ema import Averages, SGDSettings
+from fastcifar.kernels.sgd_ema import cpu as sgd_cpu
+from fastcifar.kernels.sgd_ema import triton as sgd_triton
+from fastcifar.kernels.shakedrop import reference as shakedrop_reference
+from fastcifar.kernels.shakedrop import triton as shakedrop_triton
+
+SIZES = [(1, 0), (33, 1), (2048, 33), (2081, 2049), (4 * 2048 + 1187, 7)]
+ULP = 2.0**-23
+
+
+def draw(*sizes: int) -> list[Tensor]:
+    return [torch.randn(size) for size in sizes]
+
+
+def compare(ours: list[Tensor], expected: list[Tensor]) -> float:
+    """Return the largest difference of any buffer, in ulps of the buffer's largest value."""
+    errors = []
+    for a, b in zip(ours, expected, strict=True):
+        ulp = ULP * max(float(b.float().nan_to_num().abs().max()) if b.numel() else 0.0, 1e-30)
+        ulp *= 2.0**13 if b.dtype == torch.float16 else 1.0
+        difference = (a.double() - b.double()).nan_to_num(nan=1e9)
+        errors.append(0.0 if torch.equal(a.nan_to_num(), b.nan_to_num()) else float(difference.abs().max()) / ulp)
+    return max(errors)
+
+
+def check_ascent(n: int, ascent: Ascent, poison: bool) -> float:
+    w, g = draw(n, n)
+    if poison:
+        g[n // 2] = float("inf")
+    partials = sam_triton.norm_squared(w, g, ascent)
+    total = sam_cpu.norm_squared(w, g, ascent)
+    sides = []
+    for module in (sam_triton, sam_cpu):
+        buffers = [w.clone(), torch.ones(n), torch.zeros(n // 3, dtype=torch.float16)]
+        module.ascend(
+            buffers[0], g.clone(), buffers[1], partials if module is sam_triton else total, ascent, buffers[2]
+        )
+        sides.append(buffers)
+    return max(compare([partials.sum()[None]], [total.sum()[None]]), compare(*sides))
+
+
+def check_step(n: int, m: int, settings: SGDSettings, restore: bool, decay: float, coefficient: float | None) -> float:
+    w, g, v, saved, average, stats, old = draw(n, n, n, n, n, m, m)
+    sides = []
+    for module in (sgd_triton, sgd_cpu):
+        buffers = [t.clone() for t in (w, v, average, old)] + [torch.zeros(n // 3, dtype=torch.float16)]
+        averages = Averages(decay, buffers[2], stats, buffers[3]) if decay else None
+        module.sgd_step(
+            buffers[0], g.clone(), buffers[1], settings, torch.tensor([0.1]), saved=saved if restore else None,
+            averages=averages, coefficient=None if coefficient is None else torch.tensor([coefficient]),
+            working_copy=buffers[4],
+        )  # fmt: skip
+        sides.append(buffers)
+    return compare(*sides)
+
+
+def check_draws(blocks: int, batch: int, per_sample: bool, seed: int) -> float:
+    """ShakeDrop's draws must be the same bits."""
+    thresholds, counter = torch.randint(0, 2**24, (blocks,)), torch.randint(0, 2**32, (1,))
+    ours = shakedrop_triton.scales(thresholds, counter, seed, batch, per_sample)
+    return 0.0 if torch.equal(ours, shakedrop_reference.scales(thresholds, counter, seed, batch, per_sample)) else 1e9
+
+
+def main() -> None:
+    torch.manual_seed(int(os.environ.get("KERNEL_TEST_SEED", "0")))
+    found = []
+    for (n, _), adaptive, eta, share, poison in itertools.product(
+        SIZES, (True, False), (0.0, 0.01), (1.0, 0.4), (False, True)
+    ):
+        ascent = Ascent(2.0, adaptive, eta, int(share * n))
+        found.append([f"ascend {n} {ascent} poison={poison}", check_ascent(n, ascent, poison)])
+    for (n, m), nesterov, restore, decay, coefficient in itertools.product(
+        SIZES, (True, False), (True, False), (0.0, 0.999), (None, 0.25, float("nan"))
+    ):
+        settings = SGDSettings(0.9, nesterov, 5e-4, skip=True)
+        what = f"step {n} {m} {settings} restore={restore} decay={decay} coefficient={coefficient}"
+        found.append([what, check_step(n, m, settings, restore, decay, coefficient)])
+    for blocks, batch, per_sample, seed in [(1, 1, False, 0), (5, 130, True, 42), (3, 128, False, -(2**62) - 7)]:
+        what = f"ShakeDrop's draws: {blocks} blocks, {batch} samples, per_sample={per_sample}, seed {seed}"
+        found.append([what, check_draws(blocks, batch, per_sample, seed)])
+    twice = [sam_triton.norm_squared(*draws) for draws in [[torch.linspace(-1, 1, 9377)] * 2] * 2]
+    found.append(["the norm's bits differ from run to run", 0.0 if torch.equal(*twice) else 1e9])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
