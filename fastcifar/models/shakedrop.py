@@ -52,17 +52,18 @@ class ShakeDraws(nn.Module):
 
     thresholds: Tensor
     counter: Tensor
+    seed: Tensor
 
     def __init__(self, rates: list[float], gate: Gate = "batch"):
         super().__init__()
         self.gate = gate
-        self.seed = 0
         self.bound = False
-        # Neither is state of the model: the rates follow from the recipe, the counter belongs to the step. Integers
+        # None is state of the model: the rates follow from the recipe, counter and seed belong to the step. Integers
         # stay exact whatever dtype the model is moved to.
         thresholds = torch.tensor([round(rate * 2**BITS) for rate in rates])
         self.register_buffer("thresholds", thresholds, persistent=False)
         self.register_buffer("counter", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.register_buffer("seed", torch.zeros(1, dtype=torch.int64), persistent=False)
 
     def forward(self, batch: int) -> Tensor:
         """Return the factors of the next forward pass: float32 (L, 2, B), forward and backward.
@@ -80,7 +81,8 @@ class ShakeDraws(nn.Module):
     def bind_counter(self, counter: Tensor, seed: int) -> None:
         """Draw from this counter from now on; see `fastcifar.models.hooks.Draws`."""
         # The operator takes the seed's 64 bits as a signed integer.
-        self.counter, self.seed, self.bound = counter, seed - (1 << 64) if seed >> 63 else seed, True
+        self.seed = torch.tensor([seed - (1 << 64) if seed >> 63 else seed], device=counter.device)
+        self.counter, self.bound = counter, True
 
 
 class ShakeDrop(nn.Module):

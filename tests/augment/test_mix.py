@@ -5,8 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
-from fastcifar.augment.mix import beta_quantiles, box_mask, build_mix
+from fastcifar.augment.mix import beta_quantiles, build_mix
 from fastcifar.config.schema import MixConfig
+from fastcifar.kernels.mix.reference import box_mask
 from fastcifar.kernels.philox import Stream, philox
 
 CL = torch.channels_last
@@ -22,7 +23,8 @@ def batch(size=16, height=32, width=32):
 
 def lambdas(mix, count, size=4):
     images, labels = batch(size, 32, 32)
-    lam = [mix(images, labels, k // mix.steps_per_epoch, k % mix.steps_per_epoch)[1].lam for k in range(count)]
+    steps = mix.settings.steps_per_epoch
+    lam = [mix(images, labels, k // steps, k % steps)[1].lam for k in range(count)]
     return torch.stack(lam).numpy()
 
 
@@ -52,7 +54,7 @@ def test_cutmix_is_the_published_one(step):
 
 
 def partner_of(mixed, images, target):
-    """Which image each was mixed with, by the plan."""
+    """Which image each was mixed with, by the draws."""
     size = len(images)
     step = next(s for s in range(8) if torch.equal(mix_of("cutmix")(images, target.labels_a, 4, s)[0], mixed))
     order = philox(3, step * size + torch.arange(size), 4, 2, Stream.MIX)[0]

@@ -10,6 +10,9 @@ import os
 import torch
 from torch import Tensor
 
+from fastcifar.kernels.mix import MixSettings, MixTables
+from fastcifar.kernels.mix import reference as mix_reference
+from fastcifar.kernels.mix import triton as mix_triton
 from fastcifar.kernels.sam import Ascent
 from fastcifar.kernels.sam import cpu as sam_cpu
 from fastcifar.kernels.sam import triton as sam_triton
@@ -72,8 +75,23 @@ def check_step(n: int, m: int, settings: SGDSettings, restore: bool, decay: floa
 def check_draws(blocks: int, batch: int, per_sample: bool, seed: int) -> float:
     """ShakeDrop's draws must be the same bits."""
     thresholds, counter = torch.randint(0, 2**24, (blocks,)), torch.randint(0, 2**32, (1,))
-    ours = shakedrop_triton.scales(thresholds, counter, seed, batch, per_sample)
+    ours = shakedrop_triton.scales(thresholds, counter, torch.tensor([seed]), batch, per_sample)
     return 0.0 if torch.equal(ours, shakedrop_reference.scales(thresholds, counter, seed, batch, per_sample)) else 1e9
+
+
+def check_mix(batch: int, height: int, dtype: torch.dtype, settings: MixSettings) -> float:
+    """Mixed images, lambdas and labels must be the same bits."""
+    images = torch.randn(batch, 3, height, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (batch,))
+    tables = MixTables.of(settings.seed, torch.linspace(0, 1, 65536, dtype=torch.float64))
+    worst = 0.0
+    for step in range(4):
+        counters = torch.tensor([3]), torch.tensor([step])
+        ours, target = mix_triton.mix_batch(images, labels, *counters, settings, tables)
+        expected, wanted = mix_reference.mix_batch(images, labels, *counters, settings, tables)
+        same = torch.equal(ours, expected) and all(torch.equal(a, b) for a, b in zip(target, wanted, strict=True))
+        worst = max(worst, 0.0 if same else 1e9)
+    return worst
 
 
 def main() -> None:
@@ -93,6 +111,11 @@ def main() -> None:
     for blocks, batch, per_sample, seed in [(1, 1, False, 0), (5, 130, True, 42), (3, 128, False, -(2**62) - 7)]:
         what = f"ShakeDrop's draws: {blocks} blocks, {batch} samples, per_sample={per_sample}, seed {seed}"
         found.append([what, check_draws(blocks, batch, per_sample, seed)])
+    for batch, height, dtype, cutmix, per_sample in [
+        (150, 5, torch.float32, 0.5, False), (7, 8, torch.float16, 1.0, True), (33, 6, torch.float32, 0.0, True)
+    ]:
+        settings = MixSettings(2**63 + 5, 0.8, cutmix, 2.0, 1, per_sample)
+        found.append([f"mix {batch} {height} {dtype} {settings}", check_mix(batch, height, dtype, settings)])
     twice = [sam_triton.norm_squared(*draws) for draws in [[torch.linspace(-1, 1, 9377)] * 2] * 2]
     found.append(["the norm's bits differ from run to run", 0.0 if torch.equal(*twice) else 1e9])
     print(json.dumps(found))

@@ -19,11 +19,12 @@ def unit(word):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def scales_kernel(  # type: ignore[no-untyped-def]
-    out, thresholds, counter, seed, batch, PER_SAMPLE: tl.constexpr, SAMPLES: tl.constexpr
+    out, thresholds, counter, seed_at, batch, PER_SAMPLE: tl.constexpr, SAMPLES: tl.constexpr
 ):
     """Write out[block, 0, i] and out[block, 1, i], the forward and backward factors of sample i."""
     block = tl.program_id(0)
     i = tl.program_id(1) * SAMPLES + tl.arange(0, SAMPLES)
+    seed = tl.load(seed_at)
     # All counters as vectors of 32-bit words: the same integers as in the reference.
     zero = (i * 0).to(tl.uint32)
     passes, place, stream = zero + tl.load(counter).to(tl.uint32), zero + block.to(tl.uint32), zero + STREAM
@@ -38,7 +39,7 @@ def scales_kernel(  # type: ignore[no-untyped-def]
     tl.store(row + batch, tl.where(alive, 1.0, unit(beta)), mask=i < batch)
 
 
-def scales(thresholds: Tensor, counter: Tensor, seed: int, batch: int, per_sample: bool) -> Tensor:
+def scales(thresholds: Tensor, counter: Tensor, seed: Tensor, batch: int, per_sample: bool) -> Tensor:
     """Return float32 (L, 2, B) in one launch; see `fastcifar.kernels.shakedrop.draw_scales`."""
     out = torch.empty((len(thresholds), 2, batch), device=thresholds.device)
     scales_kernel[(len(thresholds), triton.cdiv(batch, SAMPLES))](
