@@ -46,8 +46,8 @@ class Mix:
         """
         if self._tables.seed.device != images.device:
             self._tables = self._tables.to(images.device)
-        counters = (_counter(value, images.device) for value in (epoch, step))
-        return mix_batch(images, labels, *counters, self.settings, self._tables)
+        epoch, step = _counter(epoch, images.device), _counter(step, images.device)
+        return mix_batch(images, labels, epoch, step, self.settings, self._tables)
 
 
 def _counter(value: int | Tensor, device: torch.device) -> Tensor:
