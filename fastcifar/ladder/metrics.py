@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fastcifar.errors import UserError
+from fastcifar.locations import benchmarks_folder
 
 NOT_MEASURED = "not measured yet"
 TEST_IMAGES = 10_000
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "ladder.json"
+RESULTS = benchmarks_folder() / "results" / "ladder.json"
 
 
 @dataclass(frozen=True)
