@@ -32,13 +32,13 @@ def find_recipe(name: str | Path) -> Path:
         UserError: there is no such file, or several recipes have the name; the message lists the closest ones.
     """
     path = Path(name)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, not a recipe file")
     if path.is_file():
         return path
     found = _find_shipped(name)
     if found:
         return found
+    if path.is_dir():  # only now: a folder called smoke, such as a run's, does not hide the recipe
+        raise UserError(f"{path}: is a folder, not a recipe file")
     close = difflib.get_close_matches(_without_suffix(path), shipped_by_name(), n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise UserError(f"{name}: no such recipe file.{hint} `fastcifar recipes` lists the shipped ones.")

@@ -1,4 +1,8 @@
-"""The metrics of a row over several seeds, with standard errors, beside the published ones."""
+"""The metrics of a row over several seeds, with standard errors, beside the published ones.
+
+The published ladder is the article "CIFAR-10 분류 모델 97.78% 달성하기" with its code, github.com/windopper/cifar
+(commit 70ec89d).
+"""
 
 import json
 import math
