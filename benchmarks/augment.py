@@ -6,11 +6,13 @@ The DataLoader is our reimplementation (``published.py``) of the one in github.c
 training uses it. torchvision v2 draws one decision for the whole batch and DALI's policy has other magnitudes, so
 both do something else than that pipeline; only ours and the DataLoader draw for each image alike.
 
-Without CIFAR-10 (``FASTCIFAR_DATA`` or ``./data``) the drawn images are used.
+Without DALI, which is optional, its side is left out. Without CIFAR-10 (``FASTCIFAR_DATA`` or ``./data``) the synthetic
+images are used.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -59,9 +61,17 @@ def sides_of(kind: str, images: Any, labels: Any, slow_count: int) -> dict[str, 
         name = f"{kind}: {THEIR_LOADER}, {workers} workers"
         sides[name] = data_loader(kind, images[:slow_count], labels[:slow_count], workers)
     sides[f"{kind}: torchvision v2 on batches"] = torchvision_v2(kind, images[:slow_count])
-    if kind == "autoaugment":
+    if kind == "autoaugment" and has_dali():
         sides[f"{kind}: DALI auto_augment"] = dali(images[:slow_count])
     return sides
+
+
+def has_dali() -> bool:
+    """Say whether DALI, an optional package, is here; ``nvidia`` alone is the folder of torch's CUDA packages."""
+    try:
+        return find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def rate(count: int, work: Callable[[], Any]) -> Side:
