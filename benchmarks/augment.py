@@ -1,19 +1,23 @@
-"""Augmented and normalized images per second, against the published DataLoader, torchvision v2 on batches and DALI.
+"""Augmented and normalized images per second, against a DataLoader with PIL transforms, torchvision v2 and DALI.
+
+The DataLoader is our reimplementation (``published.py``) of the one in github.com/windopper/cifar, commit 70ec89d.
 
 "standard" is crop(4), flip, rotate(15); "autoaugment" is crop(4), flip and the CIFAR-10 policy. Ours gives bf16, as
 training uses it. torchvision v2 draws one decision for the whole batch and DALI's policy has other magnitudes, so
-both do something else than the published pipeline; only ours and the DataLoader draw for each image alike.
+both do something else than that pipeline; only ours and the DataLoader draw for each image alike.
 
-Without CIFAR-10 (``FASTCIFAR_DATA`` or ``./data``) the drawn images are used.
+Without DALI, which is optional, its side is left out. Without CIFAR-10 (``FASTCIFAR_DATA`` or ``./data``) the synthetic
+images are used.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from common import Row, alternate, device, main, result, timed
+from common import THEIR_LOADER, Row, alternate, device, main, result, timed
 from published import ImageSet, transform
 
 BATCH_SIZE = 128
@@ -54,12 +58,20 @@ def sides_of(kind: str, images: Any, labels: Any, slow_count: int) -> dict[str, 
     """Return what is compared; the slow sides see ``slow_count`` images a round, ours all of them."""
     sides = {f"{kind}: fastcifar": fastcifar(kind, images)}
     for workers in (4, 2):
-        name = f"{kind}: published DataLoader, {workers} workers"
+        name = f"{kind}: {THEIR_LOADER}, {workers} workers"
         sides[name] = data_loader(kind, images[:slow_count], labels[:slow_count], workers)
     sides[f"{kind}: torchvision v2 on batches"] = torchvision_v2(kind, images[:slow_count])
-    if kind == "autoaugment":
+    if kind == "autoaugment" and has_dali():
         sides[f"{kind}: DALI auto_augment"] = dali(images[:slow_count])
     return sides
+
+
+def has_dali() -> bool:
+    """Say whether DALI, an optional package, is here; ``nvidia`` alone is the folder of torch's CUDA packages."""
+    try:
+        return find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def rate(count: int, work: Callable[[], Any]) -> Side:
@@ -90,7 +102,7 @@ def fastcifar(kind: str, images: Any) -> Side:
 
 
 def data_loader(kind: str, images: Any, labels: Any, workers: int) -> Side:
-    """The published pipeline: PIL transforms in worker processes, which stay between rounds."""
+    """The published ladder's pipeline, reimplemented: PIL transforms in worker processes, which stay between rounds."""
     settings = {"batch_size": BATCH_SIZE, "shuffle": True, "num_workers": workers, "persistent_workers": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # more workers than cores, as published

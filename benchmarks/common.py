@@ -21,6 +21,9 @@ from fastcifar.environment import describe
 from fastcifar.errors import UserError
 
 Row = dict[str, Any]
+# What the two sides in published.py are called in results and tables; tools/tables.py looks rows up by these labels.
+THEIR_LOOP = "our reimplementation of windopper/cifar's training loop"
+THEIR_LOADER = "our reimplementation of windopper/cifar's DataLoader"
 
 
 def alternate(sides: dict[str, Callable[[], float]], n: int, warmup: int = 1) -> dict[str, list[float]]:

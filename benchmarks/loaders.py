@@ -1,4 +1,6 @@
-"""Images per second of each loader, against stock ffcv, stock DALI and the published DataLoader on the same images.
+"""Images per second of each loader, against stock ffcv, stock DALI and a plain DataLoader on the same images.
+
+The plain one is our reimplementation of the DataLoader in github.com/windopper/cifar, commit 70ec89d.
 
 The first epoch (making the loader, compiling) and the peak memory are measured in a process of their own for each
 loader; the steady state alternates between all of them in one process. No augmentation anywhere.
@@ -20,12 +22,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from common import Row, alternate, device, main, result
+from common import THEIR_LOADER, Row, alternate, device, main, result
 
 BATCH_SIZE, WORKERS, PUBLISHED_WORKERS = 128, 2, 4
 OURS = ("resident", "ffcv", "dali", "dali native", "torchvision")
 BASELINES = {"ffcv": "stock ffcv", "dali": "stock dali", "dali native": "stock dali"}
-PUBLISHED = "published DataLoader"
 
 
 def find_store(quick: bool = False) -> Any:
@@ -134,7 +135,7 @@ def published(store: Any) -> Callable[[], Iterable[Any]]:
 
 def starter(name: str, store: Any) -> Callable[[], Iterable[Any]]:
     """Return what starts an epoch of the named side."""
-    others = {"stock ffcv": stock_ffcv, "stock dali": stock_dali, PUBLISHED: published}
+    others = {"stock ffcv": stock_ffcv, "stock dali": stock_dali, THEIR_LOADER: published}
     return others[name](store) if name in others else ours(name, store)
 
 
@@ -143,7 +144,7 @@ def sides() -> list[str]:
     from fastcifar.data.loaders import PACKAGES, _installed
 
     missing = {name for name, (module, _) in PACKAGES.items() if not _installed(module)}
-    every = [*OURS, "stock ffcv", "stock dali", PUBLISHED]
+    every = [*OURS, "stock ffcv", "stock dali", THEIR_LOADER]
     return [side for side in every if not missing & set(side.split())]
 
 
@@ -233,7 +234,7 @@ def run(quick: bool) -> list[Row]:
     measures = alternate({name: lambda s=s: images_per_s(s, count) for name, s in starts.items()}, 1 if quick else 5)
     rows = []
     for name in names:
-        baseline = BASELINES.get(name, None if name == PUBLISHED else PUBLISHED)
+        baseline = BASELINES.get(name, None if name == THEIR_LOADER else THEIR_LOADER)
         told = f"{name}: epochs of {count:,} {kind} images"
         rows.append(result(told, measures[name], "images/s", baseline, measures.get(baseline)))
     return rows if quick else rows + first_epochs(names)

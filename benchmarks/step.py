@@ -1,8 +1,9 @@
-"""The training step: against a bare PyTorch loop, against the published loop, by mode, and by its parts.
+"""The training step against two plain loops, by mode, and by its parts.
 
 Each kind of step is the one of a shipped recipe, on drawn images that are resident. The bare loop trains lenet5 on
-tensors that are normalized beforehand and lie in memory: nothing but indexing, forward, backward and Adam. The
-published loop is ``published.py``: DataLoader with four workers, PIL transforms, fp32, ASAM and averages per tensor.
+tensors that are normalized beforehand and lie in memory: nothing but indexing, forward, backward and Adam. The other,
+``published.py``, is our reimplementation of the training loop of github.com/windopper/cifar (commit 70ec89d):
+DataLoader with four workers, PIL transforms, fp32, ASAM and averages per tensor.
 """
 
 import resource
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import Row, alternate, device, main, result, timed
+from common import THEIR_LOOP, Row, alternate, device, main, result, timed
 from fastcifar.augment.augment import build_augment
 from fastcifar.augment.mix import build_mix
 from fastcifar.config import load_recipe
@@ -100,7 +101,7 @@ class Bare:
 
 
 def published(recipe: Recipe, images: np.ndarray, labels: np.ndarray) -> PublishedLoop:
-    """Return the published loop with a recipe's settings."""
+    """Return the reimplemented loop with a recipe's settings."""
     kinds = {type(op) for op in recipe.augment.ops}
     augment = "autoaugment" if AutoAugment in kinds else "standard" if Rotate in kinds else "none"
     model = build_model(recipe.model, seed=0).to(memory_format=torch.contiguous_format)
@@ -133,7 +134,7 @@ def against_bare(images: np.ndarray, labels: np.ndarray, rounds: int, steps: int
 
 
 def by_mode(name: str, images: np.ndarray, labels: np.ndarray, rounds: int, steps: int) -> list[Row]:
-    """Compare the modes that make sense on this device with each other and with the published loop."""
+    """Compare the modes that make sense on this device with each other and with the reimplemented loop."""
     recipe = _recipe(name)
     modes = ("eager", "compile", "graph", "auto") if device().type == "cuda" else ("eager",)
     ours = {mode: Ours(recipe, images, labels, mode) for mode in modes}
@@ -145,7 +146,7 @@ def by_mode(name: str, images: np.ndarray, labels: np.ndarray, rounds: int, step
     for mode, side in ours.items():
         done = side.step.execution
         label = f"{name}: {mode}" + (f" ({done.mode}; {done.fallback})" if done.fallback else "")
-        rows.append(result(label, found[mode], "images/s", "published loop", found["published"]))
+        rows.append(result(label, found[mode], "images/s", THEIR_LOOP, found["published"]))
     return rows + parts(name, ours["eager"], steps)
 
 

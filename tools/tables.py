@@ -32,16 +32,19 @@ ROOT = Path(__file__).resolve().parents[1]
 CARRYING_OUT = {"name", "title", "stage", "published", "target", "seed", "engine", "eval", "checkpoint"}
 RESULT_KEYS = ["last", "best", "selected", "epochs_done", "epochs", "hardware", "date", "training_s", "images_per_s"]
 RESULT_KEYS += ["git", "complete"]
+# Two sides of the benchmarks, as benchmarks/common.py labels them.
+THEIR_LOOP = "our reimplementation of windopper/cifar's training loop"
+THEIR_LOADER = "our reimplementation of windopper/cifar's DataLoader"
 # What README.md tells of the benchmarks: file, row and baseline, in words. The rest is in benchmarks/README.md.
 HEADLINES = [
-    ("augment", "standard: fastcifar", "standard: published DataLoader, 4 workers", "crop, flip, rotate and normalize"),
-    ("augment", "autoaugment: fastcifar", "autoaugment: published DataLoader, 4 workers", "AutoAugment and normalize"),
+    ("augment", "standard: fastcifar", f"standard: {THEIR_LOADER}, 4 workers", "crop, flip, rotate and normalize"),
+    ("augment", "autoaugment: fastcifar", f"autoaugment: {THEIR_LOADER}, 4 workers", "AutoAugment and normalize"),
     ("augment", "autoaugment: fastcifar", "autoaugment: DALI auto_augment", "AutoAugment and normalize"),
-    ("loaders", "resident: epochs of 50,000 cifar10 images", "published DataLoader", "loading, set on the device"),
+    ("loaders", "resident: epochs of 50,000 cifar10 images", THEIR_LOADER, "loading, set on the device"),
     ("loaders", "ffcv: epochs of 50,000 cifar10 images", "stock ffcv", "loading from `.beton`"),
     ("loaders", "dali: epochs of 50,000 cifar10 images", "stock dali", "loading from WebDataset"),
     ("step", "lenet5", "bare PyTorch loop over tensors in memory", "training LeNet-5"),
-    ("step", "deep-bn: eager", "published loop", "training the deep baseline"),
+    ("step", "deep-bn: eager", THEIR_LOOP, "training the deep baseline"),
     ("optimizer", "wrn16_8: flat against foreach", "foreach", "SGD and EMA of WRN-16-8"),
     ("optimizer", "deep_baseline_bn: flat against fused SGD", "fused SGD", "SGD and EMA of the deep baseline"),
 ]

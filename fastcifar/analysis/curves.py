@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastcifar.errors import UserError
+from fastcifar.locations import install_command
 
 # Placeholder colours in matplotlib's output; each becomes a CSS variable of the page.
 COLOURS = {
@@ -43,7 +44,7 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.6,
 }
 DESCRIPTION = "Loss, accuracy and learning rate by epoch"
-NEEDS = "the report needs matplotlib and jinja2; install them: pip install 'fastcifar[report]'"
+NEEDS = f"the report needs matplotlib and jinja2; install them: {install_command('report')}"
 Series = tuple[str, str, list[int], list[float]]
 """A curve: its name, its placeholder colour, its epochs and its values."""
 

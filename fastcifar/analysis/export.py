@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastcifar.analysis.predict import Trained
 from fastcifar.errors import UserError
+from fastcifar.locations import install_command
 
 TOLERANCE = 1e-3
 OPSET = 18
@@ -85,7 +86,7 @@ def _onnxruntime() -> Any:
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError:
         raise UserError(
-            "export to ONNX needs onnx, onnxscript and onnxruntime; install them: pip install 'fastcifar[export]'"
+            f"export to ONNX needs onnx, onnxscript and onnxruntime; install them: {install_command('export')}"
         ) from None
     return onnxruntime
 

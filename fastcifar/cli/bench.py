@@ -1,4 +1,4 @@
-"""``fastcifar bench``: run the benchmarks of a clone and keep their results in one file per day and hardware."""
+"""``fastcifar bench``: run the benchmarks and keep their results in one file per day and hardware."""
 
 import json
 import re
@@ -11,6 +11,7 @@ import typer
 
 from fastcifar.console import err, out
 from fastcifar.errors import UserError, nearest
+from fastcifar.locations import benchmarks_folder, new_results_folder
 
 NAMES = ("ceilings", "loaders", "augment", "optimizer", "step", "models", "step-times", "time-to-accuracy")
 
@@ -23,7 +24,8 @@ def bench(
 ) -> None:
     """Run benchmarks; each compares sides in turn and reports medians, spreads and ratios.
 
-    The results go into benchmarks/results/<date>-<hardware>.json; a quick result never replaces a full one.
+    The results go into benchmarks/results/<date>-<hardware>.json, in the clone or, where fastcifar is installed from a
+    wheel, in the working directory; a quick result never replaces a full one.
     """
     folder = benchmarks_folder()
     reports, failed = [], []
@@ -33,7 +35,7 @@ def bench(
             failed.append(name)
             continue
         reports.append(report)
-        path = to or folder / "results" / results_name(report["environment"])
+        path = to or new_results_folder() / results_name(report["environment"])
         merge(path, report)
         err.print(f"{name}: in {path}")
     if json_:
@@ -41,18 +43,6 @@ def bench(
     if failed:
         err.print(f"failed, for the reasons above: {', '.join(failed)}", style="red")
         raise typer.Exit(1)
-
-
-def benchmarks_folder() -> Path:
-    """Return the clone's ``benchmarks/``.
-
-    Raises:
-        UserError: this fastcifar is an installed package without them.
-    """
-    folder = Path(__file__).resolve().parents[2] / "benchmarks"
-    if not (folder / "common.py").is_file():
-        raise UserError("bench: the benchmarks are part of a clone, not of the installed package; run it in a clone")
-    return folder
 
 
 def chosen(names: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastcifar.console import err, out
+from fastcifar.locations import install_command
 
 Check = dict[str, str]
 WORKS, MISSING, BROKEN = "works", "missing", "broken"
@@ -94,11 +95,8 @@ def _package(name: str, status: int, lines: list[str], stderr: str) -> Check:
 
 
 def _cure(name: str) -> str:
-    """Return the command that installs a package: the clone's own set-up again, or pip where there is no clone."""
-    again = "rm -f .venv/.ready-* && make environment"
-    if not (Path(__file__).resolve().parents[2] / "tools" / "setup.sh").is_file():
-        extra = f"[{name}]" if name in ("ffcv", "dali") else ""
-        again = f'{sys.executable} -m pip install "fastcifar{extra}"'
+    """Return the command that installs a package, with ffcv's system packages where they are missing."""
+    again = install_command(name if name in ("ffcv", "dali") else "")
     if name == "ffcv" and not _has_ffcv_system():
         return f"{FFCV_SYSTEM} && {again}"
     return again

@@ -2,11 +2,11 @@
 
 import os
 import sys
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
+from fastcifar import __version__
 from fastcifar.cli import augment, data
 from fastcifar.cli.bench import bench
 from fastcifar.cli.compare import compare
@@ -34,7 +34,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(metadata.version("fastcifar"))
+        print(__version__)
         raise typer.Exit
 
 

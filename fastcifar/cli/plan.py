@@ -196,14 +196,14 @@ def lines(told: dict[str, Any]) -> list[str]:
 def measured(gpu: str | None) -> tuple[str, dict[str, float]]:
     """Return the hardware to predict for and its measured times; none where nothing was measured on it."""
     from fastcifar.cli.bench import hardware
+    from fastcifar.locations import results_folders
     from fastcifar.models import budget
 
     if gpu is None:
         from fastcifar.environment import describe as environment
 
         gpu = hardware(environment())
-    folder = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-    files = budget.results_of(folder, gpu)
+    files = [file for folder in results_folders() for file in budget.results_of(folder, gpu)]
     return gpu, budget.measured_times(files)
 
 

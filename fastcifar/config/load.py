@@ -11,11 +11,7 @@ from pydantic import ValidationError
 from fastcifar.config.explain import explain
 from fastcifar.config.schema import CombineRecipe, Recipe
 from fastcifar.errors import UserError, nearest
-
-
-def recipes_folder() -> Path:
-    """Return the folder of the shipped recipes (``recipes/`` beside the package)."""
-    return Path(__file__).resolve().parents[2] / "recipes"
+from fastcifar.locations import recipes_folder
 
 
 def shipped_recipes() -> list[Path]:
@@ -28,24 +24,50 @@ def shipped_recipes() -> list[Path]:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Return the file that ``name`` means: a path, or the name of a shipped recipe (``lenet5``, ``smoke/wrn-sgd``).
+    """Return the file that ``name`` means: a path, or a shipped recipe's name (``lenet5``, ``smoke/wrn-sgd``).
+
+    The folder may be left out where only one recipe has that name: ``speed94`` is ``beyond/speed94``.
 
     Raises:
-        UserError: there is no such file; the message lists the closest names.
+        UserError: there is no such file, or several recipes have the name; the message lists the closest ones.
     """
     path = Path(name)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, not a recipe file")
     if path.is_file():
         return path
-    shipped = {p.relative_to(recipes_folder()).with_suffix("").as_posix(): p for p in shipped_recipes()}
-    wanted = path.with_suffix("").as_posix() if path.suffix == ".toml" else path.as_posix()
-    wanted = wanted.removeprefix("recipes/")
-    if wanted in shipped:
-        return shipped[wanted]
-    close = difflib.get_close_matches(wanted, shipped, n=3)
+    found = _find_shipped(name)
+    if found:
+        return found
+    if path.is_dir():  # only now: a folder called smoke, such as a run's, does not hide the recipe
+        raise UserError(f"{path}: is a folder, not a recipe file")
+    close = difflib.get_close_matches(_without_suffix(path), shipped_by_name(), n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise UserError(f"{name}: no such recipe file.{hint} `fastcifar recipes` lists the shipped ones.")
+
+
+def shipped_by_name() -> dict[str, Path]:
+    """Return the files of the shipped recipes by the names that commands take (``lenet5``, ``beyond/speed94``)."""
+    return {p.relative_to(recipes_folder()).with_suffix("").as_posix(): p for p in shipped_recipes()}
+
+
+def _find_shipped(name: str | Path) -> Path | None:
+    """Return the shipped recipe of that name, in full or without its folder; None where there is none.
+
+    Raises:
+        UserError: several recipes in different folders have the name.
+    """
+    wanted, shipped = _without_suffix(Path(name)), shipped_by_name()
+    if wanted in shipped:
+        return shipped[wanted]
+    found = [full for full in shipped if full.endswith(f"/{wanted}")]
+    if len(found) > 1:
+        raise UserError(f"{name}: could be {' or '.join(found)}; write the folder too, for example {found[0]}")
+    return shipped[found[0]] if found else None
+
+
+def _without_suffix(path: Path) -> str:
+    """Return a recipe's name from what may be typed for it: ``recipes/lenet5.toml`` is ``lenet5``."""
+    name = path.with_suffix("") if path.suffix == ".toml" else path
+    return name.as_posix().removeprefix("recipes/")
 
 
 def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe | CombineRecipe:
@@ -77,7 +99,7 @@ def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in (*seen, path))}")
     table = _read_file(path)
     result: dict[str, Any] = {}
-    for base in _bases(path, table.pop("extends", [])):
+    for base in find_bases(path, table.pop("extends", [])):
         result = _merge(result, _read_extended(base, (*seen, path.resolve())))
     return _merge(result, table)
 
@@ -97,16 +119,36 @@ def _read_file(path: Path) -> dict[str, Any]:
     return table
 
 
-def _bases(path: Path, extends: Any) -> list[Path]:
-    """Return the files that ``extends`` (a path beside the file, or a list of them) names."""
+def find_bases(path: Path, extends: Any) -> list[Path]:
+    """Return the files that a recipe extends.
+
+    Args:
+        path: the recipe's own file.
+        extends: the value of its key ``extends``, or a list of them: a file beside the recipe (``base.toml``,
+            ``../base.toml``), or else the name of a shipped recipe (``wrn-asam``).
+
+    Raises:
+        UserError: it names neither.
+    """
     names = [extends] if isinstance(extends, str) else extends
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f'{path}: extends: {extends!r} is neither a file name nor a list of them')
-    for name in names:
-        if not (path.parent / name).is_file():
-            there = [p.name for p in (path.parent / name).parent.glob("*.toml")]
-            raise UserError(f'{path}: extends: there is no file "{name}" beside it{nearest(Path(name).name, there)}')
-    return [path.parent / name for name in names]
+    return [_find_base(path, name) for name in names]
+
+
+def _find_base(path: Path, name: str) -> Path:
+    beside = path.parent / name
+    if beside.is_file():
+        return beside
+    try:
+        shipped = _find_shipped(name)
+    except UserError as error:
+        raise UserError(f"{path}: extends: {error}") from None
+    if shipped:
+        return shipped
+    there = [*(p.name for p in beside.parent.glob("*.toml")), *shipped_by_name()]
+    guess = nearest(name if name in there else Path(name).name, there)
+    raise UserError(f'{path}: extends: there is no file "{name}" beside it, and no shipped recipe of that name{guess}')
 
 
 # What belongs to a file itself and is not handed down to those that extend it.

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
-from fastcifar.config import CombineRecipe, Recipe, load_recipe, recipes_folder, shipped_recipes
+from fastcifar.config import CombineRecipe, Recipe, load_recipe, shipped_by_name
+from fastcifar.config.load import find_bases
 from fastcifar.errors import UserError, nearest
 
 # Billions of multiply-accumulates per image and forward pass. Only to put rows in order, so an estimate will do.
@@ -20,7 +21,7 @@ SMOKE = "smoke"
 @cache
 def catalogue() -> dict[str, Recipe | CombineRecipe]:
     """Return the shipped recipes by name (``lenet5``, ``smoke/lenet5``), the ladder first and in order."""
-    files = {p.relative_to(recipes_folder()).with_suffix("").as_posix(): p for p in shipped_recipes()}
+    files = shipped_by_name()
     recipes = {name: load_recipe(path) for name, path in files.items()}
 
     def rung(name: str) -> tuple[str, str, int, str]:
@@ -33,8 +34,7 @@ def catalogue() -> dict[str, Recipe | CombineRecipe]:
 def _depth(path: Path) -> int:
     """Return the length of the longest chain of ``extends`` below a shipped file."""
     bases = tomllib.loads(path.read_text(encoding="utf-8")).get("extends", [])
-    names = [bases] if isinstance(bases, str) else bases
-    return 1 + max((_depth((path.parent / name).resolve()) for name in names), default=-1)
+    return 1 + max((_depth(base.resolve()) for base in find_bases(path, bases)), default=-1)
 
 
 def ladder_rows() -> list[str]:

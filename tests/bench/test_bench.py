@@ -72,6 +72,7 @@ def suite(tmp_path, monkeypatch) -> Path:
     (tmp_path / "step.py").write_text(f"print({json.dumps(json.dumps(report('step', 1.0)))})")
     (tmp_path / "models.py").write_text("raise SystemExit('models: no GPU')")
     monkeypatch.setattr(bench, "benchmarks_folder", lambda: tmp_path)
+    monkeypatch.setattr(bench, "new_results_folder", lambda: tmp_path / "results")
     return tmp_path
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastcifar import locations
 from fastcifar.config.operations import parse_op
 from fastcifar.config.schema import AugmentConfig, LoaderConfig
 from fastcifar.data import loaders
@@ -208,7 +209,10 @@ def test_auto_takes_what_fits(store, monkeypatch):
 @pytest.mark.parametrize("name", PACKAGES)
 def test_missing_package_says_how_to_install_it(store, monkeypatch, name):
     monkeypatch.setattr(loaders, "_installed", lambda module: False)
-    with pytest.raises(UserError, match=rf"pip install 'fastcifar\[{name}\]'"):
+    with pytest.raises(UserError, match="make environment"):
+        choose_backend(LoaderConfig(name=name), store, 10, CPU)
+    monkeypatch.setattr(locations, "clone", lambda: None)
+    with pytest.raises(UserError, match=rf"pip install .*'fastcifar\[{name}\]'"):
         choose_backend(LoaderConfig(name=name), store, 10, CPU)
 
 

@@ -4,7 +4,9 @@ import re
 
 import pytest
 
+from fastcifar import locations
 from fastcifar.config import CombineRecipe, Recipe, find_recipe, load_recipe, recipes_folder, shipped_recipes, to_toml
+from fastcifar.errors import UserError
 from fastcifar.ladder.rows import catalogue
 
 FILES = {p.relative_to(recipes_folder()).with_suffix("").as_posix(): p for p in shipped_recipes()}
@@ -117,3 +119,72 @@ def test_augment_settings_survive_an_override_of_another_key():
     recipe = load_recipe("aug-aa", ["data.loader.name=torchvision", "augment.where=loader"])
     assert [op.name for op in recipe.augment.ops] == ["crop", "flip", "autoaugment"]
     assert recipe.augment.where == "loader"
+
+
+@pytest.mark.parametrize("name", ["speed94", "speed94.toml", "recipes/beyond/speed94.toml", "beyond/speed94"])
+def test_the_folder_may_be_left_out(name):
+    assert find_recipe(name).resolve() == FILES["beyond/speed94"]
+
+
+def test_a_row_is_found_before_its_smoke_config():
+    assert find_recipe("wrn-asam") == FILES["wrn-asam"]
+
+
+def test_a_folder_does_not_hide_a_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smoke").mkdir()
+    (tmp_path / "runs").mkdir()
+    assert find_recipe("smoke") == FILES["smoke"]
+    with pytest.raises(UserError, match="runs: is a folder"):
+        find_recipe("runs")
+
+
+@pytest.fixture
+def two_folders(tmp_path, monkeypatch):
+    """Shipped recipes of which two have one name."""
+    for folder in ("one", "two"):
+        (tmp_path / "shipped" / folder).mkdir(parents=True)
+        (tmp_path / "shipped" / folder / "same.toml").write_text("")
+    monkeypatch.setattr("fastcifar.config.load.recipes_folder", lambda: tmp_path / "shipped")
+    return tmp_path
+
+
+def test_a_name_in_two_folders_is_refused(two_folders):
+    with pytest.raises(UserError, match="same: could be one/same or two/same; write the folder too"):
+        find_recipe("same")
+    (two_folders / "mine.toml").write_text('extends = "same"\n')
+    with pytest.raises(UserError, match=r"mine\.toml: extends: same: could be one/same or two/same"):
+        load_recipe(two_folders / "mine.toml")
+
+
+@pytest.mark.parametrize("base", ["wrn-asam", "wrn-asam.toml", "recipes/wrn-asam.toml", "speed94"])
+def test_a_shipped_recipe_is_extended_from_anywhere(base, tmp_path):
+    (tmp_path / "mine.toml").write_text(f'extends = "{base}"\ntrain = {{ epochs = 3 }}\n')
+    shipped = load_recipe(base, ["train.epochs=3"])
+    keys = {"name", "title", "published", "target"}
+    assert load_recipe(tmp_path / "mine.toml").model_dump(exclude=keys) == shipped.model_dump(exclude=keys)
+
+
+def test_a_file_beside_the_recipe_comes_before_a_shipped_one(tmp_path):
+    (tmp_path / "lenet5.toml").write_text('extends = "lenet5"\ntrain = { epochs = 7 }\n')
+    (tmp_path / "mine.toml").write_text('extends = "lenet5.toml"\n')
+    assert load_recipe(tmp_path / "mine.toml").train.epochs == 7
+
+
+def test_a_base_that_is_nowhere_is_answered_with_the_nearest(tmp_path):
+    (tmp_path / "mine.toml").write_text('extends = "wrn-asm"\n')
+    with pytest.raises(UserError, match=r'no shipped recipe of that name.*did you mean "wrn-asam"'):
+        load_recipe(tmp_path / "mine.toml")
+
+
+def test_a_clone_carried_without_its_history_is_still_one(tmp_path, monkeypatch):
+    """And a wheel in a folder that is some other repository is not one."""
+    monkeypatch.setattr(locations, "package", lambda: tmp_path / "fastcifar")
+    (tmp_path / ".git").mkdir()
+    assert locations.clone() is None
+    assert locations.recipes_folder() == tmp_path / "fastcifar" / "recipes"
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "tools" / "setup.sh").touch()
+    assert locations.clone() == tmp_path
+    assert locations.recipes_folder() == tmp_path / "recipes"

@@ -27,8 +27,9 @@ class Machine:
     def __init__(self, folder: Path) -> None:
         self.root, self.bin, self.calls = folder / "clone", folder / "bin", folder / "calls"
         (self.root / "tools").mkdir(parents=True)
+        (self.root / "fastcifar").mkdir()
         self.bin.mkdir()
-        for name in ("requirements.lock", "pyproject.toml", "tools/setup.sh"):
+        for name in ("requirements.lock", "pyproject.toml", "fastcifar/__init__.py", "tools/setup.sh"):
             shutil.copy(ROOT / name, self.root / name)
         for tool in TOOLS:
             (self.bin / tool).symlink_to(str(shutil.which(tool)))
@@ -68,7 +69,7 @@ def test_everything_is_installed_once(machine):
     assert machine.log() == log, "the second call did something"
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "pyproject.toml"])
+@pytest.mark.parametrize("name", ["requirements.lock", "pyproject.toml", "fastcifar/__init__.py"])
 def test_a_changed_lock_or_project_is_installed_again(machine, name):
     machine.says("pkg-config", 0)
     machine.setup()

@@ -163,7 +163,7 @@ def test_the_speed_table_takes_its_rows_from_the_newest_results(tmp_path):
     (folder / "a.json").write_text(json.dumps({"benchmarks": [report]}))
     lines = tables.speed_table(tmp_path).splitlines()[2:]
     assert len(lines) == len(tables.HEADLINES)
-    wanted = "published DataLoader, 4 workers | 654,321 images/s | 1234.50 (0.25 to 2,000) | A |"
+    wanted = f"{tables.THEIR_LOADER}, 4 workers | 654,321 images/s | 1234.50 (0.25 to 2,000) | A |"
     assert lines[0] == f"| {words} | {wanted}"
     assert all(line.count(NOT_MEASURED) == 3 for line in lines[1:])
 
@@ -171,3 +171,9 @@ def test_the_speed_table_takes_its_rows_from_the_newest_results(tmp_path):
 def test_the_ladder_table_has_the_ladders_rows():
     names = [line.split("`")[1] for line in tables.ladder_table([]).splitlines()[2:]]
     assert names == ladder_rows()
+
+
+def test_the_labels_are_those_that_the_benchmarks_write():
+    code = (tables.ROOT / "benchmarks" / "common.py").read_text()
+    assert f'THEIR_LOOP = "{tables.THEIR_LOOP}"\n' in code
+    assert f'THEIR_LOADER = "{tables.THEIR_LOADER}"\n' in code

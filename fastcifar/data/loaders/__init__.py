@@ -10,6 +10,7 @@ from fastcifar.config.schema import AugmentConfig, LoaderConfig
 from fastcifar.data.loaders.base import Loader, Plan
 from fastcifar.data.store import Store, store_as
 from fastcifar.errors import UserError
+from fastcifar.locations import install_command
 
 __all__ = ["PACKAGES", "Loader", "Plan", "build_loader", "choose_backend"]
 
@@ -100,7 +101,7 @@ def _require(name: str) -> None:
         module, extra = PACKAGES[name]
         raise UserError(
             f'data.loader.name = "{name}" needs {module}, which is not installed; '
-            f"install it with `pip install 'fastcifar[{extra}]'`, or choose another loader"
+            f"install it with `{install_command(extra)}`, or choose another loader"
         )
 
 

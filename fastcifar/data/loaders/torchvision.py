@@ -1,4 +1,4 @@
-"""The torchvision loader: torch's DataLoader with worker processes, as the published experiment used it."""
+"""The torchvision loader: torch's DataLoader with worker processes, as the published ladder's code uses it."""
 
 import signal
 import warnings
