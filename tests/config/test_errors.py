@@ -78,9 +78,9 @@ BAD_COMBINATIONS = {
         GOOD.replace("sgd", "adam") + "[asam]\nrho = 2.0\n",
         ["asam", 'optimizer.name = "sgd"', '"adam"'],
     ),
-    "micro-batches that do not divide": (
-        GOOD + "[asam]\nrho = 2.0\nmicro_batch = 7\n",
-        ["asam.micro_batch", "batch_size"],
+    "a working copy with micro-batches": (
+        GOOD.replace("[train]", "[engine]\nworking_copy = true\n\n[train]\naccumulate = 2"),
+        ["engine.working_copy", "train.accumulate = 1"],
     ),
     "augmentation in a loader that has none": (
         GOOD + '[augment]\nwhere = "loader"\n[data.loader]\nname = "dali"\n',
