@@ -1,12 +1,79 @@
 """Fixtures that several test folders share, and the skipping of tests whose hardware or data is absent."""
 
 import os
+import random
+import secrets
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 REAL = os.environ.get("FASTCIFAR_DATA")
+SEED = "FASTCIFAR_TEST_SEED"
+
+
+# ------------------------------------------------------------------------------------------------ order, random inputs
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Let one number decide the order of the tests and every random input: FASTCIFAR_TEST_SEED, else a fresh one."""
+    option = config.getoption("randomly_seed", None)  # absent without pytest-randomly; "default", "last" or a number
+    if isinstance(option, int):
+        os.environ[SEED] = str(option)
+    os.environ.setdefault(SEED, str(secrets.randbits(32)))  # the processes of pytest-xdist inherit it
+    if option == "default":
+        config.option.randomly_seed = int(os.environ[SEED])
+
+
+def session_seed(config: pytest.Config) -> int:
+    option = config.getoption("randomly_seed", None)
+    return option if isinstance(option, int) else int(os.environ[SEED])
+
+
+def seed_of(item: pytest.Item) -> int:
+    """Return the test's own seed, so that it draws the same inputs alone and in any order."""
+    return (session_seed(item.config) + zlib.crc32(item.nodeid.encode())) % 2**32
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed the global generators; torch's too if something has imported it (a fresh one has a constant seed)."""
+    seed = seed_of(item)
+    random.seed(seed)
+    np.random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = yield
+    if report.failed:
+        report.sections.append(("Seed", f"{SEED}={session_seed(item.config)} repeats the order and the random inputs"))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    seed = session_seed(terminalreporter.config)
+    terminalreporter.write_line(f"Order and random inputs: {SEED}={seed}")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed, 0..2**32-1; a failure's report says how to get it again."""
+    return seed_of(request.node)
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """A generator of fresh random inputs; a failure's report says how to get them again."""
+    return np.random.default_rng(seed)
+
+
+# --------------------------------------------------------------------------------------------------- hardware and data
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,8 +30,7 @@ def test_sides_take_turns_and_the_warmup_is_dropped():
     assert measures == {"a": [5, 7, 9], "b": [6, 8, 10]}
 
 
-def test_a_row_holds_median_spread_and_pairwise_ratio():
-    rng = np.random.default_rng()
+def test_a_row_holds_median_spread_and_pairwise_ratio(rng):
     ours, theirs = rng.uniform(1, 2, 9), rng.uniform(1, 2, 9)
     row = common.result("ours", ours, "images/s", "theirs", theirs)
     assert set(row) == ROW

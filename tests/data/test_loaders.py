@@ -53,8 +53,8 @@ def build(store, backend):
         loader.close()
 
 
-def some_rows(store: Store, count: int) -> np.ndarray:
-    return np.sort(np.random.default_rng().permutation(store.count("train"))[:count])
+def some_rows(rng: np.random.Generator, store: Store, count: int) -> np.ndarray:
+    return np.sort(rng.permutation(store.count("train"))[:count])
 
 
 def threads_end(count: int) -> bool:
@@ -66,10 +66,10 @@ def threads_end(count: int) -> bool:
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_contract(store, build, backend, workers):
+def test_contract(rng, store, build, backend, workers):
     """Every sample once, in the plan's order, with its pixels and label; batches stay valid; threads stay as set."""
     threads, running = torch.get_num_threads(), threading.active_count()
-    rows, true = some_rows(store, 1030), store.split("train")
+    rows, true = some_rows(rng, store, 1030), store.split("train")
     loader = build(rows, workers)
     assert isinstance(loader, Loader)
     assert (loader.name, loader.augmented, loader.samples, len(loader)) == (backend, False, 1030, 11)
@@ -91,8 +91,8 @@ def test_whole_set(store, build):
     assert torch.equal(indices, epoch_order(store.count("train"), 3, 1))
 
 
-def test_early_break_is_forgotten(store, build):
-    rows, running = some_rows(store, 500), threading.active_count()
+def test_early_break_is_forgotten(rng, store, build):
+    rows, running = some_rows(rng, store, 500), threading.active_count()
     loader = build(rows, batch_size=50)
     for batch in loader.epoch(0):
         assert len(batch.labels) == 50
@@ -108,8 +108,8 @@ def test_early_break_is_forgotten(store, build):
 
 
 @pytest.mark.parametrize(("world", "drop_last"), [(3, False), (3, True), (1, True)])
-def test_ranks_share_an_epoch(store, build, world, drop_last):
-    rows = some_rows(store, 335)
+def test_ranks_share_an_epoch(rng, store, build, world, drop_last):
+    rows = some_rows(rng, store, 335)
     parts = [build(rows, batch_size=50, drop_last=drop_last, rank=r, world=world) for r in range(world)]
     seen = [[b.indices for b in part.epoch(2)] for part in parts]
     for part, batches in zip(parts, seen, strict=True):
@@ -122,11 +122,11 @@ def test_ranks_share_an_epoch(store, build, world, drop_last):
         assert sorted(joined) == rows.tolist()
 
 
-def test_torchs_random_numbers_are_left_alone(store, build):
+def test_torchs_random_numbers_are_left_alone(rng, store, build):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    list(build(some_rows(store, 64)).epoch(0))
+    list(build(some_rows(rng, store, 64)).epoch(0))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -145,10 +145,10 @@ def test_reads_a_store_of_another_format(store, build, cache):
 
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("whole", [True, False])
-def test_dalis_own_order(synthetic_store, world, whole):
+def test_dalis_own_order(rng, synthetic_store, world, whole):
     """Every sample once an epoch, an order that depends on (seed, epoch) alone, and that is not the plan's."""
     pytest.importorskip("nvidia.dali")
-    rows = np.arange(2000) if whole else some_rows(synthetic_store, 700)
+    rows = np.arange(2000) if whole else some_rows(rng, synthetic_store, 700)
     true = synthetic_store.split("train")
 
     def indices(epoch: int, seed: int = 3) -> list[int]:
@@ -219,11 +219,11 @@ def test_missing_package_says_how_to_install_it(store, monkeypatch, name):
 # ----------------------------------------------------------------------------------------------- augmented in workers
 
 
-def test_workers_augment_as_published(store):
+def test_workers_augment_as_published(rng, store):
     """PIL transforms in the workers: the batch comes augmented, the same whatever the number of workers."""
     ops = [parse_op(text) for text in ("crop(4)", "flip", "rotate(15)", "autoaugment", "cutout(8, p=0.5)")]
     augment = AugmentConfig.model_construct(ops=ops, where="loader")
-    rows = some_rows(store, 60)
+    rows = some_rows(rng, store, 60)
 
     def batches(workers: int, epoch: int = 0) -> list:
         loader = build_loader(
@@ -354,18 +354,17 @@ def test_ffcv_memory_is_used_again_only_when_nobody_looks():
     assert buffers.take((3, 2)).shape == (3, 2)
 
 
-def test_same_size_images_of_any_kind(tmp_path, backend):
+def test_same_size_images_of_any_kind(rng, tmp_path, backend):
     """Images of another size and another number of classes, through a folder, on every backend."""
     from PIL import Image
 
     from fastcifar.config.schema import DataConfig
     from fastcifar.data.store import resolve_store
 
-    random = np.random.default_rng()
     for split, name, k in [(s, n, k) for s in ("train", "test") for n in ("a", "b", "c") for k in range(4)]:
         path = Path(tmp_path / split / name / f"{k}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (20, 28, 3), np.uint8)).save(path)
+        Image.fromarray(rng.integers(0, 256, (20, 28, 3), np.uint8)).save(path)
     store = resolve_store(DataConfig(source="folder"), tmp_path)
     config = LoaderConfig(name=backend, workers=1)
     loader = build_loader(config, store, None, seed=0, batch_size=5, drop_last=False, device=CPU)

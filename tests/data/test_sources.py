@@ -122,7 +122,7 @@ def test_damaged_release_is_refused_by_file(tmp_path, smalls, capsys, layout, na
     assert capsys.readouterr().out == ""
 
 
-def test_archives_cannot_escape_or_be_damaged(tmp_path, smalls):
+def test_archives_cannot_escape_or_be_damaged(rng, tmp_path, smalls):
     release = smalls["cifar10", "python"]
     path = tmp_path / release.archive
     evil_archive(path, release, "../escaped")
@@ -132,7 +132,7 @@ def test_archives_cannot_escape_or_be_damaged(tmp_path, smalls):
     path.unlink()
     write_release(tmp_path, release, 0)
     content = pack(tmp_path, release).read_bytes()
-    for where in np.random.default_rng().integers(2000, len(content) - 4, 10):  # wherever the byte is
+    for where in rng.integers(2000, len(content) - 4, 10):  # wherever the byte is
         path.write_bytes(content[:where] + bytes([content[where] ^ 255]) + content[where + 1 :])
         with pytest.raises(UserError, match=release.archive):
             resolve_store(DataConfig(source="cifar10"), path)
@@ -175,22 +175,21 @@ def test_places_are_looked_at_in_order(tmp_path, monkeypatch, smalls):
 # ------------------------------------------------------------------------------------------------------ image folders
 
 
-def _image_folder(root: Path, shape=(20, 24, 3)) -> dict[str, np.ndarray]:
-    random = np.random.default_rng()
+def _image_folder(rng: np.random.Generator, root: Path, shape=(20, 24, 3)) -> dict[str, np.ndarray]:
     images = {}
     for split, count in (("train", 5), ("test", 2)):
         for name in ("cat", "dog"):
             folder = root / split / name
             folder.mkdir(parents=True)
             for k in range(count):
-                pixels = random.integers(0, 256, shape, np.uint8)
+                pixels = rng.integers(0, 256, shape, np.uint8)
                 Image.fromarray(pixels).save(folder / f"{k}.png")
                 images[f"{split}/{name}/{k}"] = pixels
     return images
 
 
-def test_image_folder_becomes_a_store(tmp_path):
-    truth = _image_folder(tmp_path / "set")
+def test_image_folder_becomes_a_store(rng, tmp_path):
+    truth = _image_folder(rng, tmp_path / "set")
     store = resolve_store(DataConfig(source="folder"), tmp_path / "set")
     assert store.classes == ["cat", "dog"]
     assert store.image_shape == (20, 24, 3)
@@ -200,9 +199,9 @@ def test_image_folder_becomes_a_store(tmp_path):
         assert np.array_equal(train.images[row], truth[key])
 
 
-def test_image_folder_is_checked(tmp_path):
+def test_image_folder_is_checked(rng, tmp_path):
     root = tmp_path / "set"
-    _image_folder(root)
+    _image_folder(rng, root)
     (root / "train" / "dog" / "3.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"dog/3\.png: not a readable image"):
         resolve_store(DataConfig(source="folder"), root)

@@ -6,16 +6,16 @@ from fastcifar.data.split import holdout_split, subset_rows
 from fastcifar.errors import UserError
 
 
-def test_subset_keeps_the_first_of_each_class():
-    labels = np.random.default_rng().integers(0, 7, 500)
+def test_subset_keeps_the_first_of_each_class(rng):
+    labels = rng.integers(0, 7, 500)
     rows = subset_rows(labels, 5)
     expected = sorted(i for c in range(7) for i in [k for k in range(500) if labels[k] == c][:5])
     assert rows.tolist() == expected
     assert subset_rows(labels, 0).tolist() == list(range(500))
 
 
-def test_holdout_is_a_stratified_partition():
-    labels = np.random.default_rng().choice(5, 1003, p=[0.4, 0.3, 0.15, 0.1, 0.05])
+def test_holdout_is_a_stratified_partition(rng):
+    labels = rng.choice(5, 1003, p=[0.4, 0.3, 0.15, 0.1, 0.05])
     train, holdout = holdout_split(labels, 200, seed=9)
     assert sorted([*train, *holdout]) == list(range(1003))
     assert len(holdout) == 200

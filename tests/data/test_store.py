@@ -54,12 +54,11 @@ def test_every_format_gives_back_every_byte(made, synthetic_store, to):
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_any_image_size_and_more_than_a_page(tmp_path, monkeypatch, to):
+def test_any_image_size_and_more_than_a_page(rng, tmp_path, monkeypatch, to):
     monkeypatch.setattr("fastcifar.data.formats.ffcv.PAGE_BYTES", 1 << 16)
     monkeypatch.setattr("fastcifar.data.formats.dali.SHARD_SAMPLES", 32)
-    random = np.random.default_rng()
     splits = {
-        name: Split(random.integers(0, 256, (n, 17, 23, 3), np.uint8), random.integers(0, 500, n))
+        name: Split(rng.integers(0, 256, (n, 17, 23, 3), np.uint8), rng.integers(0, 500, n))
         for name, n in (("train", 101), ("test", 1))
     }
     data = stores.DataSet(splits, [str(k) for k in range(500)], {"kind": "folder"}, [])

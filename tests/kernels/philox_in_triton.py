@@ -1,5 +1,7 @@
 """Run by test_philox.py in Triton's interpreter: tl.philox gives the integers of fastcifar.kernels.philox."""
 
+import sys
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,7 @@ def kernel(seed_at, counters, out, N: tl.constexpr):
 
 
 def main():
+    torch.manual_seed(int(sys.argv[1]))
     for seed in (0, 42, 2**31 + 5, 2**63 - 1):
         counters = torch.randint(0, 2**32, (4, 64))
         counters[3] = 3

@@ -33,8 +33,7 @@ def pack(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def files(tmp_path) -> list[Path]:
-    rng = np.random.default_rng()
+def files(rng, tmp_path) -> list[Path]:
     staging = tmp_path / "staging" / "0-wheels"
     staging.mkdir(parents=True)
     for k, size in enumerate([0, 1, 1000, 2**20, 5 * 2**20 + 3, 2**19, 9 * 2**20]):
@@ -70,10 +69,9 @@ def test_a_damaged_part_is_refused(pack, files, tmp_path):
         unpacking.join()
 
 
-def test_strips_become_the_binary_release_again(pack, tmp_path, monkeypatch):
+def test_strips_become_the_binary_release_again(rng, pack, tmp_path, monkeypatch):
     _, unpacking = pack
     monkeypatch.setattr(unpacking, "RECORDS", 20)
-    rng = np.random.default_rng()
     source = tmp_path / "data"
     source.mkdir()
     images, labels = {}, {}

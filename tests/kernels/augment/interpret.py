@@ -1,5 +1,7 @@
 """Run by test_gpu.py in Triton's interpreter: the GPU kernel's plan and images equal the CPU kernel's."""
 
+import sys
+
 import torch
 
 from fastcifar.augment.augment import Augment, build_augment, normal_table
@@ -63,6 +65,7 @@ def check(same, what):
 
 
 if __name__ == "__main__":
+    torch.manual_seed(int(sys.argv[1]))
     for case in CASES.values():
         compare(*case)
     operations()

@@ -39,8 +39,7 @@ def run_row(row, images):
     return augment(batch_of(images), 0).permute(0, 2, 3, 1).to(torch.uint8).numpy()
 
 
-def noise(count, height=32, width=32):
-    rng = np.random.default_rng()
+def noise(rng, count, height=32, width=32):
     images = rng.integers(0, 256, (count, height, width, 3), np.uint8)
     images[0] = 128  # one value: histogram steps change nothing
     images[1] = np.where(images[1] > 200, 255, 3)  # two values
@@ -66,8 +65,8 @@ def all_magnitudes(space):
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_every_operation_at_every_magnitude_on_noise(space):
-    images = noise(12)
+def test_every_operation_at_every_magnitude_on_noise(rng, space):
+    images = noise(rng, 12)
     for name, magnitude in all_magnitudes(space):
         check(images, name, magnitude)
 
@@ -87,9 +86,9 @@ def test_magnitudes_are_torchvisions(space):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (17, 9)])
-def test_rotations(size):
-    images = noise(4, *size)
-    for k in np.random.default_rng().integers(0, 4096, 60).tolist():
+def test_rotations(rng, size):
+    images = noise(rng, 4, *size)
+    for k in rng.integers(0, 4096, 60).tolist():
         angle = rotate_angle(15.0, k)
         got = run_row(step_row(3, *rotation_params(angle, *size)), images)
         want = np.stack([np.array(F.rotate(Image.fromarray(i), angle)) for i in images])
@@ -97,8 +96,8 @@ def test_rotations(size):
 
 
 @pytest.mark.parametrize("size", [(24, 40), (17, 9)])
-def test_operations_on_other_sizes(size):
-    images = noise(6, *size)
+def test_operations_on_other_sizes(rng, size):
+    images = noise(rng, 6, *size)
     for name, (values, _) in AutoAugment(AutoAugmentPolicy.CIFAR10)._augmentation_space(10, size).items():
         check(images, name, float(values.flatten()[-1]))
 
@@ -113,9 +112,9 @@ PLANS = [
 ]
 
 
-def whole_plans(images, ops):
+def whole_plans(rng, images, ops):
     config = AugmentConfig(ops=ops)
-    seed = int(np.random.default_rng().integers(0, 2**63))
+    seed = int(rng.integers(0, 2**63))
     options = {"mean": [0.0] * 3, "std": [1.0] * 3, "image_shape": images.shape[1:], "seed": seed}
     augment = build_augment(config, device=torch.device("cpu"), dtype=torch.float32, **options)
     got = augment(batch_of(images), 7).permute(0, 2, 3, 1).numpy()
@@ -125,24 +124,24 @@ def whole_plans(images, ops):
 
 
 @pytest.mark.parametrize("ops", PLANS, ids=" ".join)
-def test_whole_plans_on_noise(ops):
-    whole_plans(noise(300), ops)
+def test_whole_plans_on_noise(rng, ops):
+    whole_plans(rng, noise(rng, 300), ops)
 
 
 @pytest.mark.parametrize("size", [(24, 40), (17, 9)])
-def test_whole_plans_on_other_sizes(size):
-    whole_plans(noise(100, *size), PLANS[1])
+def test_whole_plans_on_other_sizes(rng, size):
+    whole_plans(rng, noise(rng, 100, *size), PLANS[1])
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("ops", PLANS[:3], ids=" ".join)
-def test_whole_plans_on_real_images(real_images, ops):
-    whole_plans(real_images, ops)
+def test_whole_plans_on_real_images(rng, real_images, ops):
+    whole_plans(rng, real_images, ops)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_normalization_is_torchvisions(dtype):
-    images = noise(8)
+def test_normalization_is_torchvisions(rng, dtype):
+    images = noise(rng, 8)
     mean, std = [0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]
     augment = build_augment(
         AugmentConfig(ops=["crop"]), mean=mean, std=std, image_shape=(32, 32, 3), seed=0,
@@ -162,9 +161,8 @@ def test_usual_normalizations_are_linear(mean, std):
     assert center.shape == scale.shape == (96,)
 
 
-def test_normalization_by_table_where_it_is_not_linear():
-    rng = np.random.default_rng()
-    images, byte = noise(4), np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+def test_normalization_by_table_where_it_is_not_linear(rng):
+    images, byte = noise(rng, 4), np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
     linear = []
     for _ in range(60):
         mean, std = rng.uniform(0, 1, 3).astype(np.float32), rng.uniform(0.1, 1, 3).astype(np.float32)
@@ -179,8 +177,8 @@ def test_normalization_by_table_where_it_is_not_linear():
     assert not all(linear)
 
 
-def test_a_batch_on_one_thread_equals_a_batch_on_several():
-    images = noise(300)
+def test_a_batch_on_one_thread_equals_a_batch_on_several(rng):
+    images = noise(rng, 300)
     augment = build_augment(
         AugmentConfig(ops=PLANS[1]), mean=[0.5] * 3, std=[0.5] * 3, image_shape=(32, 32, 3), seed=3,
         device=torch.device("cpu"), dtype=torch.bfloat16,
@@ -198,7 +196,7 @@ augment = build_augment(
     AugmentConfig(ops=["crop"]), mean=[0.5] * 3, std=[0.5] * 3, image_shape=(32, 32, 3), seed=3,
     device=torch.device("cpu"), dtype=torch.bfloat16,
 )
-augment(batch_of(noise(300)), 0)
+augment(batch_of(noise(np.random.default_rng(0), 300)), 0)
 print(torch.get_num_threads())
 """
 

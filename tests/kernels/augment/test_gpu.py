@@ -22,10 +22,10 @@ from fastcifar.kernels.augment import triton as gpu
 AUTOAUGMENT = ["crop(4)", "flip", "autoaugment", "cutout(16, p=0.5)"]
 
 
-def test_the_interpreter_equals_numba():
+def test_the_interpreter_equals_numba(seed):
     script = str(Path(__file__).with_name("interpret.py"))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, str(seed)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
