@@ -9,25 +9,27 @@
 - ``summary.json``: the result.
 """
 
-import errno
-import fcntl
 import json
 import os
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastcifar.config import CombineRecipe, Recipe, load_recipe, to_toml
 from fastcifar.errors import UserError
 
+# What is imported within functions is what takes long: a mistyped path is answered without it.
 if TYPE_CHECKING:
     import numpy as np
 
+    from fastcifar.config import CombineRecipe, Recipe
+
 FORMAT = 1
+OWNER = ".lock-owner"
+"""The file that names the process at work on a run."""
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -91,8 +93,10 @@ class RunDirectory:
         return (self.folder / "summary.json").is_file()
 
     @cached_property
-    def recipe(self) -> Recipe | CombineRecipe:
+    def recipe(self) -> "Recipe | CombineRecipe":
         """The resolved recipe of the run."""
+        from fastcifar.config import load_recipe
+
         return load_recipe(self.folder / "recipe.toml")
 
     @cached_property
@@ -157,8 +161,10 @@ class RunDirectory:
     # -------------------------------------------------------------------------------------------------------- writing
 
     @classmethod
-    def create(cls, folder: Path, recipe: Recipe | CombineRecipe, environment: dict[str, Any]) -> "RunDirectory":
+    def create(cls, folder: Path, recipe: "Recipe | CombineRecipe", environment: dict[str, Any]) -> "RunDirectory":
         """Make a run directory, or the same again where only an unfinished start of this recipe lies."""
+        from fastcifar.config import to_toml
+
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -175,27 +181,30 @@ class RunDirectory:
         Raises:
             UserError: another process has it.
         """
-        path = self.folder / ".lock"
-        try:
-            file = path.open("a+")
-        except OSError as error:
-            refuse_disk(path, error)
-        with file:
+        from fastcifar.locks import LockedError, locked
+
+        with ExitStack() as stack:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(locked(self.folder / ".lock"))
+            except LockedError:
+                raise UserError(
+                    f"{self.folder}: process {self._owner()} is at work on this run; wait until it ends, or stop it "
+                    "with Ctrl-C or `kill`: nothing is lost"
+                ) from None
             except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    file.seek(0)
-                    raise UserError(
-                        f"{self.folder}: process {file.read() or 'unknown'} is at work on this run; wait until it "
-                        "ends, or stop it with Ctrl-C or `kill`: nothing is lost"
-                    ) from None
-                # Some network file systems know no locks; a run is more use there than a refusal.
-            else:
-                file.truncate(0)
-                file.write(str(os.getpid()))
-                file.flush()
+                refuse_disk(self.folder / ".lock", error)
+            # Beside the lock, not in it: on Windows nobody else can read a file that is locked.
+            owner = self.folder / OWNER
+            write_atomic(owner, str(os.getpid()))
+            stack.callback(owner.unlink, missing_ok=True)
             yield
+
+    def _owner(self) -> str:
+        """Return the number of the process that holds the lock, as far as it has said so."""
+        try:
+            return (self.folder / OWNER).read_text() or "unknown"
+        except OSError:
+            return "unknown"
 
     def keep_epochs(self, epochs: int) -> None:
         """Drop the metrics of later epochs than the checkpoint that a resume starts from."""

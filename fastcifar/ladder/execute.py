@@ -1,15 +1,15 @@
 """Execute the ladder: run what is missing, resume what was cut, go past what fails, and keep the table up to date."""
 
-import fcntl
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from fastcifar.errors import UserError
 from fastcifar.ladder.rows import Job, found_in
 from fastcifar.ladder.state import BLOCKED, DONE, FAILED, RUNNING, Ledger, Note, Row, content, stored_state
+from fastcifar.locks import LockedError, locked
 from fastcifar.run_directory import write_json
 
 
@@ -122,14 +122,12 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         UserError: one does, or the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another --out") from None
-    with file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / ".lock"))
+        except LockedError:
             raise UserError(f"{folder}: another `fastcifar ladder` is at work there; choose another --out") from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another --out") from None
         yield

@@ -1,0 +1,42 @@
+import errno
+import os
+
+import pytest
+
+from fastcifar import locks
+from fastcifar.errors import UserError
+from fastcifar.locks import LockedError, locked
+from fastcifar.run_directory import RunDirectory
+
+
+class NoLocks(locks.FileLock):
+    """What a network file system without locks answers."""
+
+    def _acquire(self):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_second_taker_is_refused_until_the_first_lets_go(tmp_path, monkeypatch, known):
+    if not known:
+        monkeypatch.setattr(locks, "FileLock", NoLocks)
+    with locked(tmp_path / ".lock"):
+        with pytest.raises(LockedError), locked(tmp_path / ".lock"):
+            pass
+        with pytest.raises(LockedError), locked(tmp_path / ".lock"):
+            pass
+    with locked(tmp_path / ".lock"):
+        pass
+
+
+def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "nowhere" / ".lock"):
+        pass
+
+
+def test_a_run_names_the_process_at_work_and_leaves_no_name_behind(tmp_path):
+    run = RunDirectory(tmp_path)
+    with run.alone():
+        with pytest.raises(UserError, match=f"process {os.getpid()} is at work on this run"), run.alone():
+            pass
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
