@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
-from sklearn.model_selection import StratifiedKFold
 
 from fastcifar.errors import UserError
 
@@ -105,6 +103,8 @@ def maximum_likelihood_weights(probabilities: np.ndarray, labels: np.ndarray) ->
         probabilities: (M, N, K).
         labels: int64 (N,).
     """
+    from scipy.optimize import minimize
+
     chosen = probabilities[:, np.arange(len(labels)), labels]  # (M, N)
     floor = np.finfo(np.float64).tiny
 
@@ -159,6 +159,8 @@ def stratified_folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np
     Raises:
         UserError: a class has fewer images than there are folds.
     """
+    from sklearn.model_selection import StratifiedKFold
+
     fewest = int(np.bincount(labels)[np.unique(labels)].min())
     if fewest < FOLDS:
         raise UserError(

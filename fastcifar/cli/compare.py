@@ -14,7 +14,6 @@ def compare(
 
     The test asks whether a run and the first one are equally often right on the same test images (last epoch).
     """
-    from fastcifar.analysis.compare import group_by_recipe, pairs_against_first
     from fastcifar.console import out
     from fastcifar.errors import UserError
     from fastcifar.run_directory import RunDirectory
@@ -22,6 +21,9 @@ def compare(
     if len(runs) < 2:
         raise UserError("RUN...: a comparison needs at least two run directories")
     opened = [RunDirectory.open(folder) for folder in runs]
+    # After the directories are known to be there: it imports numpy, and a mistyped path is answered without it.
+    from fastcifar.analysis.compare import group_by_recipe, pairs_against_first
+
     rows, pairs = group_by_recipe(opened), pairs_against_first(opened)
     if json_:
         out({"recipes": rows, "mcnemar": pairs})

@@ -19,8 +19,6 @@ def export(
     The ONNX model takes uint8 pixels (batch, 32, 32, 3) and holds the normalization; it is checked with onnxruntime
     against torch before the command ends.
     """
-    from fastcifar.analysis.export import export_onnx, export_safetensors
-    from fastcifar.analysis.predict import load_trained
     from fastcifar.console import err
     from fastcifar.console import out as print_json
     from fastcifar.errors import UserError, nearest
@@ -31,7 +29,12 @@ def export(
         raise UserError(f"{out}: unknown kind of file{nearest(out.suffix, kinds)}; allowed: {', '.join(kinds)}")
     if not out.parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent}")
-    trained = load_trained(RunDirectory.open(run), weights)
+    opened = RunDirectory.open(run)
+    # After the arguments are known to be good: these import torch, and a mistyped path is answered without it.
+    from fastcifar.analysis.export import export_onnx, export_safetensors
+    from fastcifar.analysis.predict import load_trained
+
+    trained = load_trained(opened, weights)
     difference = None
     if out.suffix == ".onnx":
         difference = export_onnx(trained, out)

@@ -1,8 +1,13 @@
 """``fastcifar models``: what each architecture costs, and how fast it could be at best."""
 
+import hashlib
+import json
+from importlib import metadata, resources
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from fastcifar.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fastcifar.models.cost import Cost
@@ -37,7 +42,7 @@ def models(
     """
     from fastcifar.console import err, out
 
-    rows = [metrics(each, tflops, gbs) for each in chosen(name)]
+    rows = [kept_metrics(each, tflops, gbs) for each in chosen(name)]
     if json_:
         out({"tflops": tflops, "gbs": gbs, "images": 50_000, "models": rows})
     elif name is None:
@@ -52,11 +57,39 @@ def chosen(name: str | None) -> list[str]:
     Raises:
         UserError: there is no such model.
     """
-    from fastcifar.errors import UserError, nearest
-
     if name is not None and name not in CATALOGUE:
         raise UserError(f"there is no model {name!r}{nearest(name, CATALOGUE)}; there are {', '.join(CATALOGUE)}")
     return list(CATALOGUE) if name is None else [name]
+
+
+def kept_metrics(name: str, tflops: float, gbs: float) -> dict[str, Any]:
+    """Return `metrics`, computed once: building 13 models takes seconds, and the answer depends on the code alone."""
+    from fastcifar.cache import cache_folder
+
+    path = cache_folder() / "models" / f"{_key(name, tflops, gbs)}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):  # absent, or damaged: it is written again
+        found = metrics(name, tflops, gbs)
+    from fastcifar.run_directory import write_atomic
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(found))
+    except (OSError, UserError):
+        pass  # a cache that cannot be written costs time only
+    return found
+
+
+def _key(name: str, tflops: float, gbs: float) -> str:
+    """Return a hash of all that decides a model's metrics: its config, the peaks, the models' code and torch."""
+    digest = hashlib.sha256(json.dumps([CATALOGUE[name], name, tflops, gbs, metadata.version("torch")]).encode())
+    package = resources.files("fastcifar")
+    files = [*(package / "models").iterdir(), package / "config" / "schema.py", package / "cli" / "models.py"]
+    for file in sorted(files, key=lambda file: file.name):
+        if file.name.endswith(".py"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 def metrics(name: str, tflops: float, gbs: float) -> dict[str, Any]:

@@ -17,12 +17,15 @@ def report(
     Reads run directories alone; the pictures come from --data or wherever `fastcifar run` finds the data, and are left
     out where there is none.
     """
-    from fastcifar.analysis.html import build_report
     from fastcifar.console import err
     from fastcifar.console import out as print_json
     from fastcifar.run_directory import RunDirectory, write_atomic
 
-    page, contents = build_report([RunDirectory.open(folder) for folder in runs], data)
+    opened = [RunDirectory.open(folder) for folder in runs]
+    # After the directories are known to be there: it imports torch, and a mistyped path is answered without it.
+    from fastcifar.analysis.html import build_report
+
+    page, contents = build_report(opened, data)
     target = out or runs[0] / "report.html"
     write_atomic(target, page)
     if json_:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fastcifar.cache import cache_folder
 from fastcifar.config.schema import DataConfig
 from fastcifar.data import formats
 from fastcifar.data.formats import Split
@@ -294,11 +295,6 @@ def _sync(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- resolving
-
-
-def cache_folder() -> Path:
-    """Return where converted data is kept: ``FASTCIFAR_CACHE``, else ``~/.cache/fastcifar``."""
-    return Path(os.environ.get("FASTCIFAR_CACHE") or Path.home() / ".cache" / "fastcifar")
 
 
 def store_as(source: Source | Store, to: str, progress: Progress = no_progress) -> Store:
