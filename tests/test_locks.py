@@ -29,11 +29,6 @@ def test_a_second_taker_is_refused_until_the_first_lets_go(tmp_path, monkeypatch
         pass
 
 
-def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
-    with pytest.raises(FileNotFoundError), locked(tmp_path / "nowhere" / ".lock"):
-        pass
-
-
 def test_a_run_names_the_process_at_work_and_leaves_no_name_behind(tmp_path):
     run = RunDirectory(tmp_path)
     with run.alone():

@@ -75,7 +75,7 @@ def data_config(run: RunDirectory) -> DataConfig:
 def _splits(run: RunDirectory, config: DataConfig, store: Store) -> dict[str, np.ndarray]:
     """Pick the rows that the run evaluated on, and make sure by their labels that they are the same images."""
     test, train, have = store.split("test"), store.split("train"), run.logits_keys()
-    rows = subset_rows(test.labels, config.test_subset)
+    rows = subset_rows(test.labels, config.test_subset, "data.test_subset")
     found = {"test": (test.images[rows], test.labels[rows])}
     if "holdout/labels" in have:
         held = run.logits("holdout/indices")

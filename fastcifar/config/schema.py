@@ -37,10 +37,12 @@ class LoaderConfig(Section):
 
 
 class DataConfig(Section):
-    """Which images. ``holdout`` training images are set aside (stratified) to choose epochs and weights on.
+    """Which images. ``holdout`` training images are set aside to choose epochs and weights on, after ``subset``.
 
     ``cifar10-or-synthetic``, for smoke tests only, takes drawn images where no place for data is named or made.
-    ``subset`` and ``test_subset`` keep only the first images of each class (0 keeps all), for smoke tests.
+    ``subset`` and ``test_subset`` keep only the first images of each class (0 keeps all), for smoke tests. All three
+    count images in total, each class in proportion (shares that are not whole by the largest remainder): of ten equal
+    classes, ``subset = 100`` keeps ten each. A subset smaller than the number of classes is an error.
     """
 
     source: Literal["cifar10", "cifar100", "folder", "synthetic", "cifar10-or-synthetic"] = "cifar10"

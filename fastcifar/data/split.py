@@ -7,19 +7,32 @@ from fastcifar.errors import UserError
 from fastcifar.kernels.philox import Stream, philox
 
 
-def subset_rows(labels: np.ndarray, per_class: int) -> np.ndarray:
-    """Return the rows of the first ``per_class`` images of each class, in ascending order.
+def subset_rows(labels: np.ndarray, count: int, key: str = "data.subset") -> np.ndarray:
+    """Return the rows of the first images of each class, ``count`` in all, each class in proportion.
+
+    Shares that are not whole are rounded by the largest remainder, the lower class first where two are equal, so that
+    the rows depend on the labels and the count alone.
 
     Args:
         labels: int64 (N,).
-        per_class: how many to keep of each class; 0 keeps all.
+        count: how many to keep in total; 0, or N and more, keep all.
+        key: the recipe's key that gave the count, for the message.
 
     Returns:
-        int64 (M,).
+        int64 (min(count, N),), ascending.
+
+    Raises:
+        UserError: fewer images than classes, as in a recipe from when the key counted the images of each class.
     """
-    if per_class == 0:
+    if count == 0 or count >= len(labels):
         return np.arange(len(labels), dtype=np.int64)
-    kept = [np.flatnonzero(labels == c)[:per_class] for c in np.unique(labels)]
+    classes = len(np.unique(labels))
+    if count < classes:
+        raise UserError(
+            f"{key} = {count} is less than an image for each of the {classes} classes; it counts images in total: "
+            f"{key} = {count * classes} keeps {count} of each"
+        )
+    kept = [np.flatnonzero(labels == c)[:share] for c, share in _shares(labels, count).items()]
     return np.sort(np.concatenate(kept)).astype(np.int64)
 
 

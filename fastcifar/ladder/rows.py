@@ -154,7 +154,7 @@ def run_folder(out: Path, row: str, seed: int) -> Path:
 def cost(recipe: Recipe) -> float:
     """Return an estimate of a run's work: multiply-accumulates of all its passes, in billions."""
     model = recipe.model
-    images = recipe.data.subset * 10 or IMAGES
+    images = recipe.data.subset or IMAGES
     passes = 2 if recipe.asam else 1
     if model.name == "wide_resnet":
         gmacs = 1.5481 * (model.depth - 4) / 12 * (model.widen / 8) ** 2

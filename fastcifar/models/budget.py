@@ -38,9 +38,9 @@ def compilation_key(recipe: Recipe) -> str:
     return f"compile {step_key(recipe)}"
 
 
-def images_to_train(recipe: Recipe, train_images: int = CIFAR_TRAIN, classes: int = 10) -> int:
-    """Return how many images one epoch trains on: those of the set, of the subset, less the holdout."""
-    kept = min(train_images, recipe.data.subset * classes) if recipe.data.subset else train_images
+def images_to_train(recipe: Recipe, train_images: int = CIFAR_TRAIN) -> int:
+    """Return how many images one epoch trains on: those of the set, of the subset, less the holdout (all in total)."""
+    kept = min(train_images, recipe.data.subset) if recipe.data.subset else train_images
     return kept - recipe.data.holdout
 
 
@@ -52,7 +52,7 @@ def steps_per_epoch(recipe: Recipe, images: int) -> int:
 
 def evaluated_images(recipe: Recipe, train_images: int = CIFAR_TRAIN, test_images: int = CIFAR_TEST) -> int:
     """Return how many images a run evaluates in all: test and holdout, raw and EMA, and the last epoch's extras."""
-    test = min(test_images, recipe.data.test_subset * 10) if recipe.data.test_subset else test_images
+    test = min(test_images, recipe.data.test_subset) if recipe.data.test_subset else test_images
     weights = 2 if recipe.ema else 1
     epochs = -(-recipe.train.epochs // recipe.eval.every_epochs)
     views = {"none": 0, "flip": 2, "multicrop": 6}[recipe.eval.tta]

@@ -172,7 +172,7 @@ def choose_rows(config: DataConfig, store: Store, seed: int) -> Rows:
     """Return the rows to train, select and test on: first the subset of each split, then the holdout out of it."""
     labels = store.labels("train")
     train = subset_rows(labels, config.subset)
-    test = subset_rows(store.labels("test"), config.test_subset)
+    test = subset_rows(store.labels("test"), config.test_subset, "data.test_subset")
     holdout = train[:0]
     if config.holdout:
         kept, held = holdout_split(labels[train], config.holdout, seed)

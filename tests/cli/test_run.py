@@ -13,8 +13,8 @@ import pytest
 TINY = """
 [data]
 source = "synthetic"
-subset = 20
-test_subset = 10
+subset = 200
+test_subset = 100
 [model]
 name = "lenet5"
 [optimizer]

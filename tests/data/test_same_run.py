@@ -33,8 +33,8 @@ def weights(folder: Path, name: str) -> tuple[dict[str, bytes], dict]:
         [
             f"data.source={source}",
             f"data.loader.name={name}",
-            "data.subset=40",
-            "data.test_subset=20",
+            "data.subset=400",
+            "data.test_subset=200",
             "train.epochs=2",
             'augment=["crop(4)", "flip", "cutout(8)"]',
             "engine.device=cpu",

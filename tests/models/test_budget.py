@@ -26,7 +26,7 @@ def test_steps(images, drop_last):
 def test_images_of_an_epoch_are_those_the_engine_takes(synthetic_store):
     from fastcifar.train.run import choose_rows
 
-    for words in ([], ["data.subset=20"], ["data.subset=20", "data.holdout=50"], ["data.holdout=100"]):
+    for words in ([], ["data.subset=203"], ["data.subset=200", "data.holdout=50"], ["data.holdout=100"]):
         recipe = load_recipe("lenet5", ['data.source="synthetic"', *words])
         taken = len(choose_rows(recipe.data, synthetic_store, recipe.seed).train)
         assert budget.images_to_train(recipe, synthetic_store.count("train")) == taken

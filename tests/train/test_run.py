@@ -100,7 +100,7 @@ def test_clocks_add_up_over_a_resume(tmp_path):
 
 
 EVERYTHING = {
-    "data": {"source": "synthetic", "subset": 20, "test_subset": 10, "holdout": 40, "loader": {"name": "resident"}},
+    "data": {"source": "synthetic", "subset": 200, "test_subset": 100, "holdout": 40, "loader": {"name": "resident"}},
     "augment": ["crop(4)", "flip", "autoaugment", "cutout(8)"],
     "mix": {"name": "cutmix_or_mixup", "p": 0.5},
     "model": {"name": "wide_resnet", "depth": 10, "widen": 1, "shakedrop": 0.3, "dropout": 0.2},
@@ -143,7 +143,7 @@ def test_training_logits_are_those_of_the_saved_weights(tmp_path):
 
 
 def test_the_holdout_is_stratified_and_not_trained_on():
-    wanted = recipe(data={"source": "synthetic", "subset": 20, "holdout": 50})
+    wanted = recipe(data={"source": "synthetic", "subset": 200, "holdout": 50})
     store = resolve_store(wanted.data, None)
     rows = choose_rows(wanted.data, store, wanted.seed)
     assert not set(rows.train) & set(rows.holdout)

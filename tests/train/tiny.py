@@ -10,7 +10,7 @@ from fastcifar.run_directory import RunDirectory
 
 TABLE: dict[str, Any] = {
     "name": "tiny",
-    "data": {"source": "synthetic", "subset": 20, "test_subset": 10, "loader": {"name": "resident"}},
+    "data": {"source": "synthetic", "subset": 200, "test_subset": 100, "loader": {"name": "resident"}},
     "model": {"name": "lenet5"},
     "augment": ["crop(4)", "flip"],
     "optimizer": {"name": "adam", "lr": 1e-3},
