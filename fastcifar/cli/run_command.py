@@ -59,6 +59,11 @@ def carry_out(run: Any, data: Path | None, stop_after: int | None, quiet: bool) 
         from fastcifar.analysis.combine import combine_run
 
         return combine_run(run)
+    if not quiet:
+        from fastcifar.console import err
+
+        # Seconds pass before the first line of the run; a cold machine needs most of them for torch.
+        err.print("importing torch", style="dim")
     from fastcifar.train.run import train
 
     return train(run.recipe, run, data=data, stop_after=stop_after, quiet=quiet)

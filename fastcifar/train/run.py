@@ -24,7 +24,7 @@ from fastcifar.errors import UserError
 from fastcifar.models import build_model, hooks
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.clock import Clock
-from fastcifar.train.display import Display
+from fastcifar.train.display import Display, Steps
 from fastcifar.train.evaluate import EvaluationSet, Evaluator
 from fastcifar.train.precision import PRECISIONS
 from fastcifar.train.results import Results
@@ -47,7 +47,7 @@ def train(
         UserError: bad data, a missing package or GPU, a full disk, a damaged checkpoint, a loss that is not finite.
     """
     device = pick_device(recipe.engine)
-    store = resolve_store(recipe.data, data)
+    store = resolve_store(recipe.data, data, progress=Steps(quiet))
     rows = choose_rows(recipe.data, store, recipe.seed)
     loader = build_loader(
         recipe.data.loader, store, rows.train, seed=recipe.seed, batch_size=recipe.train.batch_size,
