@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line as a user meets it; in a process of its own where signals and locks are what is tested."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests.command import fastcifar
 
 TINY = """
 [data]
@@ -26,12 +28,6 @@ batch_size = 32
 [engine]
 device = "cpu"
 """
-
-
-def fastcifar(*words: str, cwd: Path, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "fastcifar", *words], cwd=cwd, capture_output=True, text=True, timeout=120, **options
-    )
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ from fastcifar.ladder.rows import catalogue, choose, plan
 from fastcifar.ladder.runner import Runner, epochs_in_words
 from fastcifar.ladder.state import Ledger, stored_state
 from fastcifar.run_directory import RunDirectory
+from tests.command import fastcifar
 from tests.ladder.test_execute import accuracies, table
 
-EPOCHS = 120  # of a few hundredths of a second each, so that five interrupts come before the last
+EPOCHS = 60  # of a few hundredths of a second each, so that both interrupts come before the last
 
 
 def says(job, script):
@@ -113,7 +114,7 @@ def test_a_row_without_data_fails_with_status_1_and_the_reason(tmp_path, no_data
 
 @pytest.mark.parametrize("until", ["soon", "2x", "-3h", "0s", "h"])
 def test_a_bad_duration_is_a_user_error(tmp_path, until):
-    done = ascend(tmp_path / "out", f"--until={until}")
+    done = fastcifar("ladder", "--only", "smoke/lenet5*", "--out", "out", f"--until={until}", cwd=tmp_path)
     assert done.returncode == 2
     assert "is not a duration" in done.stderr
 
@@ -126,8 +127,11 @@ def test_durations():
 
 
 @pytest.mark.timeout(1200)
-def test_a_real_row_killed_at_five_moments_ends_as_the_undisturbed_one(tmp_path, no_data, view, monkeypatch):
-    """Interrupt the ladder while its row's process trains; the sixth ascend finishes to the same accuracies."""
+def test_a_real_row_killed_at_two_moments_ends_as_the_undisturbed_one(tmp_path, no_data, view, monkeypatch, seed):
+    """Interrupt the ladder while its row's process trains; the third ascend finishes to the same accuracies.
+
+    Two, because each start imports torch; five interrupts of rows without training are in test_execute.py.
+    """
     name = "smoke/lenet5"
     recipe = catalogue()[name]
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": EPOCHS})})
@@ -136,7 +140,7 @@ def test_a_real_row_killed_at_five_moments_ends_as_the_undisturbed_one(tmp_path,
     LadderExecution(Ledger(plan([name], 1, straight)), Runner(straight, same_process=True), straight, view).ascend()
     command = [sys.executable, "-c", LONGER, name, str(cut)]
     metrics = cut / name / "seed-42" / "metrics.jsonl"
-    for epochs in sorted(random.Random(7).sample(range(1, EPOCHS // 2), 5)):
+    for epochs in sorted(random.Random(seed).sample(range(1, EPOCHS // 2), 2)):
         # An epoch more than the last ascend left, so that this one trains already and not only starts.
         wanted = max(epochs, lines(metrics) + 1)
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)

@@ -1,0 +1,30 @@
+"""The command line's own entrance in this process: what it prints and how it ends, without a second start of Python."""
+
+import io
+import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+from fastcifar.cli.main import main
+
+
+class Done(NamedTuple):
+    """What `subprocess.run` would have said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def fastcifar(*words: str, cwd: Path) -> Done:
+    """Run ``fastcifar WORDS`` in a folder; what is not the process boundary itself is tested so."""
+    stdout, stderr, status = io.StringIO(), io.StringIO(), 0
+    patched = mock.patch.object(sys, "argv", ["fastcifar", *words])
+    with chdir(cwd), redirect_stdout(stdout), redirect_stderr(stderr), patched:
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Done(status, stdout.getvalue(), stderr.getvalue())
