@@ -139,7 +139,7 @@ def build_augment(
             f"augmentation needs 3 channels with data.mean and data.std of 3 values each; "
             f"got {channels} channels, {len(mean)} means, {len(std)} deviations"
         )
-    program = build_program([] if config.where == "loader" else config.ops, *image_shape[:2])
+    program = build_program([] if config.where == "loader" else config.ops, *image_shape[:2], mean)
     normal = normal_table(mean, std, dtype)
     if device.type == "cuda":
         from fastcifar.kernels.augment.triton import GpuAugment

@@ -22,6 +22,8 @@ none of the others; a second operation of the same kind in a list takes the numb
  40    trivialaugment: operation, magnitude bin and sign, uniform in 0..867
 ====== ======================================================================================
 
+Decisions that alternate (``flip(alternate=true)``) take the words of epoch 0 in every epoch.
+
 A word w gives a uniform integer below n as ``w * n >> 32`` (bias below n / 2**32) and passes a gate of probability p
 where ``w >> 8 < p * 2**24``.
 """
@@ -43,6 +45,7 @@ from fastcifar.augment.policy import (
     trivialaugment_rows,
 )
 from fastcifar.config.operations import AutoAugment, Crop, Cutout, Flip, Op, RandAugment, Rotate, TrivialAugmentWide
+from fastcifar.errors import UserError
 from fastcifar.kernels.philox import Stream, philox_scalar, split_seed
 
 ANGLES = 4096
@@ -83,37 +86,67 @@ class Slot:
         return [base, count_a, self.count_b, first + a // 4, a % 4, b % 4, first + self.gate // 4, self.gate % 4]
 
 
-def build_program(ops: Sequence[Op], height: int, width: int) -> Program:
-    """Compile a list of operations for images of ``height`` x ``width`` pixels; the order is kept."""
+def build_program(ops: Sequence[Op], height: int, width: int, mean: Sequence[float] = (0.0, 0.0, 0.0)) -> Program:
+    """Compile a list of operations for images of ``height`` x ``width`` pixels; the order is kept.
+
+    Args:
+        ops: the operations.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+        mean: per channel, in 0..1, for operations that fill with the mean colour.
+
+    Raises:
+        UserError: an operation needs larger images.
+    """
+    check_sizes(ops, height, width)
     table, slots = [step_row(Code.IDENTITY)], []
     seen: dict[type[Op], int] = {}
     for op in ops:
         occurrence = seen.get(type(op), 0)
         seen[type(op)] = occurrence + 1
-        for slot in op_slots(op, height, width):
+        for slot in op_slots(op, height, width, mean):
             slots.append(slot.encode(len(table), occurrence))
             table.extend(slot.rows)
     return Program(np.array(slots, np.int32).reshape(-1, SLOT_WIDTH), np.array(table, np.int64).astype(np.int32))
 
 
-def op_slots(op: Op, height: int, width: int) -> Iterator[Slot]:
+def check_sizes(ops: Sequence[Op], height: int, width: int) -> None:
+    """Make sure that the images are large enough for the operations.
+
+    Raises:
+        UserError: they are not; the message names the operation.
+    """
+    for op in ops:
+        least = 0
+        if isinstance(op, Crop) and op.pad == "reflect":
+            least = op.padding_px + 1  # a reflection repeats no pixel, so a border of n pixels needs n others
+        if isinstance(op, Cutout) and op.inside:
+            least = op.size_px
+        if min(height, width) < least:
+            raise UserError(f'augment: "{op}" needs images of {least} px or more, these have {height} x {width}')
+
+
+def op_slots(op: Op, height: int, width: int, mean: Sequence[float] = (0.0, 0.0, 0.0)) -> Iterator[Slot]:
     """Yield the slots of one operation, with the draw numbers of its first occurrence."""
     match op:
         case Crop():
             offsets = range(-op.padding_px, op.padding_px + 1)
-            rows = [step_row(Code.SHIFT, dy, dx) for dy in offsets for dx in offsets]
+            reflect = int(op.pad == "reflect")
+            rows = [step_row(Code.SHIFT, dy, dx, reflect) for dy in offsets for dx in offsets]
             yield Slot(rows, (0, 1), 0, count_b=len(offsets))
         case Flip():
-            yield Slot([step_row(Code.MIRROR, p=op.p)], (2, 2), 2)
+            row = step_row(Code.MIRROR, p=op.p)
+            yield Slot([alternating(row) if op.alternate else row], (2, 2), 2)
         case Rotate():
             yield Slot(rotate_rows(op.degrees, height, width), (3, 3), 3)
         case AutoAugment():
             yield Slot(autoaugment_rows(0, height, width), (4, 4), 5)
             yield Slot(autoaugment_rows(1, height, width), (4, 4), 6)
         case Cutout():
-            rows = cutout_rows(op, height, width)
+            rows = cutout_rows(op, height, width, mean)
+            places = width - op.size_px + 1 if op.inside else width
             for hole in range(op.holes):
-                yield Slot(rows, (9 + 4 * hole, 10 + 4 * hole), 8, count_b=width)
+                yield Slot(rows, (9 + 4 * hole, 10 + 4 * hole), 8, count_b=places)
         case RandAugment():
             rows = randaugment_rows(op.magnitude, height, width)
             for number in range(op.num_ops):
@@ -134,15 +167,28 @@ def rotate_angle(degrees: float, k: int) -> float:
     return degrees * ((2 * k + 1) / ANGLES - 1)
 
 
-def cutout_rows(op: Cutout, height: int, width: int) -> list[list[int]]:
-    """Return one clipped square per centre pixel, row by row."""
+def alternating(row: list[int]) -> list[int]:
+    """Return a step's row with a gate that is open in every second epoch."""
+    # A probability of 0 still alternates (always in the odd epochs) and needs a gate below 0: one in 2**24 is lost.
+    return [row[0], -max(row[GATE], 1), *row[PARAMS:]]
+
+
+def cutout_rows(op: Cutout, height: int, width: int, mean: Sequence[float]) -> list[list[int]]:
+    """Return one square per place, row by row: clipped around each pixel, or whole from each possible corner."""
+    color = mean_color(mean) if op.fill == "mean" else 0
+    first, size = (0 if op.inside else -(op.size_px // 2)), op.size_px
     rows = []
-    for cy in range(height):
-        for cx in range(width):
-            top, left = cy - op.size_px // 2, cx - op.size_px // 2
-            bottom, right = min(top + op.size_px, height), min(left + op.size_px, width)
-            rows.append(step_row(Code.CUTOUT, max(top, 0), max(left, 0), bottom, right, p=op.p))
+    for top in range(first, first + (height - size + 1 if op.inside else height)):
+        for left in range(first, first + (width - size + 1 if op.inside else width)):
+            bottom, right = min(top + size, height), min(left + size, width)
+            rows.append(step_row(Code.CUTOUT, max(top, 0), max(left, 0), bottom, right, color, p=op.p))
     return rows
+
+
+def mean_color(mean: Sequence[float]) -> int:
+    """Return the bytes nearest to a colour in 0..1 per channel, as `Code.CUTOUT` holds them."""
+    red, green, blue = (round(255 * min(max(m, 0.0), 1.0)) for m in mean)
+    return red | green << 8 | blue << 16
 
 
 @nb.njit(cache=True)
@@ -161,10 +207,15 @@ def decide_sample(seed_low: Any, seed_high: Any, index: Any, epoch: Any, slots: 
         a = words[slot[WORD_A]] * np.uint64(slot[COUNT_A]) >> shift
         b = words[slot[WORD_B]] * np.uint64(slot[COUNT_B]) >> shift
         row = slot[BASE] + np.int64(a) * slot[COUNT_B] + np.int64(b)
-        gate_words = words
-        if slot[GATE_BLOCK] != block:
+        gate_words, gate = words, table[row, GATE]
+        if gate < 0:
+            zero = np.uint64(0)
+            gate_words = philox_scalar(seed_low, seed_high, index, zero, np.uint64(slot[GATE_BLOCK]), stream)
+        elif slot[GATE_BLOCK] != block:
             gate_words = philox_scalar(seed_low, seed_high, index, epoch, np.uint64(slot[GATE_BLOCK]), stream)
-        open_ = np.int64(gate_words[slot[GATE_WORD]] >> np.uint64(8)) < table[row, GATE]
+        open_ = np.int64(gate_words[slot[GATE_WORD]] >> np.uint64(8)) < abs(gate)
+        if gate < 0 and epoch & np.uint64(1):
+            open_ = not open_
         plan[s] = row if open_ else 0
 
 

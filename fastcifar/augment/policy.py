@@ -1,8 +1,10 @@
 """The elementary steps that every augmentation is made of, and the policies that choose among them.
 
-A step is one row of eight int32: its code, its gate and up to six parameters. All floating-point work (angles,
-affine matrices, magnitudes) is done here, once, in float64, so that applying a step needs integers only, apart
-from the float32 blend of the four enhancement operations, and gives the same bytes on every device.
+A step is one row of eight int32: its code, its gate and up to six parameters. A gate below 0 is that of a step which
+a sample takes in every second epoch: -gate decides, once for all epochs, whether in the even or in the odd ones. All
+floating-point work (angles, affine matrices, magnitudes) is done here, once, in float64, so that applying a step needs
+integers only, apart from the float32 blend of the four enhancement operations, and gives the same bytes on every
+device.
 """
 
 import math
@@ -24,10 +26,10 @@ class Code(IntEnum):
     """
 
     IDENTITY = 0
-    SHIFT = 1  # out[y, x] = in[y + p0, x + p1], zero outside
+    SHIFT = 1  # out[y, x] = in[y + p0, x + p1]; outside: zero, or the image reflected at its border pixels if p2 is 1
     MIRROR = 2  # left to right
     AFFINE = 3  # 16.16 fixed point: x_in = p0 x + p1 y + p2, y_in = p3 x + p4 y + p5, rounded down, zero outside
-    CUTOUT = 4  # black rows p0 to p2 - 1, columns p1 to p3 - 1
+    CUTOUT = 4  # rows p0 to p2 - 1, columns p1 to p3 - 1 of one colour: red + 256 green + 65536 blue = p4
     SHARPNESS = 5  # blend with the 3x3 smoothed image; p0: the bits of the float32 factor
     COLOR = 6  # blend with the grey image; p0 likewise
     CONTRAST = 7  # blend with the mean grey; p0 likewise

@@ -114,7 +114,7 @@ def backend(recipe: "Recipe", store: "Store | None", images: int, device: Any) -
 def memory_mib(recipe: "Recipe", parameters: int, images: int) -> dict[str, float]:
     """Return the expected memory on the training device in MiB, without what CUDA itself takes (about 500 MiB)."""
     buffers = 2 + (2 if recipe.optimizer.name in ("adam", "adamw") else 1)  # weights, gradients, moments
-    buffers += (1 if recipe.ema else 0) + (1 if recipe.asam else 0)
+    buffers += sum(1 for kept in (recipe.ema, recipe.asam, recipe.lookahead) if kept)  # one copy of the weights each
     parts = {
         "weights_and_state": 4 * parameters * buffers,
         "activations": saved_bytes(recipe) * recipe.train.batch_size,

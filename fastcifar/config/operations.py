@@ -14,22 +14,37 @@ class Op(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     def __str__(self) -> str:
-        given = [f"{k}={v}" for k, v in self.model_dump(exclude={"name"}, exclude_defaults=True).items()]
+        given = [f"{k}={_write(v)}" for k, v in self.model_dump(exclude={"name"}, exclude_defaults=True).items()]
         return f"{self.name}({', '.join(given)})" if given else self.name  # type: ignore[attr-defined]
 
 
+def _write(value: Any) -> str:
+    """Return a setting as a recipe writes it: truth values as TOML does, texts in quotes that TOML texts can hold."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 class Crop(Op):
-    """Zero-pad every side by ``padding_px`` and cut a window of the old size at a uniform offset."""
+    """Pad every side by ``padding_px`` and cut a window of the old size at a uniform offset.
+
+    ``pad``: with black (``zero``), or with the image's own mirror image, its outermost pixels not repeated
+    (``reflect``), which needs images larger than ``padding_px``.
+    """
 
     name: Literal["crop"] = "crop"
     padding_px: int = Field(4, ge=0, le=64)
+    pad: Literal["zero", "reflect"] = "zero"
 
 
 class Flip(Op):
-    """Mirror left to right with probability ``p``."""
+    """Mirror left to right with probability ``p``.
+
+    With ``alternate``, a sample is mirrored in every second epoch: in the even ones with probability ``p``, once for
+    all of them, and in the odd ones if not in the even ones (Jordan, 2024, airbench).
+    """
 
     name: Literal["flip"] = "flip"
     p: float = Field(0.5, ge=0, le=1)
+    alternate: bool = False
 
 
 class Rotate(Op):
@@ -42,13 +57,17 @@ class Rotate(Op):
 class Cutout(Op):
     """With probability ``p``, set ``holes`` squares of ``size_px`` to black, centred uniformly, clipped at the border.
 
-    DeVries & Taylor, 2017, "Improved regularization of convolutional neural networks with cutout".
+    DeVries & Taylor, 2017, "Improved regularization of convolutional neural networks with cutout". ``fill = "mean"``
+    takes the byte nearest to ``data.mean`` instead, which normalizes to about 0. ``inside`` draws among the squares
+    that lie whole in the image, so that no sample loses less than another; it needs images of ``size_px`` or more.
     """
 
     name: Literal["cutout"] = "cutout"
     size_px: int = Field(16, ge=1, le=256)
     p: float = Field(1.0, ge=0, le=1)
     holes: int = Field(1, ge=1, le=4)
+    fill: Literal["black", "mean"] = "black"
+    inside: bool = False
 
 
 class AutoAugment(Op):
@@ -119,7 +138,14 @@ def _split_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
             return tree.id, [], {}
         if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
             raise problem
-        args = [ast.literal_eval(a) for a in tree.args]
-        return tree.func.id, args, {k.arg or "**": ast.literal_eval(k.value) for k in tree.keywords}
+        args = [_literal(a) for a in tree.args]
+        return tree.func.id, args, {k.arg or "**": _literal(k.value) for k in tree.keywords}
     except (SyntaxError, ValueError):
         raise problem from None
+
+
+def _literal(node: ast.expr) -> Any:
+    """Return a literal's value; truth values may be written as in TOML, ``true``, or as in Python, ``True``."""
+    if isinstance(node, ast.Name) and node.id in ("true", "false"):
+        return node.id == "true"
+    return ast.literal_eval(node)

@@ -177,12 +177,27 @@ class PyramidNetConfig(ModelBase):
 
 
 class SpeedNetConfig(ModelBase):
-    """A small network in the manner of the speed records (Jordan, 2024): whitening layer, GELU, scaled head."""
+    """A small network in the manner of the speed records (Jordan, 2024): whitening layer, GELU, scaled head.
+
+    Attributes:
+        widths: channels of the three blocks.
+        convs_per_block: 2, or 3 with a residual connection around the last two.
+        whiten_bias_init: the whitening layer's bias starts at torch's ``default`` or at ``zero``.
+        whiten_bias_epochs: it learns in the first so many epochs.
+        whiten_bias_rate: its learning rate follows the ``run``, or falls linearly to 0 within its epochs (``fade``).
+        bn_momentum: share of each batch in BatchNorm's running statistics.
+        head_std: what the head's initial weights are scaled to deviate by; 0 keeps torch's default.
+        scale: what the logits are multiplied by.
+    """
 
     name: Literal["speednet"]
     widths: list[int] = Field([64, 256, 256], min_length=3, max_length=3)
     convs_per_block: int = Field(2, ge=2, le=3)
+    whiten_bias_init: Literal["default", "zero"] = "default"
     whiten_bias_epochs: int = Field(3, ge=0)
+    whiten_bias_rate: Literal["run", "fade"] = "run"
+    bn_momentum: float = Field(0.4, gt=0, le=1)
+    head_std: NotNegative = 0.0
     scale: Positive = 1 / 9
 
 
@@ -218,18 +233,25 @@ ModelConfig = Annotated[ModelUnion, BeforeValidator(expand_preset)]
 
 
 class OptimizerBase(Section):
-    """``weight_decay`` is L2 in the gradient for sgd and adam, decoupled for adamw and muon."""
+    """``weight_decay`` is L2 in the gradient for sgd and adam, decoupled for adamw and (unless told otherwise) muon."""
 
     lr: Positive
     weight_decay: NotNegative = 0.0
 
 
 class SGDConfig(OptimizerBase):
-    """Stochastic gradient descent with (Nesterov) momentum, as torch.optim.SGD defines it."""
+    """Stochastic gradient descent with (Nesterov) momentum, as torch.optim.SGD defines it.
+
+    ``lr_norm_bias`` is the learning rate of BatchNorm's biases, ``lr`` by default. ``decay_per = "step"`` divides the
+    weight decay by each parameter's own peak learning rate, so that the two can be tuned apart (Jordan, 2024,
+    airbench); ``"lr"`` lets it grow with the learning rate, as torch does.
+    """
 
     name: Literal["sgd"]
     momentum: Fraction = 0.9
     nesterov: bool = True
+    lr_norm_bias: Positive | None = None
+    decay_per: Literal["lr", "step"] = "lr"
 
 
 class AdamConfig(OptimizerBase):
@@ -244,7 +266,8 @@ class MuonConfig(OptimizerBase):
     """Muon (Jordan et al., 2024) on convolution weights, SGD with Nesterov momentum on everything else.
 
     ``lr_head`` is the learning rate of linear weights, ``lr_other`` by default. ``normalize`` keeps each convolution's
-    weight at norm sqrt(outputs), as airbench does.
+    weight at norm sqrt(outputs), as airbench does. ``decay_per = "step"`` is airbench's weight decay: none on
+    convolutions; on everything else L2 in the gradient, and so in the momentum, divided by its own peak learning rate.
     """
 
     name: Literal["muon"]
@@ -253,6 +276,7 @@ class MuonConfig(OptimizerBase):
     lr_other: Positive = 0.05
     momentum_other: Fraction = 0.85
     normalize: bool = False
+    decay_per: Literal["lr", "step"] = "lr"
 
 
 OptimizerConfig = Annotated[SGDConfig | AdamConfig | MuonConfig, Field(discriminator="name")]
@@ -262,12 +286,15 @@ class ScheduleConfig(Section):
     """The learning rate over the run, as a factor of ``optimizer.lr``.
 
     ``constant``; ``cosine`` from 1 to ``final`` (Loshchilov & Hutter, 2017); ``linear`` from 1 to ``final``;
-    after ``warmup_epochs`` of linear rise. It moves once an ``epoch`` or once a ``step``.
+    after ``warmup_epochs`` of linear rise. It moves once an ``epoch`` or once a ``step``. The warm-up's last epoch or
+    step has the full rate already; with ``warmup_from``, its first one has that share of it, and the first one after
+    it the full rate.
     """
 
     name: Literal["constant", "cosine", "linear"] = "constant"
     per: Literal["epoch", "step"] = "epoch"
     warmup_epochs: NotNegative = 0.0
+    warmup_from: Fraction | None = None
     final: Fraction = 0.0
 
 
@@ -295,11 +322,35 @@ class EmaConfig(Section):
     decay: float = Field(0.999, gt=0, lt=1)
 
 
+class LookaheadConfig(Section):
+    """Lookahead (Zhang et al., 2019): every so many steps, weights and BatchNorm statistics go back to a slow average.
+
+    The average keeps a share of ``decay * progress ** power`` of itself, where ``progress`` is the done fraction of the
+    run, and takes the rest from the present weights, which then become the average. The run ends on the average. The
+    defaults are airbench's (Jordan, 2024).
+    """
+
+    every: int = Field(5, ge=1)
+    decay: float = Field(0.95**5, ge=0, lt=1)
+    power: NotNegative = 3.0
+
+
 class LossConfig(Section):
-    """Cross entropy with label smoothing in 0..1 and, where given, one weight per class."""
+    """Cross entropy with label smoothing in 0..1 and, where given, one weight per class.
+
+    ``reduction = "sum"`` takes the gradient of the sum over the batch instead of the mean (Jordan, 2024, airbench):
+    learning rates then hold per sample. The recorded loss is the mean either way.
+    """
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: list[NotNegative] | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+
+    @model_validator(mode="after")
+    def _weighted_sum(self) -> "LossConfig":
+        if self.reduction == "sum" and self.class_weights is not None:
+            raise ValueError('reduction = "sum" works without class_weights')
+        return self
 
 
 class TrainConfig(Section):
@@ -395,6 +446,7 @@ class Recipe(Section):
     loss: LossConfig = LossConfig()
     asam: AsamConfig | None = None
     ema: EmaConfig | None = None
+    lookahead: LookaheadConfig | None = None
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
@@ -404,6 +456,8 @@ class Recipe(Section):
     def _combinations(self) -> "Recipe":
         if self.asam and self.optimizer.name != "sgd":
             raise ValueError(f'asam works with optimizer.name = "sgd", not "{self.optimizer.name}"')
+        if self.lookahead and self.ema:
+            raise ValueError("lookahead and ema are two averages of the same weights; remove one (ema = false)")
         if self.engine.working_copy and self.engine.precision not in ("bf16", "fp16"):
             raise ValueError('engine.working_copy needs engine.precision = "bf16" or "fp16"')
         if self.engine.working_copy and self.train.accumulate > 1:
@@ -412,6 +466,8 @@ class Recipe(Section):
             raise ValueError('optimizer.name = "muon" works with engine.precision = "bf16", "fp32" or "tf32"')
         if self.augment.where == "loader" and self.data.loader.name not in ("auto", "torchvision"):
             raise ValueError('augment.where = "loader" needs data.loader.name = "torchvision"')
+        if self.augment.where == "loader" and any(getattr(op, "fill", "black") == "mean" for op in self.augment.ops):
+            raise ValueError('augment.where = "loader" fills cutout with black; use where = "device" for fill="mean"')
         if self.data.loader.order == "native" and self.data.loader.name != "dali":
             raise ValueError('data.loader.order = "native" needs data.loader.name = "dali"')
         return self

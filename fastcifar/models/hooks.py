@@ -1,13 +1,14 @@
-"""What a model may ask of the training run: three optional methods, found by name on the model and its submodules.
+"""What a model may ask of the training run: four optional methods, found by name on the model and its submodules.
 
 A model that needs none of them is a plain `torch.nn.Module`. Each hook is a protocol of its own:
 
 - `FitsImages`: compute something from training images before the first step (the whitening layer of the speed nets);
 - `FollowsEpochs`: change with the epoch (a layer that stops learning);
+- `StopsLearning`: have the optimizer leave parameters alone after some epochs;
 - `Draws`: draw reproducible random numbers in the forward pass (ShakeDrop).
 """
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -33,6 +34,31 @@ class FollowsEpochs(Protocol):
 
     def begin_epoch(self, epoch: int) -> None:
         """Prepare for an epoch, counted from 0."""
+        ...
+
+
+class Learning(NamedTuple):
+    """How long a parameter learns.
+
+    Attributes:
+        epochs: it changes in the first so many epochs, 0 or more, and never after.
+        fade: whether its learning rate falls linearly from its peak to 0 within them, whatever the run's schedule is.
+    """
+
+    epochs: int
+    fade: bool = False
+
+
+@runtime_checkable
+class StopsLearning(Protocol):
+    """A module with parameters that learn in the first epochs only.
+
+    Stopping the gradient is not enough, because weight decay and what is left in the momentum go on moving a parameter;
+    `fastcifar.train.freeze` holds it where it is.
+    """
+
+    def learning_epochs(self) -> dict[str, Learning]:
+        """Return how long some of its parameters learn, by their names in this module; the others always do."""
         ...
 
 
@@ -67,6 +93,16 @@ def begin_epoch(model: nn.Module, epoch: int) -> None:
     for module in model.modules():
         if isinstance(module, FollowsEpochs):
             module.begin_epoch(epoch)
+
+
+def learning_epochs(model: nn.Module) -> dict[str, Learning]:
+    """Return how long parameters learn that do not learn always, by their names in the model."""
+    return {
+        f"{path}.{name}" if path else name: learning
+        for path, module in model.named_modules()
+        if isinstance(module, StopsLearning)
+        for name, learning in module.learning_epochs().items()
+    }
 
 
 def bind_counter(model: nn.Module, counter: Tensor, seed: int) -> None:

@@ -51,6 +51,7 @@ class FlatParameters:
         conv_end: elements below are convolution weights.
         matrix_end: elements below are convolution and linear weights.
         weight_end: elements below belong to parameters called ``weight``, the scope of the ASAM authors.
+        norm_biases: names of the biases of BatchNorm layers, for which some recipes have a learning rate of its own.
     """
 
     def __init__(self, model: nn.Module):
@@ -58,6 +59,9 @@ class FlatParameters:
         stats = {n: t for n, t in _state(model).items() if n not in parameters and t.is_floating_point()}
         _require_float32(parameters | stats)
         roles = _roles(model)
+        self.norm_biases = frozenset(
+            f"{path}.bias" for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
+        )
         ordered = sorted(parameters, key=lambda name: roles.get(name, 3))
         self.segments = _lay_out({name: parameters[name] for name in ordered})
         self.stat_segments = _lay_out(stats)
@@ -89,6 +93,12 @@ class FlatParameters:
         """Make (or return) the buffer ``name``: zeros of the size of the buffer ``like``."""
         if name not in self.buffers:
             self.buffers[name] = torch.zeros_like(self.buffers[like], dtype=dtype)
+        return self.buffers[name]
+
+    def add_steps(self, name: str) -> Tensor:
+        """Make (or return) the buffer ``name``: a count of steps, int64 (1,), which is state like every buffer."""
+        if name not in self.buffers:
+            self.buffers[name] = torch.zeros(1, dtype=torch.int64, device=self.weights.device)
         return self.buffers[name]
 
     def add_working_copy(self, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastcifar.config.schema import MuonConfig
 from fastcifar.kernels.sgd_ema import Averages, SGDSettings, average, sgd_step
 from fastcifar.train.flat_parameters import FlatParameters, Segment
+from fastcifar.train.groups import Group, decay_per_step, rate_groups
 
 # The quintic iteration x -> a x + b x^3 + c x^5 that takes every singular value in (0, 1] to about 1 (0.7 to 1.2).
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -14,15 +15,15 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 class Muon:
     """Jordan et al., 2024: orthogonalized Nesterov momentum for convolution weights, SGD for everything else.
 
-    A convolution's weight counts as a matrix of one row per output. Weight decay is decoupled. All learning rates
-    follow the schedule.
+    A convolution's weight counts as a matrix of one row per output. All learning rates follow the schedule. Weight
+    decay is decoupled or, with ``decay_per = "step"``, airbench's: see `MuonConfig`.
     """
 
     def __init__(self, config: MuonConfig, flat: FlatParameters, averages: Averages | None):
         self._config, self._flat, self._averages = config, flat, averages
-        self._other = SGDSettings(config.momentum_other, nesterov=True, weight_decay=0.0)
         self._momentum = flat.add("momentum")
-        self._ranges = _ranges(config, flat)
+        self._others = _others(config, flat)
+        self._decoupled = config.weight_decay if config.decay_per == "lr" else 0.0
         self._groups = _by_shape([s for s in flat.segments if s.offset < flat.conv_end])
 
     def step(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
@@ -32,15 +33,20 @@ class Muon:
             flat.weights.copy_(saved)
         if coefficient is not None:
             flat.grads.mul_(coefficient)
-        flat.weights[:end].mul_(1 - lr * self._config.weight_decay)
+        self._decay(flat.weights[:end], lr)
         self._convolutions(lr)
-        for part, factor in self._ranges:
+        for part, factor, settings in self._others:
             weights, rate = flat.weights[part], lr * factor
-            weights.mul_(1 - rate * self._config.weight_decay)
-            sgd_step(weights, flat.grads[part], self._momentum[part], self._other, rate)
+            self._decay(weights, rate)
+            sgd_step(weights, flat.grads[part], self._momentum[part], settings, rate)
         if self._averages is not None:
             average(flat.weights, self._averages)
         flat.cast()
+
+    def _decay(self, weights: Tensor, rate: Tensor | float) -> None:
+        """Shrink weights by the decoupled weight decay at their learning rate."""
+        if self._decoupled:
+            weights.mul_(1 - rate * self._decoupled)
 
     def _convolutions(self, lr: Tensor | float) -> None:
         """Move all convolution weights, those of one shape together."""
@@ -58,13 +64,17 @@ class Muon:
                 weight.sub_(step * lr)
 
 
-def _ranges(config: MuonConfig, flat: FlatParameters) -> list[tuple[slice, float]]:
-    """Return what is not convolutions, each range with its learning rate as a multiple of theirs."""
-    other = config.lr_other / config.lr
-    if config.lr_head is None or config.lr_head == config.lr_other:
-        return [(slice(flat.conv_end, None), other)]
-    head = slice(flat.conv_end, flat.matrix_end)
-    return [(head, config.lr_head / config.lr), (slice(flat.matrix_end, None), other)]
+def _others(config: MuonConfig, flat: FlatParameters) -> list[Group]:
+    """Return what is not convolutions, in ranges of one learning rate."""
+
+    def rate(segment: Segment) -> float:
+        head = segment.offset < flat.matrix_end
+        return config.lr_head if head and config.lr_head is not None else config.lr_other
+
+    per_step = config.decay_per == "step"
+    settings = SGDSettings(config.momentum_other, nesterov=True, weight_decay=config.weight_decay if per_step else 0.0)
+    groups = rate_groups(flat, rate, config.lr, settings, start=flat.conv_end)
+    return decay_per_step(groups, config.lr) if per_step else groups
 
 
 def _by_shape(segments: list[Segment]) -> list[list[Segment]]:

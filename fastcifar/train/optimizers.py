@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastcifar.config.schema import AdamConfig, OptimizerConfig, SGDConfig
 from fastcifar.kernels.sgd_ema import Averages, SGDSettings, average, sgd_step
-from fastcifar.train.flat_parameters import FlatParameters
+from fastcifar.train.flat_parameters import FlatParameters, Segment
+from fastcifar.train.groups import Group, decay_per_step, rate_groups
 
 
 class Optimizer(Protocol):
@@ -44,21 +45,49 @@ def build_optimizer(
 
 
 class SGD:
-    """Stochastic gradient descent as torch.optim.SGD defines it, restoring and averaging in the same launch."""
+    """Stochastic gradient descent as torch.optim.SGD defines it, restoring and averaging in the same launch.
+
+    There is one launch for each range of parameters that share a learning rate: mostly one for all.
+    """
 
     def __init__(self, config: SGDConfig, flat: FlatParameters, averages: Averages | None, skip: bool):
-        # torch.optim.SGD refuses Nesterov without momentum; without momentum the two are the same.
-        self._settings = SGDSettings(config.momentum, config.nesterov, config.weight_decay, skip)
         self._momentum = flat.add("momentum")
+        self._groups = sgd_groups(config, flat, skip)
         self._flat, self._averages = flat, averages
 
     def step(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
         """Take one step; see `Optimizer`."""
-        flat = self._flat
-        sgd_step(
-            flat.weights, flat.grads, self._momentum, self._settings, lr,
-            saved=saved, averages=self._averages, coefficient=coefficient, working_copy=flat.working_copy,
-        )  # fmt: skip
+        flat, averages, whole = self._flat, self._averages, len(self._groups) == 1
+        for part, factor, settings in self._groups:
+            rate = lr if factor == 1 else lr * factor
+            sgd_step(
+                flat.weights[part], flat.grads[part], self._momentum[part], settings, rate,
+                saved=None if saved is None else saved[part],
+                averages=None if averages is None else averages_of(averages, part, last=part is self._groups[-1].part),
+                coefficient=coefficient, working_copy=flat.working_copy if whole else None,
+            )  # fmt: skip
+        if not whole:
+            flat.cast()
+
+
+def sgd_groups(config: SGDConfig, flat: FlatParameters, skip: bool) -> list[Group]:
+    """Return the ranges of one learning rate, each with its step."""
+
+    def rate(segment: Segment) -> float:
+        if config.lr_norm_bias is not None and segment.name in flat.norm_biases:
+            return config.lr_norm_bias
+        return config.lr
+
+    # torch.optim.SGD refuses Nesterov without momentum; without momentum the two are the same.
+    settings = SGDSettings(config.momentum, config.nesterov, config.weight_decay, skip)
+    groups = rate_groups(flat, rate, config.lr, settings)
+    return decay_per_step(groups, config.lr) if config.decay_per == "step" else groups
+
+
+def averages_of(averages: Averages, part: slice, *, last: bool) -> Averages:
+    """Return the averages of a range of the weights; those of the statistics move once a step, with the last range."""
+    end = None if last else 0
+    return Averages(averages.decay, averages.weights[part], averages.stats[:end], averages.stats_average[:end])
 
 
 class Adam:

@@ -27,6 +27,8 @@ from fastcifar.train.cursor import DeviceCursor, HostCursor, build_cursor
 from fastcifar.train.ema import averaged, build_averages
 from fastcifar.train.execution import Execution, model_forward
 from fastcifar.train.flat_parameters import FlatParameters
+from fastcifar.train.freeze import build_freeze
+from fastcifar.train.lookahead import Lookahead
 from fastcifar.train.loss import class_weights, cross_entropy, divisors
 from fastcifar.train.optimizers import Optimizer, build_optimizer
 from fastcifar.train.precision import PRECISIONS, LossScaler, Precision
@@ -129,7 +131,7 @@ class Step:
         return self.mix(images, batch.labels, self.cursor.epoch, self.cursor.step)
 
     def backward(self, images: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-        """Run forward and backward and leave the gradient of the mean loss in ``flat.grads``.
+        """Run forward and backward and leave the gradient of the mean (or summed) loss in ``flat.grads``.
 
         With ``train.accumulate`` above 1 the batch goes through in micro-batches, whose gradients autograd adds up;
         each loss is divided by what the whole batch's would be.
@@ -145,7 +147,11 @@ class Step:
             with self.precision.autocasting(x.device.type):
                 logits = self.forward(x)
             loss = cross_entropy(logits, y, self.recipe.loss, weights=self.class_weights, divide=divide)
-            (loss if self.scaler is None else loss * self.scaler.scale[0]).backward()
+            objective = loss
+            if self.recipe.loss.reduction == "sum":
+                # The mean times what it was divided by, which without class weights is the whole batch's size.
+                objective = loss * len(images)
+            (objective if self.scaler is None else objective * self.scaler.scale[0]).backward()
             losses.append(loss.detach())
             correct.append(right(logits.detach(), y))
         self.flat.collect_gradients()
@@ -307,13 +313,17 @@ def build_step(
     rate = learning_rate(recipe.schedule, recipe.optimizer.lr, recipe.train.epochs, steps_per_epoch)
     forward_passes = torch.zeros(1, dtype=torch.int64, device=device)
     hooks.bind_counter(model, forward_passes, recipe.seed)
+    optimizer = build_optimizer(recipe.optimizer, flat, averages, skip=precision.scaled)
+    if recipe.lookahead:
+        optimizer = Lookahead(optimizer, recipe.lookahead, flat, recipe.train.epochs * steps_per_epoch)
+    # Outermost, so that nothing moves what is frozen.
+    optimizer = build_freeze(optimizer, recipe, model, flat, averages, steps_per_epoch)
     scaled_end = flat.weights.numel() if asam and asam.scope == "all" else flat.weight_end
     return Step(
         recipe=recipe, model=model, augment=augment, mix=mix, flat=flat, precision=precision, rate=rate,
         forward=model_forward(model, flat, precision.autocast if recipe.engine.working_copy else None),
         cursor=build_cursor(rate, steps_per_epoch, device),
-        optimizer=build_optimizer(recipe.optimizer, flat, averages, skip=precision.scaled),
-        averages=averages,
+        optimizer=optimizer, averages=averages,
         ascent=Ascent(asam.rho, asam.adaptive, asam.eta, scaled_end) if asam else None,
         scaler=LossScaler(device) if precision.scaled else None,
         class_weights=class_weights(recipe.loss, _classes(model), device),

@@ -109,6 +109,41 @@ def test_adding_an_operation_changes_no_other():
         slot += len(own_program.slots)
 
 
+def test_alternating_flips_turn_every_sample_in_every_second_epoch():
+    even, odd, later = (plans(["flip(0.3, alternate=true)"], epoch=e)[1][:, 0] > 0 for e in (0, 1, 6))
+    assert_share(even, 0.3)
+    np.testing.assert_array_equal(odd, ~even)
+    np.testing.assert_array_equal(later, even)
+    other_seed = plans(["flip(0.3, alternate=true)"], seed=2)[1][:, 0] > 0
+    assert abs(np.corrcoef(even, other_seed)[0, 1]) < 3.89 / np.sqrt(COUNT)
+    np.testing.assert_array_equal(even, plans(["flip(0.3)"])[1][:, 0] > 0)  # epoch 0 is the plain flip's
+
+
+def test_alternating_leaves_the_other_draws_alone():
+    others = ["crop(4)", "rotate(15)", "autoaugment", "cutout(16, p=0.5)"]
+    program, alone = plans(others, epoch=3, count=500)
+    mixed_program, mixed = plans([*others[:2], "flip(alternate=true)", *others[2:]], epoch=3, count=500)
+    kept = [slot for slot in range(mixed.shape[1]) if slot != 2]
+    for own, there in enumerate(kept):
+        np.testing.assert_array_equal(chosen(program, alone, own), chosen(mixed_program, mixed, there))
+
+
+def test_whole_squares_are_uniform_and_reflection_draws_like_black():
+    program, plan = plans(["crop(2, pad='reflect')", "cutout(12, inside=true)"])
+    assert_uniform(chosen(program, plan, 1), 21 * 21)
+    np.testing.assert_array_equal(chosen(program, plan, 0), chosen(*plans(["crop(2)"]), 0))
+    corners = program.table[plan[:, 1], 2:6]
+    assert (corners[:, 2:] - corners[:, :2] == 12).all()
+    assert corners.min() == 0
+    assert corners.max() == 32
+
+
+@pytest.mark.parametrize("op", ["crop(9, pad='reflect')", "cutout(10, inside=true)"])
+def test_images_too_small_for_an_operation_are_refused(op):
+    with pytest.raises(UserError, match=r"needs images of 10 px or more, these have 9 x 17"):
+        build_program([parse_op(op)], 9, 17)
+
+
 def test_two_of_a_kind_draw_apart():
     program, plan = plans(["crop(4)", "crop(4)"])
     assert_uniform(chosen(program, plan, 0) * 81 + chosen(program, plan, 1), 81 * 81)

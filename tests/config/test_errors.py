@@ -53,6 +53,15 @@ BAD_VALUES = {
         'augment = ["cutout(16, prob=1)"]\n' + GOOD,
         ["augment.ops:", "prob", "p,"],
     ),
+    "augmentation setting of another kind": (
+        """augment = ["crop(4, pad='mirror')"]\n""" + GOOD,
+        ["augment.ops:", "pad", "'zero' or 'reflect'"],
+    ),
+    "summed loss with class weights": (
+        GOOD + '[loss]\nreduction = "sum"\nclass_weights = [1.0]\n',
+        ["loss.reduction:", "works without class_weights"],
+    ),
+    "two averages": (GOOD + "[ema]\n[lookahead]\n", ["lookahead", "ema = false"]),
     "augmentation that is not one": ('augment = ["crop(4"]\n' + GOOD, ["augment.ops:", '"crop(4"', "name(value"]),
     "augmentation of a wrong type": ("augment = [4]\n" + GOOD, ["augment.ops:", "4 is not a text"]),
     "negative rate": (GOOD.replace("lr = 0.1", "lr = -0.1"), ["optimizer.lr:", "-0.1", "greater than 0"]),

@@ -14,6 +14,7 @@ from fastcifar import locations
 from fastcifar.config.operations import parse_op
 from fastcifar.config.schema import AugmentConfig, LoaderConfig
 from fastcifar.data import loaders
+from fastcifar.data.batch import Batch
 from fastcifar.data.loaders import PACKAGES, Loader, build_loader, choose_backend
 from fastcifar.data.store import Store, store_as
 from fastcifar.errors import UserError
@@ -264,6 +265,44 @@ def test_worker_transforms_are_torchvisions(real_images):
         assert np.array_equal(augment_one(image, ours, seed), expected)
 
 
+def test_worker_reflection_is_torchvisions():
+    from PIL import Image
+    from torchvision import transforms as t
+
+    from fastcifar.data.loaders.pil import augment_one, pil_transforms
+
+    ours = pil_transforms([parse_op("crop(6, pad='reflect')")], 32, 32)
+    theirs = t.RandomCrop(32, padding=6, padding_mode="reflect")
+    for seed, image in enumerate(np.random.default_rng().integers(0, 256, (20, 32, 32, 3), np.uint8)):
+        torch.manual_seed(seed)
+        expected = np.asarray(theirs(Image.fromarray(image)))
+        assert np.array_equal(augment_one(image, ours, seed), expected)
+    with pytest.raises(UserError, match="32 px or more"):
+        pil_transforms([parse_op("crop(31, pad='reflect')")], 28, 28)
+
+
+def test_worker_alternation_mirrors_in_the_epochs_of_the_device(synthetic_store):
+    from fastcifar.augment.augment import build_augment
+
+    config = AugmentConfig(ops=["flip(0.3, alternate=true)"], where="loader")
+    rows, seed = np.arange(150), int(np.random.default_rng().integers(0, 2**63))
+    loader = build_loader(
+        LoaderConfig(workers=1), synthetic_store, rows, seed=seed, batch_size=150, drop_last=False, device=CPU,
+        augment=config,
+    )  # fmt: skip
+    device = build_augment(
+        config.model_copy(update={"where": "device"}), mean=[0.0] * 3, std=[1.0] * 3,
+        image_shape=synthetic_store.image_shape, seed=seed, device=CPU, dtype=torch.float32,
+    )  # fmt: skip
+    for epoch in (0, 1):
+        batch = next(iter(loader.epoch(epoch)))
+        originals = torch.from_numpy(synthetic_store.split("train").images[batch.indices.numpy()])
+        expected = device(Batch(originals, torch.arange(150), batch.labels, batch.indices), epoch)
+        pixels = (expected.permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
+        assert torch.equal(pixels, batch.gathered()), f"seed {seed}, epoch {epoch}"
+    loader.close()
+
+
 def test_worker_cutout():
     from fastcifar.data.loaders.pil import augment_one, pil_transforms
 
@@ -273,6 +312,8 @@ def test_worker_cutout():
     assert max(holes) == 64
     assert 110 < sum(h == 0 for h in holes) < 190
     assert 0 < min(h for h in holes if h) < 64  # clipped at a border
+    whole = pil_transforms([parse_op("cutout(20, inside=true)")], 32, 32)
+    assert {(augment_one(white, whole, seed) == 0).all(-1).sum() for seed in range(60)} == {400}
 
 
 # ---------------------------------------------------------------------------------------------------- stock readers

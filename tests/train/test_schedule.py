@@ -42,6 +42,15 @@ def test_warmup_rises_to_the_peak_and_the_rest_is_the_schedule() -> None:
     assert falling[-1] < 0.01
 
 
+def test_warmup_from_a_share_is_airbenchs() -> None:
+    config = ScheduleConfig(name="linear", per="step", warmup_epochs=14 / 7, warmup_from=0.2)
+    rate = learning_rate(config, 3.0, 20, 7)
+    warm, total = 14, 140
+    for step in range(total):
+        share = 0.2 + 0.8 * step / warm if step < warm else (total - step) / (total - warm)
+        assert rate(*divmod(step, 7)) == pytest.approx(3.0 * share, rel=1e-9)
+
+
 def test_constant_and_a_warmup_longer_than_the_run() -> None:
     assert learning_rate(ScheduleConfig(), 0.3, 5, 5)(4, 4) == 0.3
     rate = learning_rate(ScheduleConfig(warmup_epochs=100.0), 1.0, 5, 5)

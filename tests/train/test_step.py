@@ -71,6 +71,21 @@ def test_micro_batches_add_up_to_the_whole(tables: dict[str, Any], monkeypatch: 
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("mix", [None, {"name": "mixup"}])
+def test_a_summed_loss_has_the_gradient_of_the_sum_and_is_recorded_as_a_mean(accumulate: int, mix: Any) -> None:
+    gradients, losses = [], []
+    for reduction in ("mean", "sum"):
+        tables = {"mix": mix, "loss": {"reduction": reduction, "label_smoothing": 0.1}}
+        config = recipe(**tables, train={"epochs": 4, "batch_size": BATCH, "accumulate": accumulate})
+        step = make_step(config, dropout=0.0)
+        step.begin_epoch(0)
+        losses.append(step.backward(*step.inputs(batches(0)[0]))[0])
+        gradients.append(step.flat.grads.clone())
+    torch.testing.assert_close(gradients[1], BATCH * gradients[0])
+    torch.testing.assert_close(losses[1], losses[0])
+
+
 def test_batch_norm_in_the_second_pass() -> None:
     """Freeze: the statistics move as if there were no second pass; update: they move twice."""
     found = {}

@@ -11,11 +11,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastcifar.augment.decisions import check_sizes
+from fastcifar.augment.policy import GATE_BITS
 from fastcifar.config.operations import AutoAugment, Crop, Cutout, Flip, Op, RandAugment, Rotate, TrivialAugmentWide
+from fastcifar.kernels.philox import Stream, philox
+
+FLIP_DRAW = 2  # its number on the device; see `fastcifar.augment.decisions`
 
 
 class PilCutout:
-    """Black squares centred at uniform pixels, clipped at the border, with probability ``p``."""
+    """Black squares with probability ``p``: clipped around uniform pixels, or whole at uniform corners."""
 
     def __init__(self, op: Cutout):
         self._op = op
@@ -26,20 +31,52 @@ class PilCutout:
             return image
         pixels = np.array(image)
         height, width = pixels.shape[:2]
+        size = self._op.size_px
+        # The range of the uppermost and leftmost row and column of a square.
+        low, places = (0, 1 - size) if self._op.inside else (-(size // 2), 0)
         for _ in range(self._op.holes):
-            y, x = int(torch.randint(height, ())), int(torch.randint(width, ()))
-            top, left = y - self._op.size_px // 2, x - self._op.size_px // 2
-            pixels[max(top, 0) : max(top + self._op.size_px, 0), max(left, 0) : max(left + self._op.size_px, 0)] = 0
+            top, left = low + int(torch.randint(height + places, ())), low + int(torch.randint(width + places, ()))
+            pixels[max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)] = 0
         return Image.fromarray(pixels)
 
 
-def pil_transforms(ops: Sequence[Op], height_px: int, width_px: int) -> list[Callable[[Any], Any]]:
-    """Return torchvision's transforms of the operations, in order."""
+class Alternating:
+    """Mirrors a sample in every second epoch, as ``flip(alternate=true)`` does on the device, in the same epochs."""
+
+    def __init__(self, op: Flip):
+        self._gate = max(round(op.p * (1 << GATE_BITS)), 1)
+
+    def __call__(self, image: Image.Image, side: int, odd: bool) -> Image.Image:
+        """Return the image or its mirror image.
+
+        Args:
+            image: the sample.
+            side: 0..2**24-1, a hash of the sample that is the same in every epoch; see `sides`.
+            odd: whether the epoch, counted from 0, is odd.
+        """
+        mirrored = (side < self._gate) != odd
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+def sides(seed: int, indices: np.ndarray) -> np.ndarray:
+    """Return each sample's hash for `Alternating`, int64 (N,): the draw of the device's ``flip`` in epoch 0."""
+    words = philox(seed, torch.from_numpy(indices), 0, 0, Stream.AUGMENT)
+    return (words[FLIP_DRAW] >> (32 - GATE_BITS)).numpy()
+
+
+def pil_transforms(ops: Sequence[Op], height_px: int, width_px: int) -> list[Callable[..., Any]]:
+    """Return torchvision's transforms of the operations, in order; `Alternating` and `PilCutout` are our own.
+
+    Raises:
+        UserError: an operation needs larger images.
+    """
     from torchvision import transforms as t
 
-    makers: dict[type[Op], Callable[[Any], Callable[[Any], Any]]] = {
-        Crop: lambda op: t.RandomCrop((height_px, width_px), padding=op.padding_px),
-        Flip: lambda op: t.RandomHorizontalFlip(op.p),
+    check_sizes(ops, height_px, width_px)
+    modes = {"zero": "constant", "reflect": "reflect"}
+    makers: dict[type[Op], Callable[[Any], Callable[..., Any]]] = {
+        Crop: lambda op: t.RandomCrop((height_px, width_px), padding=op.padding_px, padding_mode=modes[op.pad]),
+        Flip: lambda op: Alternating(op) if op.alternate else t.RandomHorizontalFlip(op.p),
         Rotate: lambda op: t.RandomRotation(op.degrees),
         Cutout: PilCutout,
         AutoAugment: lambda op: t.AutoAugment(t.AutoAugmentPolicy.CIFAR10),
@@ -49,10 +86,20 @@ def pil_transforms(ops: Sequence[Op], height_px: int, width_px: int) -> list[Cal
     return [makers[type(op)](op) for op in ops]
 
 
-def augment_one(image: np.ndarray, transforms: Sequence[Callable[[Any], Any]], seed: int) -> np.ndarray:
-    """Return an augmented image, uint8 (H, W, C); ``seed`` (0..2**63-1) decides all of its random numbers."""
+def augment_one(
+    image: np.ndarray, transforms: Sequence[Callable[..., Any]], seed: int, side: int = 0, odd: bool = False
+) -> np.ndarray:
+    """Return an augmented image, uint8 (H, W, C).
+
+    Args:
+        image: uint8 (H, W, C).
+        transforms: from `pil_transforms`.
+        seed: 0..2**63-1; decides all random numbers but those of `Alternating`.
+        side: 0..2**24-1, for `Alternating`.
+        odd: whether the epoch is odd, for `Alternating`.
+    """
     torch.default_generator.manual_seed(seed)
     picture: Any = Image.fromarray(image)
     for transform in transforms:
-        picture = transform(picture)
+        picture = transform(picture, side, odd) if isinstance(transform, Alternating) else transform(picture)
     return np.asarray(picture)

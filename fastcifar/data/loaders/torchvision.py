@@ -22,17 +22,17 @@ SEED_BLOCK = 1 << 20  # far from the draws that the device augmentation makes on
 class _Images(Dataset[HostBatch]):
     """Gathers whole batches; with transforms, augments each image as a PIL image."""
 
-    def __init__(self, split: Split, transforms: Sequence[Callable[[Any], Any]] | None):
+    def __init__(self, split: Split, transforms: Sequence[Callable[..., Any]] | None):
         self._split, self._transforms = split, transforms
 
-    def __getitem__(self, item: tuple[np.ndarray, np.ndarray]) -> HostBatch:
-        rows, seeds = item
+    def __getitem__(self, item: tuple[np.ndarray, np.ndarray, np.ndarray, bool]) -> HostBatch:
+        rows, seeds, sides, odd = item
         images = self._split.images[rows]
         if self._transforms is not None:
             from fastcifar.data.loaders.pil import augment_one
 
-            pairs = zip(images, seeds.tolist(), strict=True)
-            images = np.stack([augment_one(image, self._transforms, seed) for image, seed in pairs])
+            samples = zip(images, seeds.tolist(), sides.tolist(), strict=True)
+            images = np.stack([augment_one(image, self._transforms, seed, side, odd) for image, seed, side in samples])
         labels = torch.from_numpy(self._split.labels[rows])
         return HostBatch(torch.from_numpy(np.ascontiguousarray(images)), labels, torch.from_numpy(rows))
 
@@ -66,9 +66,12 @@ class TorchvisionLoader(StreamingLoader):
         self.augmented = augment is not None
 
     def _batches(self, epoch: int) -> Iterator[HostBatch]:
+        from fastcifar.data.loaders.pil import sides
+
         order, size = self._plan.order(epoch), self._plan.batch_size
-        seeds = self._seeds(order, epoch)
-        portions = [(order[k : k + size], seeds[k : k + size]) for k in range(0, len(order), size)]
+        seeds, fixed = self._seeds(order, epoch), sides(self._plan.seed, order)
+        parts = [slice(k, k + size) for k in range(0, len(order), size)]
+        portions = [(order[part], seeds[part], fixed[part], epoch % 2 == 1) for part in parts]
         with warnings.catch_warnings():
             # More workers than cores is what the recipe asked for.
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)

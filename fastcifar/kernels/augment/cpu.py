@@ -48,12 +48,13 @@ def grey(red: Any, green: Any, blue: Any) -> Any:
 def fold(table: Any, plan: Any, first: Any, window: Any) -> Any:
     """Fold the crops and mirrors from slot ``first`` on, and an affine step after them, into one ``window``.
 
-    It is int32 (10,): row offset, column offset, column sign, last column (given), and the affine parameters.
+    It is int32 (11,): row offset, column offset, column sign, last column (given), the affine parameters, and whether
+    the image goes on reflected beyond its borders.
 
     Returns:
         The first slot that is not folded. A second shift is not, because the first one has blackened pixels.
     """
-    window[0], window[1], window[2] = 0, 0, 1
+    window[0], window[1], window[2], window[10] = 0, 0, 1, 0
     window[4], window[5], window[6] = 1 << 16, 0, 0
     window[7], window[8], window[9] = 0, 1 << 16, 0
     shifted = False
@@ -69,6 +70,7 @@ def fold(table: Any, plan: Any, first: Any, window: Any) -> Any:
         elif row[0] == SHIFT and not shifted:
             window[0] += row[PARAMS]
             window[1] += window[2] * row[PARAMS + 1]
+            window[10] = row[PARAMS + 2]
             shifted = True
         elif row[0] != IDENTITY:
             return s
@@ -105,6 +107,30 @@ def find_pixels(window: Any, height: Any, width: Any, index: Any) -> None:
 
 
 @nb.njit(cache=True)
+def reflect(at: Any, count: Any) -> Any:
+    """Return ``at`` in -count + 1 to 2 * count - 2 reflected into 0 to count - 1, the border pixels not repeated."""
+    at = abs(at)
+    return at if at < count else 2 * (count - 1) - at
+
+
+@nb.njit(cache=True)
+def find_reflected(window: Any, height: Any, width: Any, index: Any) -> None:
+    """Write what `find_pixels` does, where the image goes on reflected; what an affine step puts outside is black.
+
+    A mirror before a shift and one after it come to the same, because a reflection commutes with them.
+    """
+    a, b, c, d, e, f = window[4], window[5], window[6], window[7], window[8], window[9]
+    for y in range(height):
+        for x in range(width):
+            x_in, y_in = x * a + y * b + c >> 16, x * d + y * e + f >> 16
+            if 0 <= x_in < width and 0 <= y_in < height:
+                column = reflect(window[1] + window[2] * x_in, width)
+                index[y * width + x] = reflect(window[0] + y_in, height) * width + column
+            else:
+                index[y * width + x] = height * width + 1
+
+
+@nb.njit(cache=True)
 def move_pixels(source: Any, index: Any, out: Any) -> None:
     """Write ``source[index]``, pixels as overlapping words, in rising order: a word's fourth byte is the next's first.
 
@@ -116,11 +142,12 @@ def move_pixels(source: Any, index: Any, out: Any) -> None:
 
 @nb.njit(cache=True)
 def cutout(image: Any, row: Any) -> None:
-    """Blacken one rectangle in place."""
+    """Fill one rectangle with one colour in place."""
+    color = row[PARAMS + 4]
     for y in range(row[PARAMS], row[PARAMS + 2]):
         for x in range(row[PARAMS + 1], row[PARAMS + 3]):
             for c in range(3):
-                image[y, x, c] = 0
+                image[y, x, c] = color >> 8 * c & 255
 
 
 @nb.njit(cache=True)
@@ -277,7 +304,10 @@ def apply_sample(image: Any, plan: Any, table: Any, factors: Any, work: Any) -> 
         row, factor = table[plan[s]], factors[plan[s], PARAMS]
         if IDENTITY < row[0] <= AFFINE:
             s = fold(table, plan, s, window)
-            if height == 32 and width == 32:  # the compiler writes a line of known length without a loop: half the time
+            if window[10]:
+                find_reflected(window, height, width, index)
+            elif height == 32 and width == 32:
+                # The compiler writes a line of known length without a loop: half the time.
                 find_pixels(window, 32, 32, index)
             else:
                 find_pixels(window, height, width, index)
@@ -360,7 +390,7 @@ def make_scratch(slots: int, height: int, width: int) -> tuple[NDArray[Any], ...
     return (
         np.zeros((CHUNKS, slots), np.int32),
         np.zeros((CHUNKS, width * 3), np.float32),
-        np.zeros((CHUNKS, 10), np.int32),
+        np.zeros((CHUNKS, 11), np.int32),
         pixels,
         np.ndarray((CHUNKS, 2, count + 2), np.uint32, pixels.data, strides=strides),
         np.zeros((CHUNKS, count), np.uint32),

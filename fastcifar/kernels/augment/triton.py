@@ -60,8 +60,18 @@ def pick_row(seed, index, epoch, slots, table, s):  # type: ignore[no-untyped-de
     a = tl.umulhi(word_of(seed, index, epoch, block, tl.load(slot + 4)), tl.load(slot + 1).to(tl.uint32))
     b = tl.umulhi(word_of(seed, index, epoch, block, tl.load(slot + 5)), count_b.to(tl.uint32))
     row = tl.load(slot) + a.to(tl.int32) * count_b + b.to(tl.int32)
-    gate = word_of(seed, index, epoch, tl.load(slot + 6), tl.load(slot + 7)) >> 8
-    return tl.where(gate.to(tl.int32) < tl.load(table + row * WIDTH + 1), row, 0)
+    gate = tl.load(table + row * WIDTH + 1)
+    # A gate below 0 alternates: one word for all epochs, and the other way round in the odd ones.
+    word = word_of(seed, index, tl.where(gate < 0, 0, epoch), tl.load(slot + 6), tl.load(slot + 7)) >> 8
+    odd = (gate < 0) & ((epoch & 1) == 1)
+    return tl.where((word.to(tl.int32) < tl.abs(gate)) != odd, row, 0)
+
+
+@triton.jit
+def reflected(at, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return positions in -COUNT + 1 to 2 * COUNT - 2 reflected into 0 to COUNT - 1, the border not repeated."""
+    at = tl.abs(at)
+    return tl.where(at < COUNT, at, 2 * (COUNT - 1) - at)
 
 
 @triton.jit
@@ -82,13 +92,14 @@ def grey_of(packed):  # type: ignore[no-untyped-def]
 def read_image(image, steps, y, x, LEAD: tl.constexpr, H: tl.constexpr, W: tl.constexpr, key, slots):  # type: ignore[no-untyped-def]
     """Return the packed pixels of an image through its first ``LEAD`` steps: one shift, mirrors, then one affine."""
     seed, index, epoch = key
-    shift_y, shift_x, sign = 0, 0, 1
+    shift_y, shift_x, sign, reflect = 0, 0, 1, 0
     a0, a1, a2, a3, a4, a5 = 65536, 0, 0, 0, 65536, 0
     for s in tl.static_range(LEAD):
         row = steps + pick_row(seed, index, epoch, slots, steps, s) * WIDTH
         code = tl.load(row)
         shift_x += tl.where(code == MIRROR, sign * (W - 1), tl.where(code == SHIFT, sign * tl.load(row + 3), 0))
         shift_y += tl.where(code == SHIFT, tl.load(row + 2), 0)
+        reflect = tl.where(code == SHIFT, tl.load(row + 4), reflect)
         sign = tl.where(code == MIRROR, -sign, sign)
         affine = code == AFFINE
         a0, a1 = tl.where(affine, tl.load(row + 2), a0), tl.where(affine, tl.load(row + 3), a1)
@@ -97,6 +108,8 @@ def read_image(image, steps, y, x, LEAD: tl.constexpr, H: tl.constexpr, W: tl.co
     x_in, y_in = x * a0 + y * a1 + a2 >> 16, x * a3 + y * a4 + a5 >> 16
     from_y, from_x = y_in + shift_y, shift_x + sign * x_in
     inside = (x_in >= 0) & (x_in < W) & (y_in >= 0) & (y_in < H) & (y < H)
+    goes_on = reflect == 1
+    from_y, from_x = tl.where(goes_on, reflected(from_y, H), from_y), tl.where(goes_on, reflected(from_x, W), from_x)
     inside = inside & (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)
     at = image + (from_y * W + from_x) * 3
     red, green = tl.load(at, mask=inside, other=0), tl.load(at + 1, mask=inside, other=0)
@@ -109,8 +122,10 @@ def geometric(packed, row, code, y, x, H: tl.constexpr, W: tl.constexpr):  # typ
     p0, p1 = tl.load(row + 2), tl.load(row + 3)
     affine_x = x * p0 + y * p1 + tl.load(row + 4) >> 16
     affine_y = x * tl.load(row + 5) + y * tl.load(row + 6) + tl.load(row + 7) >> 16
-    from_x = tl.where(code == AFFINE, affine_x, tl.where(code == MIRROR, W - 1 - x, x + p1))
-    from_y = tl.where(code == AFFINE, affine_y, tl.where(code == MIRROR, y, y + p0))
+    reflect = (code == SHIFT) & (tl.load(row + 4) == 1)
+    shift_x, shift_y = tl.where(reflect, reflected(x + p1, W), x + p1), tl.where(reflect, reflected(y + p0, H), y + p0)
+    from_x = tl.where(code == AFFINE, affine_x, tl.where(code == MIRROR, W - 1 - x, shift_x))
+    from_y = tl.where(code == AFFINE, affine_y, tl.where(code == MIRROR, y, shift_y))
     inside = (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)
     return tl.where(inside, tl.gather(packed, tl.where(inside, from_y * W + from_x, 0), 0), 0)
 
@@ -187,7 +202,7 @@ def apply_step(packed, row, y, x, valid, stretch, H: tl.constexpr, W: tl.constex
         packed = geometric(packed, row, code, y, x, H, W)
     elif code == CUTOUT:
         inside = (y >= parameter) & (x >= tl.load(row + 3)) & (y < tl.load(row + 4)) & (x < tl.load(row + 5))
-        packed = tl.where(inside, 0, packed)
+        packed = tl.where(inside, tl.load(row + 6), packed)
     elif code == SHARPNESS:
         packed = sharpness(packed, factor, y, x, H, W)
     elif (code >= COLOR) & (code <= BRIGHTNESS):

@@ -13,12 +13,20 @@ from fastcifar.kernels.augment import triton as gpu
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
-CASES = {
+CASES: dict[str, tuple[list[str], tuple[int, int], torch.dtype, int]] = {
     "standard": (["crop(4)", "flip", "rotate(15)"], (32, 32), torch.bfloat16, 5),
     "autoaugment": (["crop(4)", "flip", "autoaugment", "cutout(16, p=0.5)"], (32, 32), torch.float32, 14),
     "mixture": (["flip", "crop(3)", "crop", "trivialaugment", "cutout(5, holes=2)"], (32, 32), torch.float16, 5),
+    "airbench": (
+        ["crop(2, pad='reflect')", "flip(alternate=true)", "cutout(12, fill='mean', inside=true)"],
+        (32, 32), torch.float32, 3,
+    ),
+    "reflected": (
+        ["flip(0.3, alternate=true)", "crop(8, pad='reflect')", "rotate(90)", "crop(3, pad='reflect')", "flip"],
+        (9, 17), torch.bfloat16, 4,
+    ),
     "other_size": (["crop(2)", "randaugment(2, 20)", "rotate(90)"], (9, 17), torch.bfloat16, 8),
-}
+}  # fmt: skip
 
 
 def compare(ops, size, dtype, count):
@@ -32,6 +40,8 @@ def compare(ops, size, dtype, count):
     batch = Batch(images, rows, index, index)
     plans = gpu.plan_on_device(index, torch.tensor([9]), gpu_augment._tables)
     check(torch.equal(plans, torch.from_numpy(augment.plan(index.numpy(), 9))), f"plan of {ops}, seed {seed}")
+    even = gpu.plan_on_device(index, torch.tensor([4]), gpu_augment._tables)
+    check(torch.equal(even, torch.from_numpy(augment.plan(index.numpy(), 4))), f"plan of epoch 4 of {ops}, seed {seed}")
     check(torch.equal(gpu_augment(batch, torch.tensor(9)), augment(batch, 9)), f"images of {ops}, seed {seed}")
     two = Batch(images, rows[:2], index[:2], index[:2])
     check(torch.equal(gpu_augment(two, 10), augment(two, 10)), f"images of another epoch, seed {seed}")

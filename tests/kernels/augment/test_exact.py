@@ -11,7 +11,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandAugment, 
 from torchvision.transforms import functional as F
 
 from fastcifar.augment.augment import Augment, build_augment, linear_form, normal_table
-from fastcifar.augment.decisions import Program, rotate_angle
+from fastcifar.augment.decisions import Program, build_program, rotate_angle
 from fastcifar.augment.policy import magnitudes, operation_row, rotation_params, step_row
 from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.batch import Batch
@@ -109,7 +109,29 @@ PLANS = [
     ["randaugment(3, 14)", "rotate(180)", "autoaugment"],
     ["rotate(30)", "flip", "crop", "rotate(5)"],
     ["cutout(8)", "crop(4)"],
+    ["crop(2, pad='reflect')", "flip(alternate=true)", "cutout(7, inside=true)"],
+    ["flip(0.3, alternate=true)", "crop(8, pad='reflect')", "rotate(90)", "crop(3, pad='reflect')", "flip"],
+    ["crop(3)", "crop(2, pad='reflect')", "rotate(40)"],
 ]
+
+
+def test_cutout_in_the_mean_colour(rng):
+    images, ops = noise(rng, 50), AugmentConfig(ops=["cutout(9, fill='mean', p=0.8, holes=2)"]).ops
+    mean, seed = rng.uniform(0, 1, 3).tolist(), 11
+    program = build_program(ops, 32, 32, mean)
+    augment = Augment(program, BYTES, (32, 32, 3), seed)
+    got = augment(batch_of(images), 2).permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    plans = augment.plan(np.arange(50), 2)
+    want = [carry_out(i, ops, program, p, mean) for i, p in zip(images, plans, strict=True)]
+    np.testing.assert_array_equal(got, np.stack(want), err_msg=f"mean {mean}")
+
+
+def test_reflection_is_numpys(rng):
+    image = noise(rng, 5)[4:]
+    for dy, dx in rng.integers(-31, 32, (40, 2)).tolist():
+        padded = np.pad(image[0], ((31, 31), (31, 31), (0, 0)), mode="reflect")
+        want = padded[31 + dy : 63 + dy, 31 + dx : 63 + dx]
+        np.testing.assert_array_equal(run_row(step_row(1, dy, dx, 1), image)[0], want, err_msg=f"{dy} {dx}")
 
 
 def whole_plans(rng, images, ops):
@@ -129,8 +151,9 @@ def test_whole_plans_on_noise(rng, ops):
 
 
 @pytest.mark.parametrize("size", [(24, 40), (17, 9)])
-def test_whole_plans_on_other_sizes(rng, size):
-    whole_plans(rng, noise(rng, 100, *size), PLANS[1])
+@pytest.mark.parametrize("ops", [PLANS[1], PLANS[6], PLANS[7]], ids=" ".join)
+def test_whole_plans_on_other_sizes(rng, size, ops):
+    whole_plans(rng, noise(rng, 100, *size), ops)
 
 
 @pytest.mark.real

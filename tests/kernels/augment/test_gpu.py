@@ -75,7 +75,14 @@ def test_the_sm_90_kernel_spills_nothing_and_rounds_as_written(tmp_path, capsys)
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    "ops", [["crop(4)", "flip", "rotate(15)"], AUTOAUGMENT, ["trivialaugment", "randaugment(2, 9)"]], ids=" ".join
+    "ops",
+    [
+        ["crop(4)", "flip", "rotate(15)"],
+        AUTOAUGMENT,
+        ["trivialaugment", "randaugment(2, 9)"],
+        ["crop(2, pad='reflect')", "flip(alternate=true)", "cutout(12, fill='mean', inside=true)"],
+    ],
+    ids=" ".join,
 )
 def test_the_device_equals_the_cpu(ops, dtype):
     images = torch.randint(0, 256, (4096, 32, 32, 3), dtype=torch.uint8)
