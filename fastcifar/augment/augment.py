@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcifar.augment.decisions import Program, build_program, decide_batch
 from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.batch import Batch
 from fastcifar.errors import UserError
 from fastcifar.kernels.augment.cpu import augment_batch, make_scratch
+from fastcifar.kernels.augment.decisions import Program, build_program, decide_batch
 
 # numba has no bfloat16, so 16-bit types travel as their bits.
 BITS = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.float32}
@@ -95,7 +95,7 @@ class Augment:
         rows = torch.arange(len(images))
         return self._run(images, rows, rows, self._plain, 0)
 
-    def plan(self, indices: NDArray[np.int64], epoch: int) -> NDArray[np.int32]:
+    def decisions(self, indices: NDArray[np.int64], epoch: int) -> NDArray[np.int32]:
         """Return what happens to these samples in this epoch: int32 (B, S), rows of ``program.table``."""
         return decide_batch(self.program, indices, epoch, self.seed)
 
@@ -104,6 +104,40 @@ class Augment:
         arrays = images.contiguous().numpy(), rows.contiguous().numpy(), indices.contiguous().numpy()
         normal = (as_numpy(self._normal), *self._linear)
         augment_batch(*arrays, program, normal, as_numpy(out), self._scratch, seed=self.seed, epoch=epoch)
+        return out.permute(0, 3, 1, 2)
+
+
+class GpuAugment(Augment):
+    """A recipe's augmentations on the GPU; `build_augment` makes it.
+
+    Nothing here waits for the device, and with an epoch tensor a call can be captured in a CUDA graph.
+    """
+
+    def __init__(
+        self, program: Program, normal: Tensor, image_shape: tuple[int, int, int], seed: int, device: torch.device
+    ) -> None:
+        from fastcifar.kernels.augment.triton import Tables, launch  # not imported where there is no GPU
+
+        self.program, self.seed, self._launch_kernel = program, seed, launch
+        self._normal, self._shape = normal.to(device), image_shape
+        self._tables = Tables(program, seed, device)
+        self._plain_tables = Tables(build_program([], *image_shape[:2]), seed, device)
+        self._epoch = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def __call__(self, batch: Batch, epoch: int | Tensor) -> Tensor:
+        """Return the augmented, normalized batch; see `Augment.__call__`."""
+        now = epoch.reshape(1) if isinstance(epoch, Tensor) else self._epoch.fill_(epoch)
+        return self._launch(batch.images, batch.rows, batch.indices, now, self._tables)
+
+    def plain(self, images: Tensor) -> Tensor:
+        """Return images normalized and nothing else; see `Augment.plain`."""
+        rows = torch.arange(len(images), device=images.device)
+        return self._launch(images, rows, rows, self._epoch, self._plain_tables)
+
+    def _launch(self, images: Tensor, rows: Tensor, indices: Tensor, epoch: Tensor, tables: Any) -> Tensor:
+        out = torch.empty((len(rows), *self._shape), dtype=self._normal.dtype, device=images.device)
+        given = images.contiguous(), rows.contiguous(), indices.contiguous()
+        self._launch_kernel(*given, epoch, tables, self._normal, out)
         return out.permute(0, 3, 1, 2)
 
 
@@ -142,7 +176,5 @@ def build_augment(
     program = build_program([] if config.where == "loader" else config.ops, *image_shape[:2], mean)
     normal = normal_table(mean, std, dtype)
     if device.type == "cuda":
-        from fastcifar.kernels.augment.triton import GpuAugment
-
         return GpuAugment(program, normal, image_shape, seed, device)
     return Augment(program, normal, image_shape, seed, linear_form(normal, mean, std, image_shape[1]))

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastcifar.augment.decisions import check_sizes
-from fastcifar.augment.policy import GATE_BITS
 from fastcifar.config.operations import AutoAugment, Crop, Cutout, Flip, Op, RandAugment, Rotate, TrivialAugmentWide
+from fastcifar.kernels.augment.decisions import check_sizes
+from fastcifar.kernels.augment.policy import GATE_BITS
 from fastcifar.kernels.philox import Stream, philox
 
-FLIP_DRAW = 2  # its number on the device; see `fastcifar.augment.decisions`
+FLIP_DRAW = 2  # its number on the device; see `fastcifar.kernels.augment.decisions`
 
 
 class PilCutout:

@@ -1,4 +1,4 @@
-"""Applying plans on the CPU: numba, parallel over samples, no allocation per sample.
+"""Applying decisions on the CPU: numba, parallel over samples, no allocation per sample.
 
 Every step gives PIL's bytes: nearest-neighbour geometry in 16.16 fixed point, grey as 19595 R + 38470 G + 7471 B,
 blends in float32, histograms as PIL.ImageOps. Crops and mirrors and the affine step after them move each pixel once;
@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastcifar.augment.decisions import PARAMS, Program, decide_sample
-from fastcifar.augment.policy import Code
+from fastcifar.kernels.augment.decisions import Program, decide_sample
+from fastcifar.kernels.augment.policy import CODE, P0, P1, P2, P3, P4, Code
 from fastcifar.kernels.philox import split_seed
 
+# The columns of a window, which `fold` makes of crops, mirrors and one affine step.
+SHIFT_Y, SHIFT_X, SIGN, LAST_COLUMN, M00, M01, M02, M10, M11, M12, REFLECT = range(11)
 CHUNKS = 16  # most work items per batch: more than threads, because samples differ in cost
 CHUNK_SAMPLES = 32  # fewer are some 50 microseconds of work, which is not worth a second thread
 
@@ -45,7 +47,7 @@ def grey(red: Any, green: Any, blue: Any) -> Any:
 
 
 @nb.njit(cache=True)
-def fold(table: Any, plan: Any, first: Any, window: Any) -> Any:
+def fold(table: Any, chosen: Any, first: Any, window: Any) -> Any:
     """Fold the crops and mirrors from slot ``first`` on, and an affine step after them, into one ``window``.
 
     It is int32 (11,): row offset, column offset, column sign, last column (given), the affine parameters, and whether
@@ -54,27 +56,27 @@ def fold(table: Any, plan: Any, first: Any, window: Any) -> Any:
     Returns:
         The first slot that is not folded. A second shift is not, because the first one has blackened pixels.
     """
-    window[0], window[1], window[2], window[10] = 0, 0, 1, 0
-    window[4], window[5], window[6] = 1 << 16, 0, 0
-    window[7], window[8], window[9] = 0, 1 << 16, 0
+    window[SHIFT_Y], window[SHIFT_X], window[SIGN], window[REFLECT] = 0, 0, 1, 0
+    window[M00], window[M01], window[M02] = 1 << 16, 0, 0
+    window[M10], window[M11], window[M12] = 0, 1 << 16, 0
     shifted = False
-    for s in range(first, plan.shape[0]):
-        row = table[plan[s]]
-        if row[0] == AFFINE:
+    for s in range(first, chosen.shape[0]):
+        row = table[chosen[s]]
+        if row[CODE] == AFFINE:
             for i in range(6):
-                window[4 + i] = row[PARAMS + i]
+                window[M00 + i] = row[P0 + i]
             return s + 1
-        if row[0] == MIRROR:
-            window[1] += window[2] * window[3]
-            window[2] = -window[2]
-        elif row[0] == SHIFT and not shifted:
-            window[0] += row[PARAMS]
-            window[1] += window[2] * row[PARAMS + 1]
-            window[10] = row[PARAMS + 2]
+        if row[CODE] == MIRROR:
+            window[SHIFT_X] += window[SIGN] * window[LAST_COLUMN]
+            window[SIGN] = -window[SIGN]
+        elif row[CODE] == SHIFT and not shifted:
+            window[SHIFT_Y] += row[P0]
+            window[SHIFT_X] += window[SIGN] * row[P1]
+            window[REFLECT] = row[P2]
             shifted = True
-        elif row[0] != IDENTITY:
+        elif row[CODE] != IDENTITY:
             return s
-    return plan.shape[0]
+    return chosen.shape[0]
 
 
 @nb.njit(cache=True)
@@ -84,15 +86,16 @@ def find_pixels(window: Any, height: Any, width: Any, index: Any) -> None:
     What lies outside shows pixel ``H * W + 1``, which is black. There is no branch, so that a line is a few vector
     operations. Coordinates are 16.16 in 32 bits, which holds images of up to 8,000 pixels a side.
     """
-    a, b, c, d, e, f = window[4], window[5], window[6], window[7], window[8], window[9]
-    top, bottom = max(0, -window[0]), min(height, height - window[0])
-    if window[2] > 0:
-        left, right = max(0, -window[1]), min(width, width - window[1])
+    a, b, c, d, e, f = window[M00], window[M01], window[M02], window[M10], window[M11], window[M12]
+    top, bottom = max(0, -window[SHIFT_Y]), min(height, height - window[SHIFT_Y])
+    if window[SIGN] > 0:
+        left, right = max(0, -window[SHIFT_X]), min(width, width - window[SHIFT_X])
     else:
-        left, right = max(0, window[1] - width + 1), min(width, window[1] + 1)
+        left, right = max(0, window[SHIFT_X] - width + 1), min(width, window[SHIFT_X] + 1)
     rows, columns = np.uint32(max(bottom - top, 0)), np.uint32(max(right - left, 0))
-    first_row, first_column, sign = np.int32(top), np.int32(left), window[2]
-    origin, stride, outside = np.int32(window[0] * width + window[1]), np.int32(width), np.uint32(height * width + 1)
+    first_row, first_column, sign = np.int32(top), np.int32(left), window[SIGN]
+    origin, stride, outside = np.int32(window[SHIFT_Y] * width + window[SHIFT_X]), np.int32(width), \
+        np.uint32(height * width + 1)
     sixteen = np.int32(16)
     for y in range(height):
         line = index[y * width : y * width + width]
@@ -119,13 +122,13 @@ def find_reflected(window: Any, height: Any, width: Any, index: Any) -> None:
 
     A mirror before a shift and one after it come to the same, because a reflection commutes with them.
     """
-    a, b, c, d, e, f = window[4], window[5], window[6], window[7], window[8], window[9]
+    a, b, c, d, e, f = window[M00], window[M01], window[M02], window[M10], window[M11], window[M12]
     for y in range(height):
         for x in range(width):
             x_in, y_in = x * a + y * b + c >> 16, x * d + y * e + f >> 16
             if 0 <= x_in < width and 0 <= y_in < height:
-                column = reflect(window[1] + window[2] * x_in, width)
-                index[y * width + x] = reflect(window[0] + y_in, height) * width + column
+                column = reflect(window[SHIFT_X] + window[SIGN] * x_in, width)
+                index[y * width + x] = reflect(window[SHIFT_Y] + y_in, height) * width + column
             else:
                 index[y * width + x] = height * width + 1
 
@@ -143,9 +146,9 @@ def move_pixels(source: Any, index: Any, out: Any) -> None:
 @nb.njit(cache=True)
 def cutout(image: Any, row: Any) -> None:
     """Fill one rectangle with one colour in place."""
-    color = row[PARAMS + 4]
-    for y in range(row[PARAMS], row[PARAMS + 2]):
-        for x in range(row[PARAMS + 1], row[PARAMS + 3]):
+    color = row[P4]
+    for y in range(row[P0], row[P2]):
+        for x in range(row[P1], row[P3]):
             for c in range(3):
                 image[y, x, c] = color >> 8 * c & 255
 
@@ -239,7 +242,7 @@ def equalize_lut(counts: Any, total: Any, lut: Any) -> None:
 @nb.njit(cache=True)
 def point_lut(image: Any, row: Any, factor: Any, counts: Any, lut: Any) -> None:
     """Write the tables uint8 (3, 256) of a step that maps each value alone."""
-    code, parameter = row[0], row[PARAMS]
+    code, parameter = row[CODE], row[P0]
     if code == AUTOCONTRAST or code == EQUALIZE:
         histogram(image, counts)
         for c in range(3):
@@ -289,8 +292,8 @@ def write_linear(pixels: Any, center: Any, scale: Any, line: Any, out: Any) -> N
 
 
 @nb.njit(cache=True)
-def apply_sample(image: Any, plan: Any, table: Any, factors: Any, work: Any) -> Any:
-    """Carry out one plan.
+def apply_sample(image: Any, chosen: Any, table: Any, factors: Any, work: Any) -> Any:
+    """Carry out one sample's decisions.
 
     Returns:
         0 or 1: which half of the work space's pixels holds the result.
@@ -300,11 +303,11 @@ def apply_sample(image: Any, plan: Any, table: Any, factors: Any, work: Any) -> 
     source = image.reshape(size)
     for i in range(size):
         pixels[0, i] = source[i]
-    while s < plan.shape[0]:
-        row, factor = table[plan[s]], factors[plan[s], PARAMS]
-        if IDENTITY < row[0] <= AFFINE:
-            s = fold(table, plan, s, window)
-            if window[10]:
+    while s < chosen.shape[0]:
+        row, factor = table[chosen[s]], factors[chosen[s], P0]
+        if IDENTITY < row[CODE] <= AFFINE:
+            s = fold(table, chosen, s, window)
+            if window[REFLECT]:
                 find_reflected(window, height, width, index)
             elif height == 32 and width == 32:
                 # The compiler writes a line of known length without a loop: half the time.
@@ -315,15 +318,15 @@ def apply_sample(image: Any, plan: Any, table: Any, factors: Any, work: Any) -> 
             now = 1 - now
             continue
         s += 1
-        if row[0] == IDENTITY:
+        if row[CODE] == IDENTITY:
             continue
         here = pixels[now][:size].reshape((height, width, 3))
-        if row[0] == CUTOUT:
+        if row[CODE] == CUTOUT:
             cutout(here, row)
-        elif row[0] == SHARPNESS:
+        elif row[CODE] == SHARPNESS:
             sharpness(here, factor, pixels[1 - now][:size].reshape((height, width, 3)))
             now = 1 - now
-        elif row[0] == COLOR:
+        elif row[CODE] == COLOR:
             color(here, factor)
         else:
             point_lut(here, row, factor, counts, lut)
@@ -338,13 +341,13 @@ def apply_chunk(
     """Augment samples ``span[0]`` to ``span[1] - 1`` of a batch; see `augment_batch`."""
     slots, table, factors = program
     lut, center, scale = normal
-    plan, line, work = scratch[0][: len(slots)], scratch[1], scratch[2:]
+    chosen, line, work = scratch[0][: len(slots)], scratch[1], scratch[2:]
     pixels, shape = work[1], images.shape[1:]
     size = shape[0] * shape[1] * shape[2]
     work[0][3] = shape[1] - 1
     for i in range(span[0], span[1]):
-        decide_sample(key[0], key[1], np.uint64(indices[i]), key[2], slots, table, plan)
-        now = apply_sample(images[rows[i]], plan, table, factors, work)
+        decide_sample(key[0], key[1], np.uint64(indices[i]), key[2], slots, table, chosen)
+        now = apply_sample(images[rows[i]], chosen, table, factors, work)
         if center.size:
             write_linear(pixels[now], center, scale, line, out[i].reshape(size))
         else:
@@ -355,10 +358,10 @@ def apply_chunk(
 def _augment_parallel(
     images: Any, rows: Any, indices: Any, key: Any, program: Any, normal: Any, out: Any, scratch: Any, chunks: Any
 ) -> None:
-    plans, lines, windows, pixels, words, indexes, counts, luts = scratch
+    decisions, lines, windows, pixels, words, indexes, counts, luts = scratch
     count = len(rows)
     for k in nb.prange(chunks):
-        mine = (plans[k], lines[k], windows[k], pixels[k], words[k], indexes[k], counts[k], luts[k])
+        mine = (decisions[k], lines[k], windows[k], pixels[k], words[k], indexes[k], counts[k], luts[k])
         span = (count * k // chunks, count * (k + 1) // chunks)
         apply_chunk(images, rows, indices, key, program, normal, out, mine, span)
 
@@ -379,9 +382,9 @@ def share_threads() -> int:
 def make_scratch(slots: int, height: int, width: int) -> tuple[NDArray[Any], ...]:
     """Return the work space of `augment_batch`, per chunk; it serves every program of at most ``slots`` slots.
 
-    It is: plans, a line of floats, windows, two images, the same two as words, indices, histograms, tables. An image
-    has two more pixels: one that takes what `move_pixels` spills, and one that stays black. Its words of four bytes
-    lie three bytes apart, so that a pixel moves in one load and one store.
+    It is: decisions, a line of floats, windows, two images, the same two as words, indices, histograms, tables. An
+    image has two more pixels: one that takes what `move_pixels` spills, and one that stays black. Its words of four
+    bytes lie three bytes apart, so that a pixel moves in one load and one store.
     """
     count = height * width
     image_bytes = 3 * (count + 2) + 1
@@ -416,7 +419,7 @@ def augment_batch(
     Args:
         images: uint8 (M, H, W, 3).
         rows: int64 (B,): which images.
-        indices: int64 (B,): the samples' numbers, which key their plans.
+        indices: int64 (B,): the samples' numbers, which key their decisions.
         program: the operations, compiled for H x W.
         normal: (3, 256), the output value of each byte and channel, of ``out``'s type, and, where it is linear
             (`fastcifar.augment.augment.linear_form`), centres and scales, float32 (W * 3,), else both empty.

@@ -1,4 +1,4 @@
-"""Applying plans on the GPU: one Triton launch from the uint8 store and row numbers to the normalized batch.
+"""Augmenting on the GPU: one Triton launch from the uint8 store and row numbers to the normalized batch.
 
 One program handles one image. The image lives in registers as one packed integer per pixel (red, green << 8,
 blue << 16), so that a geometric step moves all channels with one gather. The steps, their order and their integers
@@ -15,12 +15,20 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcifar.augment.augment import Augment
-from fastcifar.augment.decisions import AUGMENT_STREAM, Program, build_program
-from fastcifar.augment.policy import ROW_WIDTH, Code
-from fastcifar.data.batch import Batch
+from fastcifar.kernels.augment import decisions as slot_columns
+from fastcifar.kernels.augment import policy as row_columns
+from fastcifar.kernels.augment.decisions import AUGMENT_STREAM, Program
+from fastcifar.kernels.augment.policy import ROW_WIDTH, Code
 
 STREAM = tl.constexpr(AUGMENT_STREAM)
+# The columns of slots and steps, as constants that a kernel may read.
+BASE, COUNT_A = tl.constexpr(slot_columns.BASE), tl.constexpr(slot_columns.COUNT_A)
+COUNT_B, BLOCK_NUMBER = tl.constexpr(slot_columns.COUNT_B), tl.constexpr(slot_columns.BLOCK_NUMBER)
+WORD_A, WORD_B = tl.constexpr(slot_columns.WORD_A), tl.constexpr(slot_columns.WORD_B)
+GATE_BLOCK, GATE_WORD = tl.constexpr(slot_columns.GATE_BLOCK), tl.constexpr(slot_columns.GATE_WORD)
+GATE = tl.constexpr(row_columns.GATE)
+P0, P1, P2 = (tl.constexpr(c) for c in (row_columns.P0, row_columns.P1, row_columns.P2))
+P3, P4, P5 = (tl.constexpr(c) for c in (row_columns.P3, row_columns.P4, row_columns.P5))
 WIDTH = tl.constexpr(ROW_WIDTH)
 SHIFT, MIRROR, AFFINE = tl.constexpr(int(Code.SHIFT)), tl.constexpr(int(Code.MIRROR)), tl.constexpr(int(Code.AFFINE))
 CUTOUT, SHARPNESS = tl.constexpr(int(Code.CUTOUT)), tl.constexpr(int(Code.SHARPNESS))
@@ -53,16 +61,17 @@ def word_of(seed, index, epoch, block, word):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def pick_row(seed, index, epoch, slots, table, s):  # type: ignore[no-untyped-def]
-    """Return slot ``s`` of a sample's plan: a pointer offset into ``table`` in rows; see plan.decide_sample."""
+    """Return slot ``s`` of a sample's decisions: a row of ``table``; see decisions.decide_sample."""
     slot = slots + s * WIDTH
-    block = tl.load(slot + 3)
-    count_b = tl.load(slot + 2)
-    a = tl.umulhi(word_of(seed, index, epoch, block, tl.load(slot + 4)), tl.load(slot + 1).to(tl.uint32))
-    b = tl.umulhi(word_of(seed, index, epoch, block, tl.load(slot + 5)), count_b.to(tl.uint32))
-    row = tl.load(slot) + a.to(tl.int32) * count_b + b.to(tl.int32)
-    gate = tl.load(table + row * WIDTH + 1)
+    block = tl.load(slot + BLOCK_NUMBER)
+    count_b = tl.load(slot + COUNT_B)
+    a = tl.umulhi(word_of(seed, index, epoch, block, tl.load(slot + WORD_A)), tl.load(slot + COUNT_A).to(tl.uint32))
+    b = tl.umulhi(word_of(seed, index, epoch, block, tl.load(slot + WORD_B)), count_b.to(tl.uint32))
+    row = tl.load(slot + BASE) + a.to(tl.int32) * count_b + b.to(tl.int32)
+    gate = tl.load(table + row * WIDTH + GATE)
+    gate_word = tl.load(slot + GATE_WORD)
     # A gate below 0 alternates: one word for all epochs, and the other way round in the odd ones.
-    word = word_of(seed, index, tl.where(gate < 0, 0, epoch), tl.load(slot + 6), tl.load(slot + 7)) >> 8
+    word = word_of(seed, index, tl.where(gate < 0, 0, epoch), tl.load(slot + GATE_BLOCK), gate_word) >> 8
     odd = (gate < 0) & ((epoch & 1) == 1)
     return tl.where((word.to(tl.int32) < tl.abs(gate)) != odd, row, 0)
 
@@ -97,14 +106,14 @@ def read_image(image, steps, y, x, LEAD: tl.constexpr, H: tl.constexpr, W: tl.co
     for s in tl.static_range(LEAD):
         row = steps + pick_row(seed, index, epoch, slots, steps, s) * WIDTH
         code = tl.load(row)
-        shift_x += tl.where(code == MIRROR, sign * (W - 1), tl.where(code == SHIFT, sign * tl.load(row + 3), 0))
-        shift_y += tl.where(code == SHIFT, tl.load(row + 2), 0)
-        reflect = tl.where(code == SHIFT, tl.load(row + 4), reflect)
+        shift_x += tl.where(code == MIRROR, sign * (W - 1), tl.where(code == SHIFT, sign * tl.load(row + P1), 0))
+        shift_y += tl.where(code == SHIFT, tl.load(row + P0), 0)
+        reflect = tl.where(code == SHIFT, tl.load(row + P2), reflect)
         sign = tl.where(code == MIRROR, -sign, sign)
         affine = code == AFFINE
-        a0, a1 = tl.where(affine, tl.load(row + 2), a0), tl.where(affine, tl.load(row + 3), a1)
-        a2, a3 = tl.where(affine, tl.load(row + 4), a2), tl.where(affine, tl.load(row + 5), a3)
-        a4, a5 = tl.where(affine, tl.load(row + 6), a4), tl.where(affine, tl.load(row + 7), a5)
+        a0, a1 = tl.where(affine, tl.load(row + P0), a0), tl.where(affine, tl.load(row + P1), a1)
+        a2, a3 = tl.where(affine, tl.load(row + P2), a2), tl.where(affine, tl.load(row + P3), a3)
+        a4, a5 = tl.where(affine, tl.load(row + P4), a4), tl.where(affine, tl.load(row + P5), a5)
     x_in, y_in = x * a0 + y * a1 + a2 >> 16, x * a3 + y * a4 + a5 >> 16
     from_y, from_x = y_in + shift_y, shift_x + sign * x_in
     inside = (x_in >= 0) & (x_in < W) & (y_in >= 0) & (y_in < H) & (y < H)
@@ -119,10 +128,10 @@ def read_image(image, steps, y, x, LEAD: tl.constexpr, H: tl.constexpr, W: tl.co
 @triton.jit
 def geometric(packed, row, code, y, x, H: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
     """Carry out one shift, mirror or affine step."""
-    p0, p1 = tl.load(row + 2), tl.load(row + 3)
-    affine_x = x * p0 + y * p1 + tl.load(row + 4) >> 16
-    affine_y = x * tl.load(row + 5) + y * tl.load(row + 6) + tl.load(row + 7) >> 16
-    reflect = (code == SHIFT) & (tl.load(row + 4) == 1)
+    p0, p1 = tl.load(row + P0), tl.load(row + P1)
+    affine_x = x * p0 + y * p1 + tl.load(row + P2) >> 16
+    affine_y = x * tl.load(row + P3) + y * tl.load(row + P4) + tl.load(row + P5) >> 16
+    reflect = (code == SHIFT) & (tl.load(row + P2) == 1)
     shift_x, shift_y = tl.where(reflect, reflected(x + p1, W), x + p1), tl.where(reflect, reflected(y + p0, H), y + p0)
     from_x = tl.where(code == AFFINE, affine_x, tl.where(code == MIRROR, W - 1 - x, shift_x))
     from_y = tl.where(code == AFFINE, affine_y, tl.where(code == MIRROR, y, shift_y))
@@ -196,13 +205,13 @@ def pointwise(packed, code, parameter):  # type: ignore[no-untyped-def]
 def apply_step(packed, row, y, x, valid, stretch, H: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
     """Carry out one step on packed pixels."""
     code = tl.load(row)
-    parameter = tl.load(row + 2)
+    parameter = tl.load(row + P0)
     factor = parameter.to(tl.float32, bitcast=True)
     if (code >= SHIFT) & (code <= AFFINE):
         packed = geometric(packed, row, code, y, x, H, W)
     elif code == CUTOUT:
-        inside = (y >= parameter) & (x >= tl.load(row + 3)) & (y < tl.load(row + 4)) & (x < tl.load(row + 5))
-        packed = tl.where(inside, tl.load(row + 6), packed)
+        inside = (y >= parameter) & (x >= tl.load(row + P1)) & (y < tl.load(row + P2)) & (x < tl.load(row + P3))
+        packed = tl.where(inside, tl.load(row + P4), packed)
     elif code == SHARPNESS:
         packed = sharpness(packed, factor, y, x, H, W)
     elif (code >= COLOR) & (code <= BRIGHTNESS):
@@ -241,13 +250,13 @@ def augment_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def plan_kernel(indices, seed_at, epoch_at, slots, table, plans, SLOTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write the plan of sample ``indices[program]``, for tests: int32 (B, SLOTS)."""
+def decide_kernel(indices, seed_at, epoch_at, slots, table, decisions, SLOTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the decisions of sample ``indices[program]``, for tests: int32 (B, SLOTS)."""
     i = tl.program_id(0)
     index = tl.load(indices + i).to(tl.uint32)
     seed, epoch = tl.load(seed_at), tl.load(epoch_at).to(tl.uint32)
     for s in range(SLOTS):
-        tl.store(plans + i * SLOTS + s, pick_row(seed, index, epoch, slots, table, s))
+        tl.store(decisions + i * SLOTS + s, pick_row(seed, index, epoch, slots, table, s))
 
 
 def leading_slots(program: Program) -> int:
@@ -323,40 +332,9 @@ def launch(
     )  # fmt: skip
 
 
-def plan_on_device(indices: Tensor, epoch: Tensor, tables: Tables) -> Tensor:
-    """Return plans as the kernel computes them: int32 (B, S); see `fastcifar.augment.decisions.decide_batch`."""
-    plans = torch.zeros((len(indices), tables.count), dtype=torch.int32, device=indices.device)
+def decide_on_device(indices: Tensor, epoch: Tensor, tables: Tables) -> Tensor:
+    """Return int32 (B, S), decided by the kernel; see `fastcifar.kernels.augment.decisions.decide_batch`."""
+    decisions = torch.zeros((len(indices), tables.count), dtype=torch.int32, device=indices.device)
     options: dict[str, Any] = {"SLOTS": tables.count}
-    plan_kernel[(len(indices),)](indices, tables.seed, epoch, tables.slots, tables.table, plans, **options)
-    return plans
-
-
-class GpuAugment(Augment):
-    """A recipe's augmentations on the GPU; `fastcifar.augment.augment.build_augment` makes it.
-
-    Nothing here waits for the device, and with an epoch tensor a call can be captured in a CUDA graph.
-    """
-
-    def __init__(
-        self, program: Program, normal: Tensor, image_shape: tuple[int, int, int], seed: int, device: torch.device
-    ) -> None:
-        self.program, self.seed = program, seed
-        self._normal, self._shape = normal.to(device), image_shape
-        self._tables = Tables(program, seed, device)
-        self._plain_tables = Tables(build_program([], *image_shape[:2]), seed, device)
-        self._epoch = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def __call__(self, batch: Batch, epoch: int | Tensor) -> Tensor:
-        """Return the augmented, normalized batch; see `Augment.__call__`."""
-        now = epoch.reshape(1) if isinstance(epoch, Tensor) else self._epoch.fill_(epoch)
-        return self._launch(batch.images, batch.rows, batch.indices, now, self._tables)
-
-    def plain(self, images: Tensor) -> Tensor:
-        """Return images normalized and nothing else; see `Augment.plain`."""
-        rows = torch.arange(len(images), device=images.device)
-        return self._launch(images, rows, rows, self._epoch, self._plain_tables)
-
-    def _launch(self, images: Tensor, rows: Tensor, indices: Tensor, epoch: Tensor, tables: Tables) -> Tensor:
-        out = torch.empty((len(rows), *self._shape), dtype=self._normal.dtype, device=images.device)
-        launch(images.contiguous(), rows.contiguous(), indices.contiguous(), epoch, tables, self._normal, out)
-        return out.permute(0, 3, 1, 2)
+    decide_kernel[(len(indices),)](indices, tables.seed, epoch, tables.slots, tables.table, decisions, **options)
+    return decisions

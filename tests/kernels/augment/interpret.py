@@ -1,15 +1,15 @@
-"""Run by test_gpu.py in Triton's interpreter: the GPU kernel's plan and images equal the CPU kernel's."""
+"""Run by test_gpu.py in Triton's interpreter: the GPU kernel's decisions and images equal the CPU kernel's."""
 
 import sys
 
 import torch
 
-from fastcifar.augment.augment import Augment, build_augment, normal_table
-from fastcifar.augment.decisions import Program
-from fastcifar.augment.policy import operation_row, step_row
+from fastcifar.augment.augment import Augment, GpuAugment, build_augment, normal_table
 from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.batch import Batch
 from fastcifar.kernels.augment import triton as gpu
+from fastcifar.kernels.augment.decisions import Program
+from fastcifar.kernels.augment.policy import operation_row, step_row
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
@@ -36,12 +36,12 @@ def compare(ops, size, dtype, count):
     seed = int(torch.randint(0, 2**62, ()))
     options = {"mean": MEAN, "std": STD, "image_shape": (*size, 3), "seed": seed, "device": CPU, "dtype": dtype}
     augment = build_augment(AugmentConfig(ops=ops), **options)
-    gpu_augment = gpu.GpuAugment(augment.program, normal_table(MEAN, STD, dtype), (*size, 3), seed, CPU)
+    gpu_augment = GpuAugment(augment.program, normal_table(MEAN, STD, dtype), (*size, 3), seed, CPU)
     batch = Batch(images, rows, index, index)
-    plans = gpu.plan_on_device(index, torch.tensor([9]), gpu_augment._tables)
-    check(torch.equal(plans, torch.from_numpy(augment.plan(index.numpy(), 9))), f"plan of {ops}, seed {seed}")
-    even = gpu.plan_on_device(index, torch.tensor([4]), gpu_augment._tables)
-    check(torch.equal(even, torch.from_numpy(augment.plan(index.numpy(), 4))), f"plan of epoch 4 of {ops}, seed {seed}")
+    decisions = gpu.decide_on_device(index, torch.tensor([9]), gpu_augment._tables)
+    check(torch.equal(decisions, torch.from_numpy(augment.decisions(index.numpy(), 9))), f"decisions of {ops}, {seed}")
+    even = gpu.decide_on_device(index, torch.tensor([4]), gpu_augment._tables)
+    check(torch.equal(even, torch.from_numpy(augment.decisions(index.numpy(), 4))), f"epoch 4 of {ops}, {seed}")
     check(torch.equal(gpu_augment(batch, torch.tensor(9)), augment(batch, 9)), f"images of {ops}, seed {seed}")
     two = Batch(images, rows[:2], index[:2], index[:2])
     check(torch.equal(gpu_augment(two, 10), augment(two, 10)), f"images of another epoch, seed {seed}")
@@ -66,7 +66,7 @@ def operations():
         normal = normal_table(MEAN, STD, torch.float32)
         batch = Batch(images, index, index, index)
         cpu = Augment(program, normal, (32, 32, 3), 0)(batch, 0)
-        check(torch.equal(gpu.GpuAugment(program, normal, (32, 32, 3), 0, CPU)(batch, 0), cpu), f"step {number}")
+        check(torch.equal(GpuAugment(program, normal, (32, 32, 3), 0, CPU)(batch, 0), cpu), f"step {number}")
 
 
 def check(same, what):

@@ -11,11 +11,12 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandAugment, 
 from torchvision.transforms import functional as F
 
 from fastcifar.augment.augment import Augment, build_augment, linear_form, normal_table
-from fastcifar.augment.decisions import Program, build_program, rotate_angle
-from fastcifar.augment.policy import magnitudes, operation_row, rotation_params, step_row
 from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.batch import Batch
-from tests.kernels.augment.oracle import apply, carry_out
+from fastcifar.kernels.augment.decisions import Program, build_program, rotate_angle
+from fastcifar.kernels.augment.policy import magnitudes, operation_row, rotation_params, step_row
+from fastcifar.kernels.augment.reference import apply
+from fastcifar.kernels.augment.reference import augment as augment_by_pil
 
 BYTES = torch.arange(256, dtype=torch.float32).repeat(3, 1)
 CIFAR_SPACE = AutoAugment(AutoAugmentPolicy.CIFAR10)._augmentation_space(10, (32, 32))
@@ -102,7 +103,7 @@ def test_operations_on_other_sizes(rng, size):
         check(images, name, float(values.flatten()[-1]))
 
 
-PLANS = [
+LISTS = [
     ["crop(4)", "flip", "rotate(15)"],
     ["crop(4)", "flip", "autoaugment", "cutout(16, p=0.5)"],
     ["flip", "crop(3)", "crop(2)", "trivialaugment", "flip(0.3)", "cutout(7, p=0.7, holes=3)"],
@@ -121,8 +122,8 @@ def test_cutout_in_the_mean_colour(rng):
     program = build_program(ops, 32, 32, mean)
     augment = Augment(program, BYTES, (32, 32, 3), seed)
     got = augment(batch_of(images), 2).permute(0, 2, 3, 1).to(torch.uint8).numpy()
-    plans = augment.plan(np.arange(50), 2)
-    want = [carry_out(i, ops, program, p, mean) for i, p in zip(images, plans, strict=True)]
+    decisions = augment.decisions(np.arange(50), 2)
+    want = [augment_by_pil(i, ops, program, p, mean) for i, p in zip(images, decisions, strict=True)]
     np.testing.assert_array_equal(got, np.stack(want), err_msg=f"mean {mean}")
 
 
@@ -134,32 +135,32 @@ def test_reflection_is_numpys(rng):
         np.testing.assert_array_equal(run_row(step_row(1, dy, dx, 1), image)[0], want, err_msg=f"{dy} {dx}")
 
 
-def whole_plans(rng, images, ops):
+def whole_lists(rng, images, ops):
     config = AugmentConfig(ops=ops)
     seed = int(rng.integers(0, 2**63))
     options = {"mean": [0.0] * 3, "std": [1.0] * 3, "image_shape": images.shape[1:], "seed": seed}
     augment = build_augment(config, device=torch.device("cpu"), dtype=torch.float32, **options)
     got = augment(batch_of(images), 7).permute(0, 2, 3, 1).numpy()
-    plans = augment.plan(np.arange(len(images)), 7)
-    want = [carry_out(i, config.ops, augment.program, p) for i, p in zip(images, plans, strict=True)]
+    decisions = augment.decisions(np.arange(len(images)), 7)
+    want = [augment_by_pil(i, config.ops, augment.program, p) for i, p in zip(images, decisions, strict=True)]
     np.testing.assert_array_equal(got, np.stack(want).astype(np.float32) / np.float32(255), err_msg=f"seed {seed}")
 
 
-@pytest.mark.parametrize("ops", PLANS, ids=" ".join)
-def test_whole_plans_on_noise(rng, ops):
-    whole_plans(rng, noise(rng, 300), ops)
+@pytest.mark.parametrize("ops", LISTS, ids=" ".join)
+def test_whole_lists_on_noise(rng, ops):
+    whole_lists(rng, noise(rng, 300), ops)
 
 
 @pytest.mark.parametrize("size", [(24, 40), (17, 9)])
-@pytest.mark.parametrize("ops", [PLANS[1], PLANS[6], PLANS[7]], ids=" ".join)
-def test_whole_plans_on_other_sizes(rng, size, ops):
-    whole_plans(rng, noise(rng, 100, *size), ops)
+@pytest.mark.parametrize("ops", [LISTS[1], LISTS[6], LISTS[7]], ids=" ".join)
+def test_whole_lists_on_other_sizes(rng, size, ops):
+    whole_lists(rng, noise(rng, 100, *size), ops)
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("ops", PLANS[:3], ids=" ".join)
-def test_whole_plans_on_real_images(rng, real_images, ops):
-    whole_plans(rng, real_images, ops)
+@pytest.mark.parametrize("ops", LISTS[:3], ids=" ".join)
+def test_whole_lists_on_real_images(rng, real_images, ops):
+    whole_lists(rng, real_images, ops)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -203,7 +204,7 @@ def test_normalization_by_table_where_it_is_not_linear(rng):
 def test_a_batch_on_one_thread_equals_a_batch_on_several(rng):
     images = noise(rng, 300)
     augment = build_augment(
-        AugmentConfig(ops=PLANS[1]), mean=[0.5] * 3, std=[0.5] * 3, image_shape=(32, 32, 3), seed=3,
+        AugmentConfig(ops=LISTS[1]), mean=[0.5] * 3, std=[0.5] * 3, image_shape=(32, 32, 3), seed=3,
         device=torch.device("cpu"), dtype=torch.bfloat16,
     )  # fmt: skip
     whole = batch_of(images)

@@ -13,11 +13,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastcifar.augment.augment import build_augment
-from fastcifar.augment.decisions import build_program
 from fastcifar.config.operations import parse_op
 from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.batch import Batch
 from fastcifar.kernels.augment import triton as gpu
+from fastcifar.kernels.augment.decisions import build_program
 
 AUTOAUGMENT = ["crop(4)", "flip", "autoaugment", "cutout(16, p=0.5)"]
 
@@ -93,5 +93,5 @@ def test_the_device_equals_the_cpu(ops, dtype):
     moved = Batch(images.cuda(), rows.cuda(), index.cuda(), index.cuda())
     got = there(moved, torch.tensor([3], device="cuda"))
     assert torch.equal(got.cpu(), here(Batch(images, rows, index, index), 3))
-    plans = gpu.plan_on_device(index.cuda(), torch.tensor([3], device="cuda"), there._tables)
-    assert torch.equal(plans.cpu(), torch.from_numpy(here.plan(index.numpy(), 3)))
+    decisions = gpu.decide_on_device(index.cuda(), torch.tensor([3], device="cuda"), there._tables)
+    assert torch.equal(decisions.cpu(), torch.from_numpy(here.chosen(index.numpy(), 3)))

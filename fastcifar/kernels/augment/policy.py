@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 ROW_WIDTH = 8
+CODE, GATE, P0, P1, P2, P3, P4, P5 = range(ROW_WIDTH)  # the columns of a step's row
 GATE_BITS = 24
 FIXED_ONE = 1 << 16
 

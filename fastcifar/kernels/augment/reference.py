@@ -1,20 +1,26 @@
-"""Plans carried out by torchvision's functional calls on PIL images: what every kernel must equal."""
+"""Decisions carried out by torchvision on PIL images: what every kernel must equal, byte for byte."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode, RandAugment, TrivialAugmentWide
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
-from fastcifar.augment.decisions import BASE, rotate_angle
 from fastcifar.config import operations as O
+from fastcifar.kernels.augment.decisions import BASE, Program, rotate_angle
 
 
-def apply(image, name, magnitude):
+def apply(image: Image.Image, name: str, magnitude: float) -> Image.Image:
+    """Return torchvision's operation ``name`` of AutoAugment at this magnitude."""
     return _apply_op(image, name, magnitude, InterpolationMode.NEAREST, None)
 
 
-def auto(image, position, number):
+def auto(image: Image.Image, position: int, number: int) -> Image.Image:
+    """Return operation ``position`` (0, 1) of AutoAugment's sub-policy ``number // 4``; the low bits are the signs."""
     policy = AutoAugment(AutoAugmentPolicy.CIFAR10)
     name, _, bin_number = policy.policies[number // 4][position]
     values, has_sign = policy._augmentation_space(10, (image.height, image.width))[name]
@@ -23,14 +29,18 @@ def auto(image, position, number):
     return apply(image, name, -magnitude if has_sign and sign == 0 else magnitude)
 
 
-def from_space(image, space, operation, bin_number, sign):
+def from_space(
+    image: Image.Image, space: dict[str, Any], operation: int, bin_number: int, sign: int
+) -> Image.Image:
+    """Return an operation of torchvision's augmentation space at a magnitude bin."""
     name = list(space)[operation]
     values, has_sign = space[name]
     magnitude = float(values[bin_number].item()) if values.ndim else 0.0
     return apply(image, name, -magnitude if has_sign and sign == 0 else magnitude)
 
 
-def cut(image, op, number, mean):
+def cut(image: Image.Image, op: O.Cutout, number: int, mean: Sequence[float]) -> Image.Image:
+    """Return the image with a hole at place ``number`` (row by row), clipped at the borders or inside them."""
     array = np.array(image)
     color = np.floor(255 * np.array(mean) + 0.5) if op.fill == "mean" else 0
     if op.inside:
@@ -43,13 +53,14 @@ def cut(image, op, number, mean):
     return Image.fromarray(array)
 
 
-def crop(image, op, number):
+def crop(image: Image.Image, op: O.Crop, number: int) -> Image.Image:
+    """Return the crop ``number`` (row by row) of the padded image."""
     top, left = divmod(number, 2 * op.padding_px + 1)
     mode = {"zero": "constant", "reflect": "reflect"}[op.pad]
     return F.crop(F.pad(image, [op.padding_px], padding_mode=mode), top, left, image.height, image.width)
 
 
-def step(image, op, part, number, mean):
+def step(image: Image.Image, op: O.Op, part: int, number: int, mean: Sequence[float]) -> Image.Image:
     """Carry out choice ``number`` of the ``part``-th slot of ``op``."""
     match op:
         case O.Crop():
@@ -68,17 +79,33 @@ def step(image, op, part, number, mean):
         case O.TrivialAugmentWide():
             space = TrivialAugmentWide()._augmentation_space(31)
             return from_space(image, space, number // 62, number // 2 % 31, number % 2)
+    raise TypeError(f"{op} has no reference")
 
 
-def parts(op):
-    return 2 if op.name == "autoaugment" else getattr(op, "holes", getattr(op, "num_ops", 1))
+def parts(op: O.Op) -> int:
+    """Return how many slots an operation has."""
+    return 2 if isinstance(op, O.AutoAugment) else getattr(op, "holes", getattr(op, "num_ops", 1))
 
 
-def carry_out(image, ops, program, plan, mean=(0.0, 0.0, 0.0)):
-    """uint8 (H, W, 3) -> uint8 (H, W, 3): the plan, by PIL."""
+def augment(
+    image: NDArray[np.uint8],
+    ops: Sequence[O.Op],
+    program: Program,
+    decisions: NDArray[np.int32],
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+) -> NDArray[np.uint8]:
+    """Return an image, uint8 (H, W, 3), after the operations that were decided for it.
+
+    Args:
+        image: uint8 (H, W, 3).
+        ops: the recipe's operations.
+        program: what they were compiled to.
+        decisions: int32 (S,), the chosen row of each slot, 0 for none.
+        mean: per channel in 0..1, what ``cutout(fill='mean')`` fills with.
+    """
     result = Image.fromarray(image)
     slots = [(op, part) for op in ops for part in range(parts(op))]
-    for (op, part), slot, row in zip(slots, program.slots, plan, strict=True):
+    for (op, part), slot, row in zip(slots, program.slots, decisions, strict=True):
         if row:
             result = step(result, op, part, int(row - slot[BASE]), mean)
     return np.array(result)

@@ -1,4 +1,4 @@
-"""The plan: what it depends on, and its distributions.
+"""The decisions: what they depend on, and their distributions.
 
 The statistical tests have fixed seeds, so they cannot fail by chance; each bound is the law's 99.99% quantile.
 """
@@ -10,25 +10,25 @@ import torch
 from scipy import stats
 
 from fastcifar.augment.augment import build_augment
-from fastcifar.augment.decisions import build_program, decide_batch
-from fastcifar.augment.policy import CIFAR10_POLICY, GATE_BITS, autoaugment_rows
 from fastcifar.config.operations import parse_op
 from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.batch import Batch
 from fastcifar.errors import UserError
+from fastcifar.kernels.augment.decisions import build_program, decide_batch
+from fastcifar.kernels.augment.policy import CIFAR10_POLICY, GATE_BITS, autoaugment_rows
 
 COUNT = 200_000
 ALL = ["crop(4)", "flip", "rotate(15)", "autoaugment", "cutout(16, p=0.5, holes=2)", "randaugment", "trivialaugment"]
 
 
-def plans(ops, epoch=0, seed=1, count=COUNT):
+def decisions(ops, epoch=0, seed=1, count=COUNT):
     program = build_program([parse_op(op) for op in ops], 32, 32)
     return program, decide_batch(program, np.arange(count), epoch, seed)
 
 
-def chosen(program, plan, slot):
+def picks(program, chosen, slot):
     """Which choice of its slot each sample took: -1 where the gate stayed shut."""
-    return np.where(plan[:, slot] > 0, plan[:, slot] - program.slots[slot, 0], -1)
+    return np.where(chosen[:, slot] > 0, chosen[:, slot] - program.slots[slot, 0], -1)
 
 
 def assert_uniform(values, choices):
@@ -42,54 +42,55 @@ def assert_share(hits, p):
 
 
 def test_crop_offsets_flip_and_angle():
-    program, plan = plans(ALL[:3])
-    assert_uniform(chosen(program, plan, 0), 81)
-    assert_share(plan[:, 1] > 0, 0.5)
-    assert_uniform(chosen(program, plan, 2), 4096)
+    program, chosen = decisions(ALL[:3])
+    assert_uniform(picks(program, chosen, 0), 81)
+    assert_share(chosen[:, 1] > 0, 0.5)
+    assert_uniform(picks(program, chosen, 2), 4096)
 
 
 def test_sub_policies_signs_and_gates():
-    program, plan = plans(["autoaugment"])
+    program, chosen = decisions(["autoaugment"])
     for position in (0, 1):
         gates = np.array(autoaugment_rows(position, 32, 32))[:, 1] / (1 << GATE_BITS)
-        taken = chosen(program, plan, position)
+        taken = picks(program, chosen, position)
         expected = np.append(gates, 100 - gates.sum()) / 100 * COUNT
         counts = np.bincount(np.where(taken < 0, 100, taken), minlength=101)
         possible = expected > 0
         assert counts[~possible].sum() == 0
         assert stats.chisquare(counts[possible], expected[possible]).pvalue > 1e-4
-    both = plan[(plan > 0).all(1)] - program.slots[:, 0]
+    both = chosen[(chosen > 0).all(1)] - program.slots[:, 0]
     np.testing.assert_array_equal(both[:, 0], both[:, 1])  # one sub-policy and one pair of signs for both
 
 
 def test_gates_of_the_two_operations_are_independent():
-    _, plan = plans(["autoaugment"])
-    open_ = plan > 0
+    _, chosen = decisions(["autoaugment"])
+    open_ = chosen > 0
     joint = sum(first[1] * second[1] for first, second in CIFAR10_POLICY) / 25
     assert_share(open_.all(1), joint)
 
 
 def test_cutout_holes_share_a_gate_and_differ_in_place():
-    program, plan = plans(["cutout(16, p=0.3, holes=2)"])
-    open_ = plan > 0
+    program, chosen = decisions(["cutout(16, p=0.3, holes=2)"])
+    open_ = chosen > 0
     assert_share(open_[:, 0], 0.3)
     np.testing.assert_array_equal(open_[:, 0], open_[:, 1])
     for hole in (0, 1):
-        assert_uniform(chosen(program, plan, hole)[open_[:, hole]], 1024)
-    same = chosen(program, plan, 0) == chosen(program, plan, 1)
+        assert_uniform(picks(program, chosen, hole)[open_[:, hole]], 1024)
+    same = picks(program, chosen, 0) == picks(program, chosen, 1)
     assert_share(same[open_[:, 0]], 1 / 1024)
 
 
 def test_randaugment_and_trivialaugment_are_uniform():
-    program, plan = plans(["randaugment(2)", "trivialaugment"])
-    assert_uniform(chosen(program, plan, 0), 28)
-    assert_uniform(chosen(program, plan, 0) * 28 + chosen(program, plan, 1), 784)
-    assert_uniform(chosen(program, plan, 2), 868)
+    program, chosen = decisions(["randaugment(2)", "trivialaugment"])
+    assert_uniform(picks(program, chosen, 0), 28)
+    assert_uniform(picks(program, chosen, 0) * 28 + picks(program, chosen, 1), 784)
+    assert_uniform(picks(program, chosen, 2), 868)
 
 
 def test_epochs_seeds_and_neighbours_are_uncorrelated():
-    _, now = plans(["crop(4)", "rotate(15)"])
-    next_epoch, other_seed = plans(["crop(4)", "rotate(15)"], epoch=1)[1], plans(["crop(4)", "rotate(15)"], seed=2)[1]
+    _, now = decisions(["crop(4)", "rotate(15)"])
+    next_epoch = decisions(["crop(4)", "rotate(15)"], epoch=1)[1]
+    other_seed = decisions(["crop(4)", "rotate(15)"], seed=2)[1]
     bound = 3.89 / np.sqrt(COUNT)
     for other in (next_epoch, other_seed, np.roll(now, 1, 0)):
         for a in (0, 1):
@@ -99,40 +100,40 @@ def test_epochs_seeds_and_neighbours_are_uncorrelated():
 
 
 def test_adding_an_operation_changes_no_other():
-    alone = {op: plans([op], count=500) for op in ALL}
-    program, together = plans(ALL[::-1], count=500)
+    alone = {op: decisions([op], count=500) for op in ALL}
+    program, together = decisions(ALL[::-1], count=500)
     slot = 0
     for op in ALL[::-1]:
         own_program, own = alone[op]
         for s in range(len(own_program.slots)):
-            np.testing.assert_array_equal(chosen(own_program, own, s), chosen(program, together, slot + s))
+            np.testing.assert_array_equal(picks(own_program, own, s), picks(program, together, slot + s))
         slot += len(own_program.slots)
 
 
 def test_alternating_flips_turn_every_sample_in_every_second_epoch():
-    even, odd, later = (plans(["flip(0.3, alternate=true)"], epoch=e)[1][:, 0] > 0 for e in (0, 1, 6))
+    even, odd, later = (decisions(["flip(0.3, alternate=true)"], epoch=e)[1][:, 0] > 0 for e in (0, 1, 6))
     assert_share(even, 0.3)
     np.testing.assert_array_equal(odd, ~even)
     np.testing.assert_array_equal(later, even)
-    other_seed = plans(["flip(0.3, alternate=true)"], seed=2)[1][:, 0] > 0
+    other_seed = decisions(["flip(0.3, alternate=true)"], seed=2)[1][:, 0] > 0
     assert abs(np.corrcoef(even, other_seed)[0, 1]) < 3.89 / np.sqrt(COUNT)
-    np.testing.assert_array_equal(even, plans(["flip(0.3)"])[1][:, 0] > 0)  # epoch 0 is the plain flip's
+    np.testing.assert_array_equal(even, decisions(["flip(0.3)"])[1][:, 0] > 0)  # epoch 0 is the plain flip's
 
 
 def test_alternating_leaves_the_other_draws_alone():
     others = ["crop(4)", "rotate(15)", "autoaugment", "cutout(16, p=0.5)"]
-    program, alone = plans(others, epoch=3, count=500)
-    mixed_program, mixed = plans([*others[:2], "flip(alternate=true)", *others[2:]], epoch=3, count=500)
+    program, alone = decisions(others, epoch=3, count=500)
+    mixed_program, mixed = decisions([*others[:2], "flip(alternate=true)", *others[2:]], epoch=3, count=500)
     kept = [slot for slot in range(mixed.shape[1]) if slot != 2]
     for own, there in enumerate(kept):
-        np.testing.assert_array_equal(chosen(program, alone, own), chosen(mixed_program, mixed, there))
+        np.testing.assert_array_equal(picks(program, alone, own), picks(mixed_program, mixed, there))
 
 
 def test_whole_squares_are_uniform_and_reflection_draws_like_black():
-    program, plan = plans(["crop(2, pad='reflect')", "cutout(12, inside=true)"])
-    assert_uniform(chosen(program, plan, 1), 21 * 21)
-    np.testing.assert_array_equal(chosen(program, plan, 0), chosen(*plans(["crop(2)"]), 0))
-    corners = program.table[plan[:, 1], 2:6]
+    program, chosen = decisions(["crop(2, pad='reflect')", "cutout(12, inside=true)"])
+    assert_uniform(picks(program, chosen, 1), 21 * 21)
+    np.testing.assert_array_equal(picks(program, chosen, 0), picks(*decisions(["crop(2)"]), 0))
+    corners = program.table[chosen[:, 1], 2:6]
     assert (corners[:, 2:] - corners[:, :2] == 12).all()
     assert corners.min() == 0
     assert corners.max() == 32
@@ -145,14 +146,14 @@ def test_images_too_small_for_an_operation_are_refused(op):
 
 
 def test_two_of_a_kind_draw_apart():
-    program, plan = plans(["crop(4)", "crop(4)"])
-    assert_uniform(chosen(program, plan, 0) * 81 + chosen(program, plan, 1), 81 * 81)
+    program, chosen = decisions(["crop(4)", "crop(4)"])
+    assert_uniform(picks(program, chosen, 0) * 81 + picks(program, chosen, 1), 81 * 81)
 
 
 def test_draw_numbers_stay():
     """A change of these numbers breaks every saved run."""
-    _, plan = plans(["crop(4)", "flip", "rotate(15)", "autoaugment", "cutout(16)"], epoch=3, seed=42, count=4)
-    assert plan.tolist() == [
+    _, chosen = decisions(["crop(4)", "flip", "rotate(15)", "autoaugment", "cutout(16)"], epoch=3, seed=42, count=4)
+    assert chosen.tolist() == [
         [55, 0, 747, 4249, 4349, 5191],
         [21, 0, 2149, 0, 4362, 5319],
         [65, 82, 2760, 4219, 0, 4646],

@@ -1,8 +1,8 @@
-"""The plan: each sample's random decisions, as integers, from a counter-based hash.
+"""Each sample's random decisions, as integers, from a counter-based hash.
 
-A list of operations becomes a `Program`: a table of steps (`fastcifar.augment.policy`) and one *slot* per step that
-a sample goes through. A slot says which words of Philox (stream `Stream.AUGMENT`) pick the row of the table, so a
-plan is one row number per slot, 0 for "nothing". It depends on (seed, epoch, sample index) alone.
+A list of operations becomes a `Program`: a table of steps (`fastcifar.kernels.augment.policy`) and one *slot* per step
+that a sample goes through. A slot says which words of Philox (stream `Stream.AUGMENT`) pick the row of the table, so
+that a sample's decisions are one row number per slot, 0 for "nothing". It depends on (seed, epoch, sample index) alone.
 
 Draw numbers (draw // 4 is the Philox block, draw % 4 the word). They are fixed, so that adding an operation changes
 none of the others; a second operation of the same kind in a list takes the numbers of the first plus 64, and so on.
@@ -36,7 +36,11 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from fastcifar.augment.policy import (
+from fastcifar.config.operations import AutoAugment, Crop, Cutout, Flip, Op, RandAugment, Rotate, TrivialAugmentWide
+from fastcifar.errors import UserError
+from fastcifar.kernels.augment.policy import (
+    GATE,
+    P0,
     Code,
     autoaugment_rows,
     randaugment_rows,
@@ -44,17 +48,14 @@ from fastcifar.augment.policy import (
     step_row,
     trivialaugment_rows,
 )
-from fastcifar.config.operations import AutoAugment, Crop, Cutout, Flip, Op, RandAugment, Rotate, TrivialAugmentWide
-from fastcifar.errors import UserError
 from fastcifar.kernels.philox import Stream, philox_scalar, split_seed
 
 ANGLES = 4096
 AUGMENT_STREAM = int(Stream.AUGMENT)
 BLOCKS_PER_OCCURRENCE = 16
 # The columns of a slot.
-BASE, COUNT_A, COUNT_B, BLOCK, WORD_A, WORD_B, GATE_BLOCK, GATE_WORD = range(8)
+BASE, COUNT_A, COUNT_B, BLOCK_NUMBER, WORD_A, WORD_B, GATE_BLOCK, GATE_WORD = range(8)
 SLOT_WIDTH = 8
-GATE, PARAMS = 1, 2  # the columns of a table row after its code
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Slot:
-    """One step of a plan: pick ``rows[a * count_b + b]`` with the words that ``draws`` and ``gate`` number."""
+    """One step of a sample: pick ``rows[a * count_b + b]`` with the words that ``draws`` and ``gate`` number."""
 
     rows: list[list[int]]
     draws: tuple[int, int]
@@ -170,7 +171,7 @@ def rotate_angle(degrees: float, k: int) -> float:
 def alternating(row: list[int]) -> list[int]:
     """Return a step's row with a gate that is open in every second epoch."""
     # A probability of 0 still alternates (always in the odd epochs) and needs a gate below 0: one in 2**24 is lost.
-    return [row[0], -max(row[GATE], 1), *row[PARAMS:]]
+    return [row[0], -max(row[GATE], 1), *row[P0:]]
 
 
 def cutout_rows(op: Cutout, height: int, width: int, mean: Sequence[float]) -> list[list[int]]:
@@ -192,8 +193,8 @@ def mean_color(mean: Sequence[float]) -> int:
 
 
 @nb.njit(cache=True)
-def decide_sample(seed_low: Any, seed_high: Any, index: Any, epoch: Any, slots: Any, table: Any, plan: Any) -> None:
-    """Write one sample's plan: int32 (S,), a row of ``table`` per slot, 0 where its gate stays shut."""
+def decide_sample(seed_low: Any, seed_high: Any, index: Any, epoch: Any, slots: Any, table: Any, chosen: Any) -> None:
+    """Write one sample's decisions: int32 (S,), a row of ``table`` per slot, 0 where its gate stays shut."""
     stream = np.uint64(AUGMENT_STREAM)
     shift = np.uint64(32)
     block = -1
@@ -201,8 +202,8 @@ def decide_sample(seed_low: Any, seed_high: Any, index: Any, epoch: Any, slots: 
     gate_words = words
     for s in range(slots.shape[0]):
         slot = slots[s]
-        if slot[BLOCK] != block:
-            block = slot[BLOCK]
+        if slot[BLOCK_NUMBER] != block:
+            block = slot[BLOCK_NUMBER]
             words = philox_scalar(seed_low, seed_high, index, epoch, np.uint64(block), stream)
         a = words[slot[WORD_A]] * np.uint64(slot[COUNT_A]) >> shift
         b = words[slot[WORD_B]] * np.uint64(slot[COUNT_B]) >> shift
@@ -216,17 +217,19 @@ def decide_sample(seed_low: Any, seed_high: Any, index: Any, epoch: Any, slots: 
         open_ = np.int64(gate_words[slot[GATE_WORD]] >> np.uint64(8)) < abs(gate)
         if gate < 0 and epoch & np.uint64(1):
             open_ = not open_
-        plan[s] = row if open_ else 0
+        chosen[s] = row if open_ else 0
 
 
 @nb.njit(cache=True)
-def _plan_batch(seed_low: Any, seed_high: Any, indices: Any, epoch: Any, slots: Any, table: Any, plans: Any) -> None:
+def _decide_batch(
+    seed_low: Any, seed_high: Any, indices: Any, epoch: Any, slots: Any, table: Any, decisions: Any
+) -> None:
     for i in range(indices.shape[0]):
-        decide_sample(seed_low, seed_high, np.uint64(indices[i]), epoch, slots, table, plans[i])
+        decide_sample(seed_low, seed_high, np.uint64(indices[i]), epoch, slots, table, decisions[i])
 
 
 def decide_batch(program: Program, indices: NDArray[np.int64], epoch: int, seed: int) -> NDArray[np.int32]:
-    """Return the plans of samples: int32 (B, S), row numbers of ``program.table``.
+    """Return the decisions of samples: int32 (B, S), row numbers of ``program.table``.
 
     Args:
         program: the compiled operations.
@@ -234,9 +237,9 @@ def decide_batch(program: Program, indices: NDArray[np.int64], epoch: int, seed:
         epoch: 0 or more.
         seed: 0..2**64-1.
     """
-    plans = np.zeros((len(indices), len(program.slots)), np.int32)
+    decisions = np.zeros((len(indices), len(program.slots)), np.int32)
     low, high = split_seed(seed)
-    _plan_batch(
-        np.uint64(low), np.uint64(high), np.asarray(indices), np.uint64(epoch), program.slots, program.table, plans
+    _decide_batch(
+        np.uint64(low), np.uint64(high), np.asarray(indices), np.uint64(epoch), program.slots, program.table, decisions
     )
-    return plans
+    return decisions
