@@ -1,0 +1,138 @@
+"""The one place where the null device's tests touch fastcifar's internals; it runs in the child process.
+
+All else drives the project as a user does. Where a module moves, this file is what follows it.
+"""
+
+import contextlib
+import io
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcifar.augment.apply import build_augment
+from fastcifar.augment.mix import build_mix
+from fastcifar.data.batch import Batch
+from fastcifar.engine.clock import Clock
+from fastcifar.engine.evaluate import EvaluationSet
+from fastcifar.engine.run import DTYPES
+from fastcifar.engine.step import Step, build_step
+from fastcifar.models import build_model
+from fastcifar.recipe import Recipe, load_recipe
+
+IMAGE_SHAPE = (32, 32, 3)
+
+seen_steps: list[Step] = []
+"""Every step object that was called, in order; the last one belongs to the running job."""
+
+
+def watch(mark: Callable[[str, Any], None]) -> None:
+    """Mark in the device's log where steps and evaluations begin and end, and which clock is running.
+
+    Args:
+        mark: takes a word and a detail; see `fastcifar_marks` in observe.py for what is read back.
+    """
+    call, logits, span = Step.__call__, EvaluationSet.logits, Clock.span
+
+    def watched_step(self: Step, batch: Batch) -> None:
+        if self not in seen_steps:
+            seen_steps.append(self)
+        mark("region step", len(batch.rows))
+        try:
+            call(self, batch)
+        finally:
+            mark("region-end", "")
+
+    def watched_logits(self: EvaluationSet, *args: Any, **kwargs: Any) -> Any:
+        mark("region evaluation", len(self))
+        try:
+            return logits(self, *args, **kwargs)
+        finally:
+            mark("region-end", "")
+
+    @contextmanager
+    def watched_span(self: Clock, name: str) -> Iterator[None]:
+        mark(f"span {name}", "")
+        try:
+            with span(self, name):
+                yield
+        finally:
+            mark("span ", "")
+
+    Step.__call__, EvaluationSet.logits, Clock.span = watched_step, watched_logits, watched_span  # type: ignore
+
+
+def modes() -> dict[str, Any]:
+    """Return how the last step was carried out and why that is less than was asked for, if it is."""
+    step = seen_steps[-1] if seen_steps else None
+    return {"mode": step.mode if step else None, "fallback": step.fallback if step else None}
+
+
+def command(*words: str) -> dict[str, Any]:
+    """Run ``fastcifar WORDS...`` in this process and return its status and what it printed to stderr."""
+    printed, before, status = io.StringIO(), sys.argv, 0
+    sys.argv = ["fastcifar", *words]
+    try:
+        with contextlib.redirect_stderr(printed):
+            runpy.run_module("fastcifar", run_name="__main__")
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    finally:
+        sys.argv = before
+    return {"status": status, "stderr": printed.getvalue()}
+
+
+def run_summary(folder: Path) -> dict[str, Any]:
+    """Return the summary of a run directory."""
+    from fastcifar.record import Run
+
+    return dict(Run.open(folder).summary)
+
+
+class Bench:
+    """A recipe's step on synthetic images that are resident on the device, without a loader or a run directory.
+
+    Args:
+        name: a shipped recipe.
+        changes: ``table.key=value`` as ``--set`` takes them.
+        batches: whole batches in the set.
+    """
+
+    def __init__(self, name: str, changes: list[str], batches: int = 2) -> None:
+        recipe = load_recipe(name, changes)
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"{name} trains nothing")
+        self.recipe, self.device = recipe, torch.device("cuda")
+        self.size, self.steps = recipe.train.batch_size, batches + 1
+        count = self.size * batches
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (count, *IMAGE_SHAPE), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(0, 10, (count,), generator=generator)
+        augment = build_augment(
+            recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=IMAGE_SHAPE,
+            seed=0, device=self.device, dtype=DTYPES[recipe.engine.precision],
+        )  # fmt: skip
+        mix = build_mix(recipe.mix, seed=0, epochs=recipe.train.epochs, steps_per_epoch=self.steps)
+        self.model = build_model(recipe.model, seed=0).to(self.device)
+        self.step = build_step(recipe, self.model, augment, mix, steps_per_epoch=self.steps, device=self.device)
+        self.evaluation = EvaluationSet(
+            images.numpy()[: recipe.eval.batch_size], labels.numpy()[: recipe.eval.batch_size], augment, self.device,
+            recipe.eval.batch_size, recipe.engine.precision,
+        )  # fmt: skip
+        self._images, self._labels = images.to(self.device), labels.to(self.device)
+        self._rows = torch.arange(count, device=self.device)
+
+    def batch(self, number: int, size: int = 0) -> Batch:
+        """Return one batch of the resident set: a whole one, or its first ``size`` images."""
+        rows = self._rows[number * self.size : number * self.size + (size or self.size)]
+        return Batch(self._images, rows, self._labels[rows], rows)
+
+    def evaluate(self) -> None:
+        """Evaluate one batch with the raw weights, and with the averaged ones where the recipe has them."""
+        for kind in ("raw", "ema") if self.recipe.ema else ("raw",):
+            with self.step.weights(kind):
+                self.evaluation.logits(self.model)
