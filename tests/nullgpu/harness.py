@@ -88,6 +88,7 @@ def child_environment(folder: Path, compiled: Path, graph_cache: bool) -> dict[s
         "TORCHINDUCTOR_FX_GRAPH_CACHE": str(int(graph_cache)),
         "TORCHINDUCTOR_AUTOGRAD_CACHE": str(int(graph_cache)),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # in the child itself: pools of processes outlive a deadline
+        "TORCHINDUCTOR_SHAPE_PADDING": "0",  # whether padding a matrix product pays is decided by timing it
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from fastcifar.augment.apply import build_augment
+from fastcifar.augment.augment import build_augment
 from fastcifar.augment.mix import build_mix
+from fastcifar.config import Recipe, load_recipe
 from fastcifar.data.batch import Batch
-from fastcifar.engine.clock import Clock
-from fastcifar.engine.evaluate import EvaluationSet
-from fastcifar.engine.run import DTYPES
-from fastcifar.engine.step import Step, build_step
 from fastcifar.models import build_model
-from fastcifar.recipe import Recipe, load_recipe
+from fastcifar.train.clock import Clock
+from fastcifar.train.evaluate import EvaluationSet
+from fastcifar.train.run import DTYPES
+from fastcifar.train.step import Step, build_step
 
 IMAGE_SHAPE = (32, 32, 3)
 
@@ -34,7 +34,7 @@ def watch(mark: Callable[[str, Any], None]) -> None:
     """Mark in the device's log where steps and evaluations begin and end, and which clock is running.
 
     Args:
-        mark: takes a word and a detail; see `fastcifar_marks` in observe.py for what is read back.
+        mark: takes a word and a detail; report.py reads them.
     """
     call, logits, span = Step.__call__, EvaluationSet.logits, Clock.span
 
@@ -88,9 +88,9 @@ def command(*words: str) -> dict[str, Any]:
 
 def run_summary(folder: Path) -> dict[str, Any]:
     """Return the summary of a run directory."""
-    from fastcifar.record import Run
+    from fastcifar.run_directory import RunDirectory
 
-    return dict(Run.open(folder).summary)
+    return dict(RunDirectory.open(folder).summary)
 
 
 class Bench:

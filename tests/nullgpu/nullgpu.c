@@ -1,24 +1,26 @@
 /* The null device: a CUDA GPU that accepts everything, checks what a CUDA graph capture forbids, and computes nothing.
 
-   Compiled to `libcuda.so.1` it is the driver; preloaded (LD_PRELOAD) it also stands before NVIDIA's `libcudart`, so that
-   torch, Inductor and Triton see one H100 where there is none. build.py compiles it, with nothing but `cc`: every function
-   and structure of CUDA that it needs is declared here (binary interface of CUDA 13 on x86_64 Linux).
+   Compiled to `libcuda.so.1` it is the driver; preloaded (LD_PRELOAD) it also stands before NVIDIA's `libcudart`, so
+   that torch, Inductor and Triton see one H100 where there is none. build.py compiles it, with nothing but `cc`: each
+   function and structure of CUDA that it needs is declared here (binary interface of CUDA 13 on x86_64 Linux).
 
-   What is real: device memory (host memory that pretends), the copies into it, the account of streams, events, captures and
-   graphs, the rules of stream capture, the loading of compiled modules, and the log of every call that matters.
-   What is not: no kernel runs. Whatever is read back from the device is therefore zero bytes, which no computation takes
-   for a NaN. A captured copy is counted but not made.
+   What is real: device memory (host memory that pretends), the copies into it, the account of streams, events,
+   captures and graphs, the rules of stream capture, the loading of compiled modules, and the log of every call that
+   matters.
+   What is not: no kernel runs. Whatever is read back from the device is therefore zero bytes, which nobody takes for a
+   NaN. A captured copy is counted but not made.
 
-   What this proves: that code compiles for sm_90, is captured, is replayed, launches these kernels in this order and never
-   waits for the host. What it cannot prove: values, times, races between streams, what cuDNN or cuBLAS do (nullops.py
-   stands in for them).
+   What this proves: that code compiles for sm_90, is captured, is replayed, launches these kernels in this order and
+   never waits for the host. What it cannot prove: values, times, races between streams, what cuDNN or cuBLAS do
+   (nullops.py stands in for them).
 
    The log has one line per call: kind, thread, capture (0: none), name, detail, separated by tabs.
 
      kernel memcpy memset library    work put on a stream; it belongs to the capture of that column, if that is not 0
+     pageable                        the same: a copy between device and ordinary host memory, for which the real
+                                     driver may make the host wait
      begin end replay                of a capture; a replay's detail is the capture that it repeats
      sync                            the host waited, or asked how far the device was
-     pageable                        a copy between device and ordinary host memory, for which the real driver makes the host wait
      violation                       refused: a capture forbids it
      malloc free module mark         memory, a loaded module, a note of the program's own (nullgpu_mark)  */
 
@@ -36,7 +38,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-/* ============================================================================================ what CUDA's headers say */
+/* ========================================================================================== what CUDA's headers say */
 
 typedef int Status; /* cudaError_t and CUresult share the numbers used here */
 enum {
@@ -70,12 +72,12 @@ _Static_assert(sizeof(FunctionAttributes) == 144, "cudaFuncAttributes");
 _Static_assert(sizeof(RuntimeLaunch) == 56, "cudaLaunchConfig_t");
 _Static_assert(sizeof(DriverLaunch) == 56, "CUlaunchConfig");
 
-/* ============================================================================================================ the log */
+/* ========================================================================================================== the log */
 
 typedef struct Capture Capture;
 typedef struct Stream { Capture *capture; long work, joined; struct Stream *next; } Stream;
 
-/* One lock for everything: the device has no performance to lose, and autograd and the loaders call from other threads. */
+/* One lock for everything: the device has no speed to lose, and autograd and the loaders call from other threads. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static FILE *log_file;
 static __thread Status last_error;
@@ -109,10 +111,10 @@ static Status failed(Status status) {
 /* ================================================================================================ the rules of capture
 
    As the documentation of cudaStreamBeginCapture and cudaThreadExchangeStreamCaptureMode states them. A call that may
-   touch other work (allocating, waiting, loading a module) is unsafe. It is refused, and spoils the capture, while its own
-   thread captures in a mode other than "relaxed", or while any thread captures in mode "global", unless the calling thread
-   has declared itself relaxed. A stream that waits for an event of a captured stream joins the capture, and must be
-   waited for before the capture ends. */
+   touch other work (allocating, waiting, loading a module) is unsafe. It is refused, and spoils the capture, while its
+   own thread captures in a mode other than "relaxed", or while any thread captures in mode "global", unless the calling
+   thread has declared itself relaxed. A stream that waits for an event of a captured stream joins the capture, and must
+   be waited for before the capture ends. */
 
 struct Capture { long id; int mode, thread, invalid; Stream *origin; long nodes; Capture *next; };
 typedef struct { long id, nodes; } Graph;
@@ -184,7 +186,7 @@ EXPORT Status nullgpu_library(const char *name, void *stream, const char *detail
   return enqueue("library", stream, name, detail);
 }
 
-/* ============================================================================================================= memory */
+/* =========================================================================================================== memory */
 
 typedef struct Block { char *start; size_t bytes; int type; struct Block *next; } Block;
 static Block *blocks;
@@ -327,7 +329,7 @@ EXPORT Status cudaMemset(void *target, int value, size_t bytes) { return cudaMem
 EXPORT Status cudaMemcpyToSymbol(const void *s, const void *from, size_t n, size_t at, int direction) { return SUCCESS; }
 EXPORT Status cudaGetSymbolAddress(void **pointer, const void *symbol) { return cudaMalloc(pointer, 4096); }
 
-/* ========================================================================================================= the device */
+/* ======================================================================================================= the device */
 
 static const char NAME[] = "NVIDIA H100 80GB HBM3";
 #define CUDA_VERSION 13000
@@ -391,7 +393,7 @@ EXPORT Status cudaMemPoolSetAttribute(void *pool, int number, void *value) { ret
 EXPORT Status cudaProfilerStart(void) { return SUCCESS; }
 EXPORT Status cudaProfilerStop(void) { return SUCCESS; }
 
-/* ================================================================================================= streams and events */
+/* =============================================================================================== streams and events */
 
 EXPORT Status cudaStreamCreateWithPriority(void **handle, unsigned flags, int priority) {
   Stream *stream = calloc(1, sizeof *stream);
@@ -481,7 +483,7 @@ EXPORT Status cudaStreamAddCallback(void *handle, void (*work)(void *, int, void
   return status;
 }
 
-/* ================================================================================================= captures and graphs */
+/* ============================================================================================== captures and graphs */
 
 EXPORT Status cudaThreadExchangeStreamCaptureMode(int *mode) {
   int before = thread_mode;
@@ -571,7 +573,7 @@ EXPORT Status cudaGraphGetNodes(void *graph, void **nodes, size_t *count) {
   return *count = (size_t)((Graph *)graph)->nodes, SUCCESS;
 }
 
-/* ======================================================================================== kernels of the runtime (ATen)
+/* ======================================================================================= kernels of the runtime (ATen)
 
    Compiled CUDA code registers its kernels when its library is loaded: the address of a host function and the kernel's
    mangled name. A launch names the host function. */
@@ -639,7 +641,7 @@ EXPORT Status cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
   return *count = 2, SUCCESS;
 }
 
-/* ============================================================================================== the driver (Triton's way) */
+/* ======================================================================================== the driver (Triton's way) */
 
 EXPORT Status cuInit(unsigned flags) { return SUCCESS; }
 EXPORT Status cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, SUCCESS; }
@@ -707,8 +709,12 @@ EXPORT Status cuModuleGetFunction(void **function, void *module, const char *nam
 
 enum { FUNCTION_MAX_THREADS = 0, FUNCTION_REGISTERS = 4, FUNCTION_BINARY_VERSION = 6 };
 EXPORT Status cuFuncGetAttribute(int *value, int number, void *function) {
-  *value = number == FUNCTION_MAX_THREADS ? 1024 : number == FUNCTION_REGISTERS ? 32 : number == FUNCTION_BINARY_VERSION ? 90 : 0;
-  return SUCCESS;
+  switch (number) {
+    case FUNCTION_MAX_THREADS: return *value = 1024, SUCCESS;
+    case FUNCTION_REGISTERS: return *value = 32, SUCCESS;
+    case FUNCTION_BINARY_VERSION: return *value = 90, SUCCESS;
+    default: return *value = 0, SUCCESS;
+  }
 }
 EXPORT Status cuFuncSetAttribute(void *function, int number, int value) { return SUCCESS; }
 EXPORT Status cuFuncSetCacheConfig(void *function, int config) { return SUCCESS; }

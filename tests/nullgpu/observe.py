@@ -116,14 +116,19 @@ def read_cubin(path: Path) -> list[Kernel]:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run(
-        [tool, "-res-usage", path], capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"}, timeout=60
-    )
-    target = re.search(r"arch = (\w+)", done.stdout)
-    found = re.findall(r"Function (\S+):\s*\n\s*(.*)", done.stdout + done.stderr)
+    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True, env={}, timeout=60)
     kernels = []
-    for name, usage in found:
+    for name, usage in re.findall(r"Function (\S+):\s*\n\s*(.*)", done.stdout):
         numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
         stack = numbers.get("STACK", 0) + numbers.get("LOCAL", 0)
-        kernels.append(Kernel(name, numbers.get("REG", 0), stack, target.group(1) if target else "unknown"))
+        kernels.append(Kernel(name, numbers.get("REG", 0), stack, target_of(path.read_bytes())))
     return kernels
+
+
+def target_of(image: bytes) -> str:
+    """Return what a compiled module is for, such as ``sm_90``: a byte of its ELF header's flags.
+
+    Which byte depends on the version of the binary interface (8 since CUDA 13).
+    """
+    flags, version = int.from_bytes(image[48:52], "little"), image[8]
+    return f"sm_{flags >> 8 & 0xFF if version >= 8 else flags & 0xFF}"

@@ -114,7 +114,14 @@ class Graph:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel that was loaded: registers a thread, bytes of stack a thread (spills are there), its target."""
+    """One compiled kernel that was loaded.
+
+    Attributes:
+        name: of the function.
+        registers: of a thread.
+        stack_bytes: local memory of a thread; registers that spill go there.
+        target: such as ``sm_90``.
+    """
 
     name: str
     registers: int

@@ -1,4 +1,4 @@
-"""What the child process does on the null device: one function per kind of job; each returns what the test asks of it."""
+"""What the child process does on the null device: a function for each kind of job, which returns what a test asks."""
 
 from pathlib import Path
 from typing import Any
