@@ -93,6 +93,19 @@ def run_summary(folder: Path) -> dict[str, Any]:
     return dict(RunDirectory.open(folder).summary)
 
 
+class Waiting:
+    """An augmentation that waits for the device, which a capture forbids."""
+
+    def __init__(self, augment: Any) -> None:
+        self._augment = augment
+
+    def __call__(self, batch: Batch, epoch: Any) -> torch.Tensor:
+        """Return the augmented images after a look at one of them."""
+        images: torch.Tensor = self._augment(batch, epoch)
+        images.sum().item()
+        return images
+
+
 class Bench:
     """A recipe's step on synthetic images that are resident on the device, without a loader or a run directory.
 
@@ -100,9 +113,12 @@ class Bench:
         name: a shipped recipe.
         changes: ``table.key=value`` as ``--set`` takes them.
         batches: whole batches in the set.
+        spoil: put around the augmentation, such as `Waiting`.
     """
 
-    def __init__(self, name: str, changes: list[str], batches: int = 2) -> None:
+    def __init__(
+        self, name: str, changes: list[str], batches: int = 2, spoil: Callable[[Any], Any] | None = None
+    ) -> None:
         recipe = load_recipe(name, changes)
         if not isinstance(recipe, Recipe):
             raise ValueError(f"{name} trains nothing")
@@ -118,7 +134,8 @@ class Bench:
         )  # fmt: skip
         mix = build_mix(recipe.mix, seed=0, epochs=recipe.train.epochs, steps_per_epoch=self.steps)
         self.model = build_model(recipe.model, seed=0).to(self.device)
-        self.step = build_step(recipe, self.model, augment, mix, steps_per_epoch=self.steps, device=self.device)
+        given = spoil(augment) if spoil else augment
+        self.step = build_step(recipe, self.model, given, mix, steps_per_epoch=self.steps, device=self.device)
         self.evaluation = EvaluationSet(
             images.numpy()[: recipe.eval.batch_size], labels.numpy()[: recipe.eval.batch_size], augment, self.device,
             recipe.eval.batch_size, recipe.engine.precision,
