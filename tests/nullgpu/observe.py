@@ -78,25 +78,20 @@ def observe(work: Callable[[], dict[str, Any]], log: Path) -> Report:
     counters.clear()
     torch.cuda.reset_peak_memory_stats()
     DEVICE.nullgpu_open(str(log).encode())
-    before, facts, error = _cpu_s(), {}, None
+    facts, error = {}, None
     try:
         facts = work()
     except Exception:
         error = traceback.format_exc()
-    report_of_log = LogReader().read(log)
+    report = LogReader().read(log)
     DEVICE.nullgpu_open(None)
-    report_of_log.facts, report_of_log.error = facts, error
-    report_of_log.graph_breaks = {str(k): int(v) for k, v in counters["graph_break"].items()}
-    report_of_log.graphs = dict(graphs)
-    report_of_log.kernels = loaded_kernels(log)
-    report_of_log.peak_bytes = torch.cuda.max_memory_allocated()
-    report_of_log.reserved_bytes = torch.cuda.memory_reserved()
-    report_of_log.cpu_s = _cpu_s() - before
-    return report_of_log
-
-
-def _cpu_s() -> float:
-    return sum(os.times()[:4])
+    report.facts, report.error = facts, error
+    report.graph_breaks = {str(k): int(v) for k, v in counters["graph_break"].items()}
+    report.graphs = dict(graphs)
+    report.kernels = loaded_kernels(log)
+    report.peak_bytes = torch.cuda.max_memory_allocated()
+    report.reserved_bytes = torch.cuda.memory_reserved()
+    return report
 
 
 # ------------------------------------------------------------------------------------------------------------- cubins

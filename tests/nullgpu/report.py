@@ -144,8 +144,6 @@ class Report:
         kernels: the compiled modules that were loaded.
         peak_bytes: most that torch's allocator had given out at once.
         reserved_bytes: what it held at the end.
-        cpu_s: processor seconds of the process and its children.
-        compile_s: of these, in regions that captured something.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -158,8 +156,6 @@ class Report:
     kernels: list[Kernel] = field(default_factory=list)
     peak_bytes: int = 0
     reserved_bytes: int = 0
-    cpu_s: float = 0.0
-    compile_s: float = 0.0
 
     def of(self, kind: str) -> list[Region]:
         """Return the regions of a kind."""
@@ -278,9 +274,12 @@ def short_name(name: str) -> str:
 
 
 def _identifiers(mangled: str) -> Iterator[str]:
-    """Yield the identifiers of a mangled name: each is written as its length and then itself."""
+    """Yield the identifiers of a mangled name: each is written as its length and then itself.
+
+    A number after L and the letter of a type is a template's integer argument, and no length.
+    """
     place = 0
-    while (found := re.compile(r"\d+").search(mangled, place)) is not None:
+    while (found := re.compile(r"(?<!L[a-z])(?<!\d)\d+").search(mangled, place)) is not None:
         length, start = int(found.group()), found.end()
         word = mangled[start : start + length]
         if 1 < length == len(word) and re.fullmatch(r"[A-Za-z_]\w*", word):

@@ -120,5 +120,9 @@ def test_a_spoilt_capture_is_none(tmp_path: Path) -> None:
 def test_kernel_names_say_where_they_come_from() -> None:
     fill = "_ZN2at6native29vectorized_elementwise_kernelILi4ENS0_11FillFunctorIfEESt5arrayIPcLm1EEEEviT0_T1_"
     assert short_name(fill) == "at::vectorized_elementwise_kernel(FillFunctor)"
+    copy = (
+        "_ZN2at6native18elementwise_kernelILi128ELi4EZNS0_22gpu_kernel_impl_nocastIZZZNS0_23direct_copy_kernel_cudaERNS"
+    )
+    assert short_name(copy) == "at::elementwise_kernel(direct_copy_kernel_cuda)"
     names = ("triton_poi_fused_add_0", "augment_kernel", "memset", "device to host", short_name(fill))
     assert [origin(name) for name in names] == ["generated", "own", "copy", "copy", "aten"]
