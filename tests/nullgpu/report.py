@@ -269,7 +269,8 @@ def short_name(name: str) -> str:
     words = [word for word in _identifiers(name) if word not in ("at", "native", "cuda", "std", "array", "detail")]
     words = [word for word in words if not word.startswith(("_GLOBAL__", "_INTERNAL"))]
     kernel = next((word for word in words if "kernel" in word.lower()), words[0] if words else name)
-    functors = [word for word in words if word != kernel and re.search(r"functor|_cuda$|_impl|Op", word, re.I)]
+    words = [word for word in words if word != kernel and not word.startswith("gpu_kernel")]
+    functors = [word for word in words if re.search(r"functor|_cuda$|_impl|Op", word, re.I)]
     return f"at::{kernel}({functors[0]})" if functors else f"at::{kernel}"
 
 
