@@ -137,6 +137,7 @@ class Report:
         facts: what the scenario itself returned.
         error: the traceback of an exception that left the scenario, or None.
         regions: steps and evaluations in order.
+        pinned_copies: copies to the device out of page-locked memory, anywhere in the job.
         violations: what a capture forbids and was tried, anywhere in the job.
         graph_breaks: reasons that torch._dynamo counted, with how often.
         graphs: what Inductor compiled, by number; empty where its cache answered.
@@ -149,6 +150,7 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     regions: list[Region] = field(default_factory=list)
+    pinned_copies: int = 0
     violations: list[str] = field(default_factory=list)
     graph_breaks: dict[str, int] = field(default_factory=dict)
     graphs: dict[int, Graph] = field(default_factory=dict)
@@ -213,6 +215,8 @@ class LogReader:
                 capture.beside += 1
         if (work := self._work(line)) is not None:
             work.launches[short_name(line.name)] += 1
+        if line.kind == "memcpy" and line.name == "host to device":
+            self.report.pinned_copies += 1
         if line.kind == "pageable" and self._region is not None:
             self._region.pageable += 1
 
