@@ -11,8 +11,8 @@ from tests.nullgpu.report import Report
 pytestmark = [pytest.mark.nullgpu, pytest.mark.timeout(1800), pytest.mark.xdist_group("options")]
 
 SAM = "asam={rho=0.5}"
-BATCH = "train.batch_size=24"
-# What is changed in smoke/deep-bn (a small net with BatchNorm and dropout, batches of 24 images).
+BASE = ["train.batch_size=24", "optimizer={name='sgd',lr=0.1}"]
+# What is changed in smoke/deep-bn (a small net with BatchNorm, batches of 24 images, SGD).
 CAPTURED: dict[str, list[str]] = {
     "sgd": [],
     "plain momentum": ["optimizer={name='sgd',lr=0.1,nesterov=false}"],
@@ -24,7 +24,7 @@ CAPTURED: dict[str, list[str]] = {
     "fp32": ["engine.precision=fp32"],
     "tf32": ["engine.precision=tf32"],
     "fp16": ["engine.precision=fp16"],
-    "working copy": ["engine.shadow_weights=true"],
+    "working copy": ["engine.working_copy=true"],
     "asam": [SAM],
     "sam": ["asam={rho=0.05,adaptive=false}"],
     "asam of the weights": ["asam={rho=0.5,scope='weights',eta=0.01}"],
@@ -54,7 +54,7 @@ COMPILED = ("working copy", "fp16", "fp32", "asam in micro-batches", "accumulate
 def found(null_device: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Report]:
     wanted = [("graph", name) for name in CAPTURED] + [("auto", name) for name in COMPILED]
     jobs = [
-        Job("steps", {"recipe": "smoke/deep-bn", "changes": [BATCH, f"engine.mode={mode}", *CAPTURED[name]]})
+        Job("steps", {"recipe": "smoke/deep-bn", "changes": [*BASE, f"engine.mode={mode}", *CAPTURED[name]]})
         for mode, name in wanted
     ]
     return dict(
