@@ -9,6 +9,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from fastcifar.config import Recipe, load_recipe
 from fastcifar.data.batch import Batch
 from fastcifar.models import build_model
 from fastcifar.train.clock import Clock
-from fastcifar.train.evaluate import EvaluationSet
-from fastcifar.train.run import DTYPES
+from fastcifar.train.cuda_graph import GraphedStep
+from fastcifar.train.evaluate import Evaluator
+from fastcifar.train.precision import PRECISIONS
 from fastcifar.train.step import Step, build_step
 
 IMAGE_SHAPE = (32, 32, 3)
@@ -31,28 +33,29 @@ seen_steps: list[Step] = []
 
 
 def watch(mark: Callable[[str, Any], None]) -> None:
-    """Mark in the device's log where steps and evaluations begin and end, and which clock is running.
+    """Mark in the device's log where steps, evaluations and captures begin and end, and which clock is running.
 
     Args:
         mark: takes a word and a detail; report.py reads them.
     """
-    call, logits, span = Step.__call__, EvaluationSet.logits, Clock.span
+    called = Step.__call__
 
     def watched_step(self: Step, batch: Batch) -> None:
         if self not in seen_steps:
             seen_steps.append(self)
-        mark("region step", len(batch.rows))
-        try:
-            call(self, batch)
-        finally:
-            mark("region-end", "")
+        called(self, batch)
 
-    def watched_logits(self: EvaluationSet, *args: Any, **kwargs: Any) -> Any:
-        mark("region evaluation", len(self))
-        try:
-            return logits(self, *args, **kwargs)
-        finally:
-            mark("region-end", "")
+    Step.__call__ = region(mark, "step", watched_step, rows=lambda step, batch: len(batch.rows))  # type: ignore
+    GraphedStep.capture = region(  # type: ignore[method-assign]
+        mark, "capture step", GraphedStep.capture, rows=lambda graphed, batch: len(batch.rows)
+    )
+    Evaluator._capture = region(  # type: ignore[method-assign]
+        mark, "capture evaluation", Evaluator._capture, rows=lambda evaluator: evaluator.batch_size
+    )
+    Evaluator.logits = region(  # type: ignore[method-assign]
+        mark, "evaluation", Evaluator.logits, rows=lambda evaluator, images, *rest: len(images)
+    )
+    span = Clock.span
 
     @contextmanager
     def watched_span(self: Clock, name: str) -> Iterator[None]:
@@ -63,13 +66,29 @@ def watch(mark: Callable[[str, Any], None]) -> None:
         finally:
             mark("span ", "")
 
-    Step.__call__, EvaluationSet.logits, Clock.span = watched_step, watched_logits, watched_span  # type: ignore
+    Clock.span = watched_span  # type: ignore[method-assign]
+
+
+def region(mark: Callable[[str, Any], None], kind: str, work: Callable[..., Any], rows: Callable[..., int]) -> Any:
+    """Return a method that does ``work`` between the marks of a region; ``rows`` counts the images in its arguments."""
+
+    @wraps(work)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        mark(f"region {kind}", rows(*args))
+        try:
+            return work(*args, **kwargs)
+        finally:
+            mark("region-end", "")
+
+    return marked
 
 
 def modes() -> dict[str, Any]:
     """Return how the last step was carried out and why that is less than was asked for, if it is."""
     step = seen_steps[-1] if seen_steps else None
-    return {"mode": step.mode if step else None, "fallback": step.fallback if step else None}
+    if step is None:
+        return {"mode": None, "fallback": None}
+    return {"mode": step.execution.mode, "fallback": step.execution.fallback}
 
 
 def command(*words: str) -> dict[str, Any]:
@@ -130,16 +149,15 @@ class Bench:
         labels = torch.randint(0, 10, (count,), generator=generator)
         augment = build_augment(
             recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=IMAGE_SHAPE,
-            seed=0, device=self.device, dtype=DTYPES[recipe.engine.precision],
+            seed=0, device=self.device, dtype=PRECISIONS[recipe.engine.precision].images,
         )  # fmt: skip
         mix = build_mix(recipe.mix, seed=0, epochs=recipe.train.epochs, steps_per_epoch=self.steps)
         self.model = build_model(recipe.model, seed=0).to(self.device)
         given = spoil(augment) if spoil else augment
         self.step = build_step(recipe, self.model, given, mix, steps_per_epoch=self.steps, device=self.device)
-        self.evaluation = EvaluationSet(
-            images.numpy()[: recipe.eval.batch_size], labels.numpy()[: recipe.eval.batch_size], augment, self.device,
-            recipe.eval.batch_size, recipe.engine.precision,
-        )  # fmt: skip
+        self.evaluator = Evaluator(
+            self.model, augment, self.step.precision, self.device, recipe.eval.batch_size, self.step.execution.mode
+        )
         self._images, self._labels = images.to(self.device), labels.to(self.device)
         self._rows = torch.arange(count, device=self.device)
 
@@ -150,6 +168,7 @@ class Bench:
 
     def evaluate(self) -> None:
         """Evaluate one batch with the raw weights, and with the averaged ones where the recipe has them."""
+        images = self._images[: self.recipe.eval.batch_size]
         for kind in ("raw", "ema") if self.recipe.ema else ("raw",):
             with self.step.weights(kind):
-                self.evaluation.logits(self.model)
+                self.evaluator.logits(images)

@@ -67,7 +67,7 @@ class Region(Work):
     """One step or one pass of evaluation, as the program called it. Its own `Work` is what was not captured.
 
     Attributes:
-        kind: ``step`` or ``evaluation``.
+        kind: ``step`` or ``evaluation``; ``capture step`` and ``capture evaluation`` are what is done before them.
         rows: images in it.
         span: the clock that was running at its start, or "".
         captures: the captures that began in it.
@@ -164,8 +164,9 @@ class Report:
         return [region for region in self.regions if region.kind == kind]
 
     def captures(self, kind: str = "step") -> list[tuple[int, Capture]]:
-        """Return the whole captures of a kind of region, each with the number of images in its batch."""
-        return [(region.rows, c) for region in self.of(kind) for c in region.captures if c.whole]
+        """Return the whole captures of a step or an evaluation, each with the number of images in its batch."""
+        regions = [region for region in self.regions if region.kind in (kind, f"capture {kind}")]
+        return [(region.rows, c) for region in regions for c in region.captures if c.whole]
 
     def generated_bytes(self, work: Work) -> int | None:
         """Return the bytes that generated kernels move in a capture or region; None where they are not known."""
@@ -192,7 +193,7 @@ class LogReader:
 
     def __init__(self) -> None:
         self.report = Report()
-        self._region: Region | None = None
+        self._regions: list[Region] = []  # those that the log is in, the innermost last
         self._captures: dict[int, Capture] = {}
         self._span = ""
 
@@ -205,6 +206,10 @@ class LogReader:
             if line.kind in _ENQUEUED:
                 self._enqueued(line)
         return self.report
+
+    @property
+    def _region(self) -> Region | None:
+        return self._regions[-1] if self._regions else None
 
     def _work(self, line: Line) -> Work | None:
         return self._captures.get(line.capture) or self._region
@@ -248,14 +253,14 @@ class LogReader:
     def _mark(self, line: Line) -> None:
         word, _, rest = line.name.partition(" ")
         if word == "region":
-            self._region = Region(kind=rest, rows=int(line.detail), span=self._span)
-            self.report.regions.append(self._region)
+            self._regions.append(Region(kind=rest, rows=int(line.detail), span=self._span))
+            self.report.regions.append(self._regions[-1])
         elif word == "region-end":
-            self._region = None
+            self._regions.pop()
         elif word == "span":
             self._span = rest
         elif word == "graph":
-            work = next(reversed(self._captures.values()), None) or self._region
+            work: Work | None = next(reversed(self._captures.values()), None) or self._region
             if work is not None:
                 work.graphs.append(int(rest))
 

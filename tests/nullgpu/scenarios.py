@@ -39,6 +39,7 @@ def steps(recipe: str, changes: list[str], odd: bool = True, evaluate: bool = Tr
     compile_cpu_s, first_peak = cpu_s() - before, torch.cuda.max_memory_allocated()
     bench.step(bench.batch(1))
     if evaluate:
+        bench.evaluator.warm_up(internals.IMAGE_SHAPE)
         bench.evaluate()
     if odd:
         bench.step(bench.batch(0, bench.size // 2 + 1))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastcifar.config import CombineRecipe, load_recipe, shipped_recipes
-from tests.nullgpu.checks import assert_clean, assert_steps_are_replayed
+from tests.nullgpu.checks import assert_clean, assert_evaluation_is_replayed, assert_steps_are_replayed
 from tests.nullgpu.harness import Job, on_null_device
 from tests.nullgpu.report import Report
 
@@ -68,6 +68,7 @@ def test_a_recipe_runs_as_it_should_on_a_gpu(reports_of, name: str) -> None:
     report = reports_of(recipes()[name])[name]
     assert_clean(report)
     assert_steps_are_replayed(report)
+    assert_evaluation_is_replayed(report)
     assert report.facts["mode"] == "compile+graph"
     assert [rows for rows, _ in report.captures()] == [30, 10, 30, 10]
     assert [region.rows for region in report.of("step")] == [30, 30, 30, 10] * 2
