@@ -29,7 +29,6 @@ CAPTURED: dict[str, list[str]] = {
     "sam": ["asam={rho=0.05,adaptive=false}"],
     "asam of the weights": ["asam={rho=0.5,scope='weights',eta=0.01}"],
     "asam, frozen BatchNorm": ["asam={rho=0.5,batch_norm='freeze'}"],
-    "asam in micro-batches": ["asam={rho=0.5,micro_batch=8}"],
     "asam, fp16, clipping": [SAM, "engine.precision=fp16", "train.grad_clip=1.0"],
     "accumulate": ["train.accumulate=3"],
     "accumulate, asam": ["train.accumulate=3", SAM],
@@ -46,7 +45,7 @@ CAPTURED: dict[str, list[str]] = {
     "randaugment": ["augment=['flip','randaugment']"],
     "trivialaugment": ["augment=['crop(4)','trivialaugment','rotate(15)']"],
 }
-COMPILED = ("working copy", "fp16", "fp32", "asam in micro-batches", "accumulate", "muon")
+COMPILED = ("working copy", "fp16", "fp32", "asam", "accumulate", "muon")
 
 
 @pytest.fixture(scope="module")
