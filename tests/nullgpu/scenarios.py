@@ -10,7 +10,7 @@ import torch
 
 from tests.nullgpu import internals
 
-SYNTHETIC = ("data.source=synthetic", "data.test_subset=3")
+SYNTHETIC = ("data.source=synthetic", "data.test_subset=30")
 
 
 def run(recipe: str, out: str, changes: list[str], resume: bool = False, stop_after: int = 0) -> dict[str, Any]:

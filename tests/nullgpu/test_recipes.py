@@ -15,7 +15,7 @@ from tests.nullgpu.harness import Job, on_null_device
 from tests.nullgpu.report import Report
 
 ODD = ["train.epochs=2", "train.batch_size=30"]  # three whole batches and one of ten
-SPEED = [*ODD, "train.drop_last=false", "data.subset=10", "model.widths=[16,32,32]", "eval.every_epochs=1"]
+SPEED = [*ODD, "train.drop_last=false", "data.subset=100", "model.widths=[16,32,32]", "eval.every_epochs=1"]
 NOT_COMPILED = "ShakeDrop's draws are index expressions with constants above 2**31, which Triton refuses"
 GROUPS = ("aug", "wrn", "pyramid", "residual", "beyond", "other")
 
