@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.nullgpu.build import build, missing
+
 REAL = os.environ.get("FASTCIFAR_DATA")
 SEED = "FASTCIFAR_TEST_SEED"
 
@@ -82,6 +84,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="real CIFAR-10: FASTCIFAR_DATA is not set"))
         if item.get_closest_marker("gpu") and not _has_cuda():
             item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device"))
+        if "null_device" in getattr(item, "fixturenames", ()) and (why := missing()):
+            item.add_marker(pytest.mark.skip(reason=f"null device: {why}"))
 
 
 def _has_cuda() -> bool:
@@ -130,3 +134,9 @@ def real_images(real_store) -> np.ndarray:
 def real_train(real_store):
     """The 50,000 real training images with labels, memory-mapped."""
     return real_store.split("train")
+
+
+@pytest.fixture(scope="session")
+def null_device() -> Path:
+    """The compiled null device; a test that uses this fixture is skipped where it cannot run."""
+    return build()

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -196,14 +197,16 @@ def benchmark_tables(root: Path) -> dict[str, str]:
     reports = list(_reports(root / "benchmarks" / "results"))
     # A report bears its file's name, a command its hyphens.
     by_name = {n: [r for r in reports if r["benchmark"].replace("_", "-") == n] for n in NAMES}
-    return {f"bench:{name}": _benchmark(name, found) for name, found in by_name.items()}
+    tables = {f"bench:{name}": _benchmark(name, found) for name, found in by_name.items()}
+    return tables | {"bench:launches": launches_table(root)}
 
 
 def _reports(folder: Path) -> Iterator[dict[str, Any]]:
+    from fastcifar.cli.bench import OWN_FILES
     from fastcifar.cli.bench import read_results as read_benchmarks
 
     for path in sorted(folder.glob("*.json")):
-        if path.name != RESULTS.name:
+        if path.name not in (RESULTS.name, *OWN_FILES.values()):
             yield from (report for report in read_benchmarks(path)["benchmarks"] if not report.get("quick"))
 
 
@@ -227,6 +230,45 @@ def speed_table(root: Path) -> str:
         ]
         cells += found or [[words, baseline.split(": ")[-1], NOT_MEASURED, NOT_MEASURED, NOT_MEASURED]]
     return markdown(("what", "against", "ours", "times faster", "on"), cells)
+
+
+LAUNCHES_HEADER = (
+    "recipe", "batch", "launches a step", "generated, own, ATen, copies", "library calls", "generated traffic",
+    "evaluation of a batch", "peak memory", "kernels", "most registers", "compile",
+)  # fmt: skip
+
+
+def launches_table(root: Path) -> str:
+    """Return the ledger of launches: a table for each device that counted them."""
+    path = root / "benchmarks" / "results" / "launches.json"
+    if not path.is_file():
+        return f"{NOT_MEASURED}: `fastcifar bench launches`"
+    devices = json.loads(path.read_text(encoding="utf-8"))["devices"]
+    tables = []
+    for device, entries in devices.items():
+        versions = sorted({f"torch {e['torch']}, triton {e['triton']}" for e in entries.values()})
+        table = markdown(LAUNCHES_HEADER, [_launches_cells(entry) for entry in entries.values()])
+        tables.append(f"{device}, {'; '.join(versions)}\n\n{table}")
+    return "\n\n".join(tables)
+
+
+def _launches_cells(entry: dict[str, Any]) -> list[str]:
+    step, evaluation = entry["step"], entry["evaluation"]
+    parts = [f"{step['launches'].get(kind, 0):,}" for kind in ("generated", "own", "aten", "copy")]
+    moved, compiled = entry.get("generated_bytes"), entry.get("compile_cpu_s")
+    return [
+        f"`{entry['recipe']}`" + (f" ({entry['mode']})" if entry["fallback"] else ""),
+        str(entry["batch_size"]),
+        f"{sum(step['launches'].values()):,}",
+        ", ".join(parts),
+        f"{sum(step['library'].values()):,}",
+        NOT_MEASURED if moved is None else f"{_number(moved / 1e6)} MB",
+        f"{sum(evaluation['launches'].values()):,} and {sum(evaluation['library'].values()):,} library",
+        f"{entry['peak_bytes'] / 1e9:.3g} GB",
+        str(entry.get("kernels", NOT_MEASURED)),
+        str(entry.get("registers", NOT_MEASURED)),
+        NOT_MEASURED if compiled is None else f"{_number(compiled)} CPU s",
+    ]
 
 
 def _times(row: dict[str, Any]) -> str:

@@ -13,7 +13,9 @@ from fastcifar.console import err, out
 from fastcifar.errors import UserError, nearest
 from fastcifar.locations import benchmarks_folder, new_results_folder
 
-NAMES = ("ceilings", "loaders", "augment", "optimizer", "step", "models", "step-times", "time-to-accuracy")
+NAMES = ("ceilings", "loaders", "augment", "optimizer", "step", "models", "step-times", "time-to-accuracy", "launches")
+OWN_FILES = {"launches": "launches.json"}
+"""Benchmarks that keep their results themselves, and where."""
 
 
 def bench(
@@ -35,8 +37,9 @@ def bench(
             failed.append(name)
             continue
         reports.append(report)
-        path = to or new_results_folder() / results_name(report["environment"])
-        merge(path, report)
+        path = to or new_results_folder() / OWN_FILES.get(name, results_name(report["environment"]))
+        if to or name not in OWN_FILES:
+            merge(path, report)
         err.print(f"{name}: in {path}")
     if json_:
         out({"environment": reports[-1]["environment"] if reports else None, "benchmarks": reports, "failed": failed})
@@ -54,9 +57,7 @@ def chosen(names: list[str]) -> list[str]:
     wanted = [name.replace("_", "-") for name in names]
     for name in wanted:
         if name not in (*NAMES, "all"):
-            raise UserError(
-                f'bench: no benchmark "{name}"{nearest(name, NAMES)}; there are {", ".join(NAMES)} and all'
-            )
+            raise UserError(f'bench: no benchmark "{name}"{nearest(name, NAMES)}; there are {", ".join(NAMES)} and all')
     return [name for name in NAMES if "all" in wanted or name in wanted]
 
 

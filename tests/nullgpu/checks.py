@@ -1,0 +1,58 @@
+"""What every step must be on a GPU, asserted of a report."""
+
+from tests.nullgpu.report import Kernel, Report
+
+SPILL_BYTES = 0
+"""Local memory that a kernel may use. A kernel that indexes an array of its own is listed in `STACK`, not spilling."""
+STACK: dict[str, int] = {}
+
+
+def assert_clean(report: Report) -> None:
+    """Check that nothing went wrong anywhere in a job.
+
+    No exception, no fallback, no graph break, nothing that a capture forbids, every convolution channels-last, every
+    kernel compiled for sm_90 without spills.
+    """
+    assert report.error is None, report.error
+    for call in report.facts.get("calls", []):
+        assert call["status"] == 0, call["stderr"]
+    assert report.facts.get("fallback") is None
+    assert report.facts.get("row", {}).get("nonfinite_step") is None
+    assert report.violations == []
+    assert report.graph_breaks == {}
+    assert [each for each in sorted(report.convolutions) if not each.channels_last] == []
+    assert {kernel.target for kernel in report.kernels} <= {"sm_90"}
+    assert [kernel for kernel in report.kernels if spills(kernel)] == []
+
+
+def spills(kernel: Kernel) -> bool:
+    """Return whether a kernel uses more local memory than is known to be no spill."""
+    return kernel.stack_bytes > STACK.get(kernel.name, SPILL_BYTES)
+
+
+def assert_steps_are_replayed(report: Report) -> None:
+    """Check that after its capture a step is one replay: no kernel, no library call, no wait beside it.
+
+    A step that is the first of its shape may have rehearsed it.
+
+    What a replayed step may put on its stream beside the graph: copies of the batch's indices and labels into it.
+    """
+    assert report.captures(), "no step was captured"
+    first = {id(region) for region in report.of("step") if region.library}
+    assert len(first) <= len(report.captures()), "more steps ran operation by operation than were captured"
+    for region in report.of("step"):
+        assert region.replays, f"a step of {region.rows} images was not replayed"
+        if id(region) not in first:
+            assert region.syncs == []
+            assert region.pageable == 0
+            assert set(region.kinds()) <= {"copy"}
+    assert [capture.beside for _, capture in report.captures()] == [0] * len(report.captures())
+
+
+def assert_evaluation_is_replayed(report: Report) -> None:
+    """Check that evaluation was captured, and that a batch of it is one replay with copies around it."""
+    assert report.captures("evaluation"), "evaluation was not captured"
+    for region in report.of("evaluation"):
+        assert region.replays
+        assert dict(region.library) == {}
+        assert region.kinds()["generated"] == 0

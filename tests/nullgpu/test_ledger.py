@@ -1,0 +1,132 @@
+"""The ratchet: a captured step has no more launches than the committed ledger says. And the ledger itself."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fastcifar.errors import UserError
+from tests.nullgpu.checks import assert_clean, assert_steps_are_replayed
+from tests.nullgpu.harness import ROOT, Job, on_null_device
+from tests.nullgpu.report import Capture, Graph, Kernel, Region, Report
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import launches
+
+COMMITTED = launches.read_ledger().get(launches.NULL, {})
+CHEAP = "lenet5"  # measured in every test run; the others with `make nullgpu`
+
+
+def steps_of(recipe: str, folder: Path, deadline_s: float) -> Report:
+    (report,) = on_null_device([Job("steps", {"recipe": recipe, "changes": []})], folder, deadline_s=deadline_s)
+    return report
+
+
+def assert_not_grown(recipe: str, report: Report) -> None:
+    assert_clean(report)
+    assert_steps_are_replayed(report)
+    message = launches.grown(recipe, COMMITTED[recipe], report.captures()[0][1])
+    assert message is None, message
+
+
+@pytest.mark.skipif(CHEAP not in COMMITTED, reason=f"{CHEAP} is not in the ledger")
+def test_a_cheap_step_has_no_more_launches_than_committed(null_device: Path, tmp_path: Path) -> None:
+    assert_not_grown(CHEAP, steps_of(CHEAP, tmp_path / "child", deadline_s=500))
+
+
+@pytest.mark.nullgpu
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(n, marks=pytest.mark.xdist_group(f"ledger {n}")) for n in COMMITTED if n != CHEAP]
+)
+def test_a_step_has_no_more_launches_than_committed(null_device: Path, tmp_path: Path, recipe: str) -> None:
+    assert_not_grown(recipe, steps_of(recipe, tmp_path / "child", deadline_s=1700))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", [name for name in ("lenet5", "deep-bn") if name in COMMITTED])
+def test_a_gpu_launches_what_the_ledger_says(recipe: str) -> None:
+    """The first thing to compare on a real GPU. It has not been run on one."""
+    assert launches.compare(recipe, COMMITTED[recipe], launches.measure_gpu(recipe)) == []
+
+
+# ------------------------------------------------------------------------------------- the ledger, without any device
+
+
+def report() -> Report:
+    step = Capture(
+        launches=Counter({"triton_a": 2, "augment_kernel": 1, "at::add": 4}), graphs=[0, 1], number=1, whole=True
+    )
+    step.library["convolution"] = 2
+    steps = Region(kind="step", rows=128, captures=[step])
+    evaluation = Region(kind="evaluation", rows=256, launches=Counter({"at::add": 3}))
+    facts = {"mode": "compile+graph", "fallback": None, "peak_bytes": 10, "compile_cpu_s": 1.26}
+    graphs = {0: Graph(False, 100, 7), 1: Graph(True, 50, 7)}
+    kernels = [Kernel("triton_a", 40, 0, "sm_90"), Kernel("augment_kernel", 30, 8, "sm_90")]
+    return Report(facts=facts, regions=[steps, evaluation], graphs=graphs, kernels=kernels)
+
+
+def test_an_entry_says_what_was_seen() -> None:
+    entry = launches.entry_of("lenet5", report())
+    assert entry["step"] == {"launches": {"aten": 4, "generated": 2, "own": 1}, "library": {"convolution": 2}}
+    assert launches.total(entry["step"]) == 7
+    assert entry["evaluation"] == {"launches": {"aten": 3}, "library": {}}
+    assert (entry["generated_bytes"], entry["compile_cpu_s"]) == (150, 1.3)
+    assert (entry["kernels"], entry["registers"], entry["stack"]) == (2, 40, {"augment_kernel": 8})
+
+
+def test_bytes_out_of_a_cache_are_unknown() -> None:
+    seen = report()
+    seen.regions[0].captures[0].graphs.append(-1)
+    assert launches.entry_of("lenet5", seen)["generated_bytes"] is None
+
+
+def test_a_failed_step_is_no_entry() -> None:
+    with pytest.raises(UserError, match="lenet5: ValueError: no"):
+        launches.entry_of("lenet5", Report(error="Traceback\nValueError: no\n"))
+
+
+def test_more_launches_are_told_with_what_to_do() -> None:
+    entry, seen = launches.entry_of("lenet5", report()), report()
+    step = seen.regions[0].captures[0]
+    assert launches.grown("lenet5", entry, step) is None
+    step.launches["triton_b"] += 2
+    message = launches.grown("lenet5", entry, step)
+    assert message is not None
+    assert "has 9 launches, and 7 in launches.json (generated 2 -> 4)" in message
+    assert "python benchmarks/launches.py lenet5" in message
+    step.launches["at::add"] = 0  # fewer in all: some moved from one origin to another
+    assert launches.grown("lenet5", entry, step) is None
+
+
+def test_entries_are_kept_one_by_one_in_the_order_of_the_ladder(tmp_path: Path) -> None:
+    path = tmp_path / "launches.json"
+    for name in ("wrn-200", "lenet5", "wrn-200"):
+        launches.write_entry("null device", launches.entry_of("lenet5", report()) | {"recipe": name}, path)
+    assert list(launches.read_ledger(path)["null device"]) == ["lenet5", "wrn-200"]
+    path.write_text(json.dumps([]))
+    with pytest.raises(UserError, match=r"launches\.json"):
+        launches.read_ledger(path)
+
+
+def test_only_what_changed_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"d": {"lenet5": {"fingerprint": launches.fingerprint("lenet5")}, "deep-bn": {"fingerprint": "other"}}}
+    monkeypatch.setattr(launches, "read_ledger", lambda: held)
+    assert launches.due(["lenet5", "deep-bn", "wrn-200"], "d", named=False) == ["deep-bn", "wrn-200"]
+    assert launches.due(["lenet5"], "d", named=True) == ["lenet5"]
+
+
+def test_a_gpu_is_compared_by_origin() -> None:
+    names = {
+        "triton_poi_fused_add_0": "generated", "augment_kernel": "own", "Memcpy DtoD (Device -> Device)": "copy",
+        "void at::native::vectorized_elementwise_kernel<4>(int)": "aten", "sm90_xmma_fprop_implicit_gemm": "library",
+        "void (anonymous namespace)::softmax_warp_forward<float>(float*)": "aten",
+        "void cudnn::(anonymous namespace)::nhwcToNchw(float*)": "library",
+    }  # fmt: skip
+    assert {name: launches.real_origin(name) for name in names} == names
+    entry = launches.entry_of("lenet5", report())
+    assert launches.compare("lenet5", entry, entry) == []
+    other = entry | {"step": {"launches": {"generated": 3, "own": 1, "aten": 4, "copy": 9}, "library": {}}}
+    assert launches.compare("lenet5", entry, other) == ["lenet5: generated: 2 launches in the ledger, 3 on the GPU"]
