@@ -16,7 +16,6 @@ from tests.nullgpu.report import Report
 
 ODD = ["train.epochs=2", "train.batch_size=30"]  # three whole batches and one of ten
 SPEED = [*ODD, "train.drop_last=false", "data.subset=100", "model.widths=[16,32,32]", "eval.every_epochs=1"]
-NOT_COMPILED = "ShakeDrop's draws are index expressions with constants above 2**31, which Triton refuses"
 GROUPS = ("aug", "wrn", "pyramid", "residual", "beyond", "other")
 
 
@@ -50,15 +49,8 @@ def reports_of(null_device: Path, tmp_path_factory: pytest.TempPathFactory):
 
 
 def params() -> list:
-    """Return every recipe with its group's mark; ShakeDrop's fail today."""
-    found = []
-    for name, group in recipes().items():
-        config = load_recipe(name)
-        marks = [pytest.mark.xdist_group(group)]
-        if getattr(config.model, "shakedrop", 0):
-            marks.append(pytest.mark.xfail(strict=True, reason=NOT_COMPILED))
-        found.append(pytest.param(name, marks=marks))
-    return found
+    """Return every recipe with its group's mark."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(group)) for name, group in recipes().items()]
 
 
 @pytest.mark.nullgpu
