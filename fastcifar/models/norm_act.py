@@ -18,7 +18,7 @@ def use_fused_batch_norm(model: nn.Module, on: bool) -> None:
     on = on and not any(getattr(module, "extra", 0) for module in model.modules())
     for module in model.modules():
         if hasattr(module, "fused_batch_norm"):
-            module.fused_batch_norm = on
+            module.fused_batch_norm = on  # type: ignore[assignment]
 
 
 def fuses(module: nn.Module, x: Tensor) -> bool:

@@ -8,6 +8,7 @@ Most of these widths are no multiple of 8. With ``align = 8`` all are computed a
 """
 
 from itertools import pairwise
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -109,7 +110,7 @@ class PyramidNet(nn.Module):
         """Map images (B, 3, S, S) to logits (B, num_classes)."""
         scales = self.draws(len(x)) if self.draws is not None and self.training else [None] * len(self.blocks)
         fused = fuses(self, x)
-        x = norm_act(self.stem[1], self.stem[0](x))[0] if fused else self.stem(x)
+        x = norm_act(cast(nn.BatchNorm2d, self.stem[1]), self.stem[0](x))[0] if fused else self.stem(x)
         for block, scale in zip(self.blocks, scales, strict=True):
             x = block(x, scale)
         x = norm_act(self.bn, x, relu=True)[0] if fused else F.relu(self.bn(x))

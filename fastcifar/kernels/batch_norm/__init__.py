@@ -143,7 +143,8 @@ def batch_norm(
 
     Returns:
         The output (B, C, H, W), channels-last, and ``x`` itself. A shortcut that starts from the second output has its
-        gradient added inside the backward kernel; one that starts from ``x`` costs a launch and three passes over memory.
+        gradient added inside the backward kernel; one that starts from ``x`` costs a launch and three passes over
+        memory.
     """
     return _BatchNorm.apply(
         x, weight, bias, residual, running_mean, running_var, scales, seed, momentum, eps, relu, drop

@@ -68,8 +68,10 @@ def _normalized(x, mean, rstd, weight, bias):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gradient(grad, affine, scales, seed, row, column, inside, C, HW, B, drop,
-              RELU: tl.constexpr, DROP: tl.constexpr, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _gradient(  # type: ignore[no-untyped-def]
+    grad, affine, scales, seed, row, column, inside, C, HW, B, drop,
+    RELU: tl.constexpr, DROP: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
     """Return the gradient with regard to the affine map's output."""
     if SCALE:
         grad *= tl.load(scales + B + row // HW, mask=row < B * HW, other=0.0)[:, None]
