@@ -50,12 +50,12 @@ class Strips(NamedTuple):
 def strips(count: int, channels: int) -> Strips:
     """Divide ``count`` rows of ``channels`` columns.
 
-    A strip has at least about as many rows as there are strips, so that the partial sums, which every program reads,
+    A strip has about five times as many rows as there are strips, so that the partial sums, which every program reads,
     stay small beside it.
     """
     columns = min(max(triton.next_power_of_2(channels), 16), MOST_COLUMNS)
     rows, groups = TILE // columns, triton.cdiv(channels, columns)
-    most = max(1, min(PROGRAMS // groups, int((0.4 * count) ** 0.5)))
+    most = max(1, min(PROGRAMS // groups, int((0.2 * count) ** 0.5)))
     rounds = triton.cdiv(count, most * rows)
     return Strips(triton.cdiv(count, rounds * rows), groups, rounds, rows, columns)
 
