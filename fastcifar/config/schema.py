@@ -383,7 +383,7 @@ class EngineConfig(Section):
         working_copy: keep bf16 (or fp16) weights beside the fp32 ones, written by the optimizer's own kernel, and hand
             them to the model, so that nothing is cast in a pass and gradients travel in 16 bits: the same values in
             fewer bytes, for whoever trains on a GPU.
-        fused_batch_norm: in training on a GPU, normalize, activate, drop and add a shortcut in two launches, and go back
+        fused_batch_norm: in training on a GPU, normalize, activate, drop and add a shortcut in two launches, and return
             in two; ``auto`` for every model that can (wide_resnet, and pyramidnet with ``align`` 1).
         strict: make it an error when the step cannot be carried out as ``mode`` asks for (a model that does not compile
             or cannot be captured), instead of saying so and going on with less.
