@@ -20,6 +20,7 @@ from torch import Tensor
 
 TILE = 4096  # elements: 16 for each of a program's 256 threads
 WARPS = 8
+REGISTERS = 128  # at most, a thread: two programs fit a multiprocessor, and ptxas does not spill to make room for three
 PROGRAMS = 264  # two for each of an H100's multiprocessors
 MOST_COLUMNS = 64
 
@@ -271,14 +272,16 @@ def forward(
     partials = torch.empty((2, plan.programs, c), dtype=torch.float32, device=x.device)
     y, saved = torch.empty_like(x), torch.empty((2, c), dtype=torch.float32, device=x.device)
     statistics_kernel[plan.grid](
-        x, partials, count, c, ROUNDS=plan.rounds, ROWS=plan.rows, COLUMNS=plan.columns, num_warps=WARPS
-    )
+        x, partials, count, c, ROUNDS=plan.rounds, ROWS=plan.rows, COLUMNS=plan.columns,
+        num_warps=WARPS, maxnreg=REGISTERS,
+    )  # fmt: skip
     normalize_kernel[plan.grid](
         x, partials, weight, bias, _or(running_mean, saved), _or(running_var, saved), _or(residual, x),
         _or(scales, saved), _or(seed, saved), y, saved,
         count, c, c if residual is None else residual.shape[1], h * w, b, eps, momentum, drop,
         TRACK=running_mean is not None, RELU=relu, DROP=drop > 0, SCALE=scales is not None, ADD=residual is not None,
-        STRIPS=plan.programs, ROUNDS=plan.rounds, ROWS=plan.rows, COLUMNS=plan.columns, num_warps=WARPS,
+        STRIPS=plan.programs, ROUNDS=plan.rounds, ROWS=plan.rows, COLUMNS=plan.columns,
+        num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return y, saved
 
@@ -296,7 +299,8 @@ def backward(
     partials = torch.empty((2, plan.programs, c), dtype=torch.float32, device=x.device)
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     options = {"RELU": relu, "DROP": drop > 0, "SCALE": scales is not None}
-    sizes = {"ROUNDS": plan.rounds, "ROWS": plan.rows, "COLUMNS": plan.columns, "num_warps": WARPS}
+    sizes = {"ROUNDS": plan.rounds, "ROWS": plan.rows, "COLUMNS": plan.columns}
+    sizes |= {"num_warps": WARPS, "maxnreg": REGISTERS}
     inputs = (x, grad, saved, weight, bias, _or(scales, saved), _or(seed, saved), partials)
     reduce_kernel[plan.grid](*inputs, count, c, h * w, b, drop, **options, **sizes)
     gradient_kernel[plan.grid](
