@@ -383,6 +383,8 @@ class EngineConfig(Section):
         working_copy: keep bf16 (or fp16) weights beside the fp32 ones, written by the optimizer's own kernel, and hand
             them to the model, so that nothing is cast in a pass and gradients travel in 16 bits: the same values in
             fewer bytes, for whoever trains on a GPU.
+        fused_batch_norm: in training on a GPU, normalize, activate, drop and add a shortcut in two launches, and return
+            in two; ``auto`` for every model that can (wide_resnet, and pyramidnet with ``align`` 1).
         strict: make it an error when the step cannot be carried out as ``mode`` asks for (a model that does not compile
             or cannot be captured), instead of saying so and going on with less.
     """
@@ -391,6 +393,7 @@ class EngineConfig(Section):
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
     precision: Literal["bf16", "fp16", "fp32", "tf32"] = "bf16"
     working_copy: bool = False
+    fused_batch_norm: Literal["auto", True, False] = "auto"
     strict: bool = False
 
 
@@ -462,6 +465,8 @@ class Recipe(Section):
             raise ValueError('engine.working_copy needs engine.precision = "bf16" or "fp16"')
         if self.engine.working_copy and self.train.accumulate > 1:
             raise ValueError("engine.working_copy works with train.accumulate = 1: gradients would add up in 16 bits")
+        if self.engine.fused_batch_norm is True and not _has_fused_batch_norm(self.model):
+            raise ValueError("engine.fused_batch_norm = true needs a wide_resnet, or a pyramidnet with model.align = 1")
         if self.optimizer.name == "muon" and self.engine.precision == "fp16":
             raise ValueError('optimizer.name = "muon" works with engine.precision = "bf16", "fp32" or "tf32"')
         if self.augment.where == "loader" and self.data.loader.name not in ("auto", "torchvision"):
@@ -471,6 +476,10 @@ class Recipe(Section):
         if self.data.loader.order == "native" and self.data.loader.name != "dali":
             raise ValueError('data.loader.order = "native" needs data.loader.name = "dali"')
         return self
+
+
+def _has_fused_batch_norm(model: ModelBase) -> bool:
+    return isinstance(model, WideResNetConfig) or (isinstance(model, PyramidNetConfig) and model.align == 1)
 
 
 class CombineConfig(Section):

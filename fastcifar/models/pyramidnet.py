@@ -8,12 +8,14 @@ Most of these widths are no multiple of 8. With ``align = 8`` all are computed a
 """
 
 from itertools import pairwise
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcifar.config.schema import PyramidNetConfig
 from fastcifar.models.aligned import AlignedBatchNorm2d, AlignedConv2d, pad_channels, round_up
+from fastcifar.models.norm_act import fuses, norm_act
 from fastcifar.models.shakedrop import ShakeDraws, ShakeDrop, death_rates
 
 STEM = 16
@@ -54,15 +56,28 @@ class PyramidBlock(nn.Module):
         self.shakedrop = None if death_rate is None else ShakeDrop(death_rate)
         self.stride = stride
         self.channels = round_up(outputs, align)
+        self.fused_batch_norm = False
 
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
         """Map (B, inputs, H, W) to (B, outputs, H / stride, W / stride), widths rounded up; see `ShakeDrop`."""
+        if fuses(self, x):
+            return self._fused(x, scales)
         branch = self.branch(x)
         if self.shakedrop is not None:
             branch = self.shakedrop(branch, scales)
         # An image of odd side shrinks as under the branch's convolution: rounded up.
         shortcut = F.avg_pool2d(x, 2, ceil_mode=True) if self.stride == 2 else x
         return branch + pad_channels(shortcut, self.channels)
+
+    def _fused(self, x: Tensor, scales: Tensor | None) -> Tensor:
+        """Do the same with each BatchNorm, its ReLU and, after the last one, scale and addition in one."""
+        norms = [m for m in self.branch if isinstance(m, nn.BatchNorm2d)]
+        convolutions = [m for m in self.branch if isinstance(m, nn.Conv2d)]
+        branch, x = norm_act(norms[0], x)
+        shortcut = F.avg_pool2d(x, 2, ceil_mode=True) if self.stride == 2 else x
+        for convolution, norm in zip(convolutions[:-1], norms[1:-1], strict=True):
+            branch, _ = norm_act(norm, convolution(branch), relu=True)
+        return norm_act(norms[-1], convolutions[-1](branch), residual=shortcut, scales=scales)[0]
 
 
 class PyramidNet(nn.Module):
@@ -89,14 +104,17 @@ class PyramidNet(nn.Module):
         self.width = channels[-1] * EXPANSION[config.block]
         self.bn = AlignedBatchNorm2d(self.width, config.align)
         self.head = nn.Linear(self.width, num_classes)
+        self.fused_batch_norm = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 3, S, S) to logits (B, num_classes)."""
         scales = self.draws(len(x)) if self.draws is not None and self.training else [None] * len(self.blocks)
-        x = self.stem(x)
+        fused = fuses(self, x)
+        x = norm_act(cast(nn.BatchNorm2d, self.stem[1]), self.stem[0](x))[0] if fused else self.stem(x)
         for block, scale in zip(self.blocks, scales, strict=True):
             x = block(x, scale)
-        return self.head(F.relu(self.bn(x)).mean((2, 3))[:, : self.width])
+        x = norm_act(self.bn, x, relu=True)[0] if fused else F.relu(self.bn(x))
+        return self.head(x.mean((2, 3))[:, : self.width])
 
 
 def build(config: PyramidNetConfig, num_classes: int, image_px: int) -> nn.Module:

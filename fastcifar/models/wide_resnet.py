@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from fastcifar.config.schema import WideResNetConfig
 from fastcifar.models.batch_norm import BatchNorm2d
+from fastcifar.models.norm_act import dropout_seeds, fuses, norm_act
 from fastcifar.models.shakedrop import ShakeDraws, ShakeDrop, death_rates
 
 
@@ -39,15 +40,31 @@ class WideBlock(nn.Module):
         self.shakedrop = None if death_rate is None else ShakeDrop(death_rate)
         same = inputs == outputs and stride == 1
         self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+        self.fused_batch_norm = False
 
-    def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Map (B, inputs, H, W) to (B, outputs, H / stride, W / stride); ``scales``: see `ShakeDrop`."""
+    def forward(self, x: Tensor, scales: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
+        """Map (B, inputs, H, W) to (B, outputs, H / stride, W / stride); ``scales``: see `ShakeDrop`.
+
+        ``seed``, int64 (1,), is what dropout draws from where BatchNorm is fused.
+        """
+        if fuses(self, x):
+            return self._fused(x, scales, seed)
         active = self.relu1(self.bn1(x))
         branch = self.dropout(F.relu(self.bn2(self.conv1(active))))
         branch = self.bn3(self.conv2(branch))
         if self.shakedrop is not None:
             branch = self.shakedrop(branch, scales)
         return branch + (x if self.shortcut is None else self.shortcut(active))
+
+    def _fused(self, x: Tensor, scales: Tensor | None, seed: Tensor | None) -> Tensor:
+        """Do the same with BatchNorm, activation, dropout and, after a last BatchNorm, the addition in one."""
+        active, x = norm_act(self.bn1, x, relu=isinstance(self.relu1, nn.ReLU))
+        shortcut = x if self.shortcut is None else self.shortcut(active)
+        branch, _ = norm_act(self.bn2, self.conv1(active), relu=True, drop=self.dropout.p, seed=seed)
+        branch = self.conv2(branch)
+        if isinstance(self.bn3, nn.BatchNorm2d):
+            return norm_act(self.bn3, branch, residual=shortcut, scales=scales)[0]
+        return (branch if self.shakedrop is None else self.shakedrop(branch, scales)) + shortcut
 
 
 class WideResNet(nn.Module):
@@ -71,14 +88,17 @@ class WideResNet(nn.Module):
             inputs = outputs
         self.bn = BatchNorm2d(inputs)
         self.head = nn.Linear(inputs, num_classes)
+        self.fused_batch_norm = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 3, S, S) to logits (B, num_classes)."""
         scales = self.draws(len(x)) if self.draws is not None and self.training else [None] * len(self.blocks)
+        seeds = dropout_seeds(x, len(self.blocks)) if fuses(self, x) else [None] * len(self.blocks)
         x = self.stem(x)
-        for block, scale in zip(self.blocks, scales, strict=True):
-            x = block(x, scale)
-        return self.head(F.relu(self.bn(x)).mean((2, 3)))
+        for block, scale, seed in zip(self.blocks, scales, seeds, strict=True):
+            x = block(x, scale, seed)
+        x = norm_act(self.bn, x, relu=True)[0] if fuses(self, x) else F.relu(self.bn(x))
+        return self.head(x.mean((2, 3)))
 
 
 def build(config: WideResNetConfig, num_classes: int, image_px: int) -> nn.Module:

@@ -23,6 +23,7 @@ from fastcifar.kernels.sam import Ascent, ascend, norm_squared
 from fastcifar.kernels.sgd_ema import Averages
 from fastcifar.models import hooks
 from fastcifar.models.batch_norm import set_batches_tracked
+from fastcifar.models.norm_act import use_fused_batch_norm
 from fastcifar.train.cursor import DeviceCursor, HostCursor, build_cursor
 from fastcifar.train.ema import averaged, build_averages
 from fastcifar.train.execution import Execution, model_forward
@@ -313,6 +314,7 @@ def build_step(
     rate = learning_rate(recipe.schedule, recipe.optimizer.lr, recipe.train.epochs, steps_per_epoch)
     forward_passes = torch.zeros(1, dtype=torch.int64, device=device)
     hooks.bind_counter(model, forward_passes, recipe.seed)
+    use_fused_batch_norm(model, device.type == "cuda" and recipe.engine.fused_batch_norm is not False)
     optimizer = build_optimizer(recipe.optimizer, flat, averages, skip=precision.scaled)
     if recipe.lookahead:
         optimizer = Lookahead(optimizer, recipe.lookahead, flat, recipe.train.epochs * steps_per_epoch)

@@ -1,0 +1,151 @@
+"""BatchNorm fused with ReLU, dropout, ShakeDrop's scale and the addition of a shortcut, for training on a GPU.
+
+`batch_norm` is one node of a compiled graph forward and one backward: two custom operators, and an autograd function
+between them. (The forward operator moves the running statistics in place, and torch derives autograd formulas of
+functional operators only.) `fastcifar.kernels.batch_norm.reference` is the definition, ``triton`` the kernels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NHWC = torch.channels_last
+
+
+def _dense(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=NHWC)
+
+
+@torch.library.custom_op("fastcifar::batch_norm", mutates_args=("running_mean", "running_var"))
+def forward_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    scales: Tensor | None,
+    seed: Tensor | None,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    drop: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the output (B, C, H, W), channels-last, and what the backward pass needs: float32 (2, C)."""
+    from fastcifar.kernels.batch_norm import triton as kernels
+
+    shortcut = None if residual is None else _dense(residual)
+    return kernels.forward(
+        _dense(x), weight, bias, running_mean, running_var, shortcut, scales, seed, momentum, eps, relu, drop
+    )
+
+
+@forward_op.register_fake
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=NHWC), x.new_empty((2, x.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("fastcifar::batch_norm_backward", mutates_args=())
+def backward_op(
+    grad: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    extra: Tensor | None,
+    scales: Tensor | None,
+    seed: Tensor | None,
+    relu: bool,
+    drop: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x (plus ``extra``, where given), weight and bias."""
+    from fastcifar.kernels.batch_norm import triton as kernels
+
+    if extra is not None and not _rows(extra):
+        extra = _dense(extra)
+    return kernels.backward(_dense(grad), _dense(x), saved, weight, bias, extra, scales, seed, relu, drop)
+
+
+@backward_op.register_fake
+def _(grad: Tensor, x: Tensor, saved: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(x, memory_format=NHWC), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _rows(images: Tensor) -> bool:
+    """Tell whether the pixels of images lie at equal distances in memory, each pixel's channels side by side."""
+    from fastcifar.kernels.batch_norm.triton import row_stride
+
+    b, c, h, w = images.shape
+    step = row_stride(images)
+    wanted = (h * w * step, 1, w * step, step)
+    return all(n == 1 or s == t for n, s, t in zip((b, c, h, w), images.stride(), wanted, strict=True))
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Joins the two operators; its second output is the input itself, for a shortcut that starts there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *rest: Any) -> Any:
+        running_mean, running_var, scales, seed, momentum, eps, relu, drop = rest
+        y, saved = forward_op(
+            x, weight, bias, running_mean, running_var, residual, scales, seed, momentum, eps, relu, drop
+        )
+        ctx.save_for_backward(x, saved, weight, bias, scales, seed)
+        ctx.relu, ctx.drop = relu, drop
+        ctx.channels = 0 if residual is None else residual.shape[1]
+        ctx.set_materialize_grads(False)
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad, extra = grads
+        x, saved, weight, bias, scales, seed = ctx.saved_tensors
+        if grad is None:
+            return extra, *(None,) * 11
+        dx, dweight, dbias = backward_op(grad, x, saved, weight, bias, extra, scales, seed, ctx.relu, ctx.drop)
+        shortcut = grad[:, : ctx.channels] if ctx.channels and ctx.needs_input_grad[3] else None
+        return dx, dweight, dbias, shortcut, *(None,) * 8
+
+
+@torch.compiler.allow_in_graph
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None = None,
+    scales: Tensor | None = None,
+    seed: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = False,
+    drop: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Normalize a batch with its own statistics, activate, drop, scale per sample and add a shortcut.
+
+    Every image tensor is bf16, fp16 or fp32 on one CUDA device; sums are float32, the output is rounded once.
+
+    Args:
+        x: (B, C, H, W), channels-last, B * H * W above 1.
+        weight: float32 (C,).
+        bias: float32 (C,).
+        running_mean: float32 (C,), moved in place by ``momentum`` towards the batch's mean; None for none.
+        running_var: float32 (C,), likewise towards the unbiased variance; given or left out together.
+        residual: (B, R, H, W), R <= C, added last to the first R channels; None for none.
+        scales: float32 (2, B), contiguous: each sample's factor of the output and of its gradient (ShakeDrop).
+        seed: int64 (1,), that dropout draws from; needed where ``drop`` is above 0. A new one for each pass.
+        momentum: share of the batch in the running statistics, 0..1.
+        eps: added to the variance.
+        relu: whether negative values become 0.
+        drop: probability of dropout in 0..1, after the activation.
+
+    Returns:
+        The output (B, C, H, W), channels-last, and ``x`` itself. A shortcut that starts from the second output has its
+        gradient added inside the backward kernel; one that starts from ``x`` costs a launch and three passes over
+        memory.
+    """
+    return _BatchNorm.apply(
+        x, weight, bias, residual, running_mean, running_var, scales, seed, momentum, eps, relu, drop
+    )

@@ -1,0 +1,191 @@
+"""Run by test_batch_norm.py in Triton's interpreter: the fused BatchNorm against float64 and torch's own layers.
+
+It prints one JSON list of [what, error in ulps of the largest expected value, the ulps allowed].
+"""
+
+import itertools
+import json
+import sys
+import warnings
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func
+from pydantic import TypeAdapter
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn import functional as F
+
+from fastcifar.config.schema import ModelConfig
+from fastcifar.kernels.batch_norm import backward_op, batch_norm, forward_op, reference
+from fastcifar.models import bind_counter, build_model, pyramidnet, wide_resnet
+from fastcifar.models.norm_act import use_fused_batch_norm
+
+NHWC = torch.channels_last
+EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# A sum of some thousand values in another order; an input's gradient subtracts three such sums. Low precision rounds
+# once; the interpreter cuts bf16 off where the GPU rounds to nearest.
+SUM_ULPS, ROUNDED_ULPS = 16.0, 2.0
+# Batch, channels, height, width, channels of the shortcut: PyramidNet's widths, odd batches, strips of every kind.
+SHAPES = [
+    (3, 27, 5, 7, 25), (2, 16, 3, 3, 16), (9, 43, 14, 14, 41), (5, 66, 4, 4, 64), (41, 43, 10, 10, 0), (1, 1, 1, 2, 0),
+]  # fmt: skip
+found: list[tuple[str, float, float]] = []
+
+
+def note(what: str, ours: Tensor, expected: Tensor, ulps: float) -> None:
+    ulp = EPSILON[ours.dtype] * max(float(expected.detach().abs().max()), 1e-3)
+    found.append((what, float((ours.detach().double() - expected.detach().double()).abs().max()) / ulp, ulps))
+
+
+def images(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 2.0) -> Tensor:
+    return (torch.randn(shape) * 3 + mean).to(dtype).contiguous(memory_format=NHWC)
+
+
+def check_values(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, scaled: bool) -> None:
+    """Compare outputs, statistics and all gradients with the reference in float64."""
+    b, c, h, w, r = shape
+    x, shortcut = images(b, c, h, w, dtype=dtype), images(b, r, h, w, dtype=dtype) if r else None
+    weight, bias, mean, var = torch.rand(c) + 0.5, torch.randn(c), torch.randn(c), torch.rand(c)
+    scales = torch.rand(2, b) * 2 - 0.5 if scaled else None
+    leaves = [t.requires_grad_() for t in (x, weight, bias, shortcut) if t is not None]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    expected = reference.batch_norm(
+        *wide[:3], mean.double(), var.double(), momentum=0.3, relu=relu,
+        scales=None if scales is None else scales.double(), residual=wide[3] if r else None,
+    )  # fmt: skip
+    y, skip = batch_norm(x, weight, bias, mean, var, shortcut, scales, momentum=0.3, relu=relu)
+    # What comes back along a shortcut is a part of a wider gradient, as PyramidNet's padding leaves it.
+    grads = [images(b, c, h, w, dtype=dtype), images(b, c + 5, h, w, dtype=dtype)[:, :c]]
+    torch.autograd.backward([y, skip], grads)
+    torch.autograd.backward([expected.output, wide[0] * 1.0], [g.double() for g in grads])
+    what = f"{shape} {dtype} relu={relu} scaled={scaled}: "
+    image_ulps = SUM_ULPS if dtype == torch.float32 else ROUNDED_ULPS
+    note(what + "output", y, expected.output, image_ulps)
+    note(what + "running mean", mean, expected.running_mean, SUM_ULPS)
+    note(what + "running variance", var, expected.running_var, SUM_ULPS)
+    for name, leaf, other in zip(("x", "weight", "bias", "shortcut"), leaves, wide, strict=False):
+        assert leaf.grad is not None
+        assert other.grad is not None
+        note(what + f"gradient of {name}", leaf.grad, other.grad, image_ulps if leaf.ndim == 4 else SUM_ULPS)
+
+
+def check_against_torch() -> None:
+    """Compare with F.batch_norm and ReLU, also where a channel's mean is 10,000 times its deviation."""
+    for mean in (0.5, 30_000.0):
+        x, weight, bias, stats = images(7, 19, 6, 6, mean=mean), torch.rand(19), torch.randn(19), torch.zeros(2, 19)
+        ours, theirs = stats.clone(), stats.clone()
+        wide = [t.double() for t in (x, weight, bias, stats[0], stats[1])]
+        exact = reference.batch_norm(*wide, relu=True)
+        y, _ = batch_norm(x, weight, bias, ours[0], ours[1], relu=True)
+        other = F.relu(F.batch_norm(x, theirs[0], theirs[1], weight, bias, training=True))
+        theirs_off = float((other - exact.output).abs().max() / exact.output.abs().max()) / 2.0**-23
+        note(f"output at mean {mean}; torch's own error times 2", y, exact.output, 2 * theirs_off + SUM_ULPS)
+        # Plain sums of squares would be wrong by 50 million.
+        note(f"running variance at mean {mean}", ours[1], exact.running_var, 4096.0)
+
+
+def check_dropout() -> None:
+    """See that dropout keeps the right share, scales it, and drops the same places on the way back."""
+    x, weight, bias = images(8, 43, 8, 8).requires_grad_(), torch.rand(43) + 0.5, torch.randn(43)
+    plain, _ = batch_norm(x, weight, bias, None, None)
+    draws = []
+    for relu, seed in itertools.product((False, True), (5, 6)):
+        y, _ = batch_norm(x, weight, bias, None, None, None, None, torch.tensor([seed]), relu=relu, drop=0.3)
+        draws.append(y.detach())
+    keep = ((draws[0] != 0) / 0.7).double()
+    found.append(("share of kept values", abs(float((draws[0] != 0).double().mean()) - 0.7), 0.02))
+    found.append(("equal masks of two seeds", float(((draws[0] != 0) == (draws[1] != 0)).double().mean()), 0.65))
+    note("dropout after ReLU", draws[2], plain.relu() * keep, 2.0)
+    y, _ = batch_norm(x, weight, bias, None, None, None, None, torch.tensor([5]), relu=True, drop=0.3)
+    grad = images(8, 43, 8, 8)
+    (ours,) = torch.autograd.grad(y, x, grad)
+    wide, zeros = x.detach().double().requires_grad_(), torch.zeros(43).double()
+    expected = reference.batch_norm(wide, weight.double(), bias.double(), zeros, zeros, relu=True, keep=keep)
+    note("gradient under dropout", ours, torch.autograd.grad(expected.output, wide, grad.double())[0], SUM_ULPS)
+
+
+def check_operators() -> None:
+    """Let torch check schemas and shape formulas, and a compiler's tracing see one node each way."""
+    x, weight, bias, mean, var = images(3, 27, 5, 5), torch.rand(27), torch.rand(27), torch.zeros(27), torch.ones(27)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(
+        forward_op, (x, weight, bias, mean, var, x.clone(), None, None, 0.1, 1e-5, True, 0.0), test_utils=tests
+    )
+    saved, extra = torch.rand(2, 27), images(3, 30, 5, 5)[:, :27]
+    arguments = (x.clone(), x, saved, weight, bias, extra, None, None, True, 0.0)
+    torch.library.opcheck(backward_op, arguments, test_utils=tests)
+    seen: list[str] = []
+
+    def trace(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    compiler = aot_autograd(fw_compiler=trace, bw_compiler=trace)
+    bare = lambda t: batch_norm(t * 1.0, weight, bias, mean, var, relu=True)[0]  # noqa: E731
+    leaf, moved = x.clone().requires_grad_(), mean.clone()
+    y = torch.compile(bare, backend=compiler, fullgraph=True)(leaf)
+    y.sum().backward()
+    ours = [name for name in seen if "batch_norm" in name or "auto_functionalized" in name]
+    found.append((f"nodes of the compiled graphs: {ours}", abs(len(ours) - 2), 0.0))
+    found.append(("the compiled graph left the running mean alone", float(torch.equal(moved, mean)), 0.0))
+
+
+def check_rerun() -> None:
+    """See that two runs give the same bits."""
+    x, weight, bias = images(9, 43, 14, 14), torch.rand(43), torch.rand(43)
+    runs = []
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        y, _ = batch_norm(leaf, weight, bias, None, None, relu=True)
+        runs.append([y, *torch.autograd.grad(y, leaf, x)])
+    found.append(("bits that differ between runs", float(sum(not torch.equal(*pair) for pair in zip(*runs))), 0.0))  # noqa: B905
+
+
+MODELS = {
+    "wide_resnet": {"name": "wide_resnet", "depth": 10, "widen": 1, "dropout": 0.0},
+    "wide_resnet last bn": {
+        "name": "wide_resnet", "depth": 10, "widen": 1, "dropout": 0.0, "last_bn": True, "first_relu": False,
+        "shakedrop": 0.5,
+    },
+    "pyramidnet": {"name": "pyramidnet", "depth": 8, "alpha": 11, "shakedrop": 0.5},
+    "bottleneck": {"name": "pyramidnet", "depth": 11, "alpha": 10, "block": "bottleneck", "shakedrop": 0.5},
+}  # fmt: skip
+
+
+def check_models() -> None:
+    """Compare whole networks, fused and plain: logits, gradients and running statistics."""
+    # The interpreter's tensors are on the CPU, where models otherwise take their plain layers.
+    for module in (wide_resnet, pyramidnet):
+        module.fuses = lambda block, x: block.fused_batch_norm and block.training  # type: ignore[attr-defined]
+    x, weights = images(5, 3, 8, 8, mean=0.0), torch.randn(5, 10)
+    for name, table in MODELS.items():
+        sides = []
+        for fused in (True, False):
+            model = build_model(TypeAdapter(ModelConfig).validate_python(table), image_px=8, seed=3)
+            use_fused_batch_norm(model, fused)
+            bind_counter(model, torch.ones(1, dtype=torch.int64), seed=1)
+            logits = model(x)
+            (logits * weights).sum().backward()
+            grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            stats = torch.cat([t for n, t in model.state_dict().items() if n.endswith(("running_mean", "running_var"))])
+            sides.append((logits, grads, stats))
+        for what, ours, plain in zip(("logits", "gradients", "statistics"), *sides, strict=True):
+            found.append((f"{name}: number of {what}", float(len(ours) != len(plain)), 0.0))
+            note(f"{name}: {what}", ours, plain, 64.0)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.manual_seed(int(sys.argv[1]))
+    for number, shape in enumerate(SHAPES):
+        check_values(shape, torch.float32, relu=number % 2 == 0, scaled=number % 3 != 2)
+    for dtype in (torch.bfloat16, torch.float16):
+        check_values(SHAPES[0], dtype, relu=True, scaled=True)
+    for check in (check_against_torch, check_dropout, check_rerun, check_operators, check_models):
+        check()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

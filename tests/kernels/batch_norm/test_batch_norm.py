@@ -1,0 +1,120 @@
+"""The fused BatchNorm without a GPU: interpreted against float64, compiled for sm_90, and left out where it must be."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastcifar.kernels.batch_norm import batch_norm, reference
+from fastcifar.kernels.batch_norm import triton as kernels
+from fastcifar.models.norm_act import norm_act
+from tests.kernels.sm90 import resources
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_interpreted_kernels_equal_the_reference() -> None:
+    # A process of its own: Triton decides when a kernel is defined whether to interpret it.
+    seed = random.randrange(2**31)
+    print("seed", seed)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels.batch_norm.interpret", str(seed)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) > 60
+    assert [row for row in found if not row[1] <= row[2]] == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 8_192, 32_768, 131_072, 1_048_576])
+@pytest.mark.parametrize("channels", [1, 16, 27, 43, 64, 166, 512, 800])
+def test_strips_cover_every_element_once(count: int, channels: int) -> None:
+    plan = kernels.strips(count, channels)
+    height = plan.rounds * plan.rows
+    assert (plan.programs - 1) * height < count <= plan.programs * height
+    assert (plan.groups - 1) * plan.columns < channels <= plan.groups * plan.columns
+    # What a program reads of the partial sums (8 bytes a strip) is less than half of what it reads of two bf16 tensors.
+    assert plan.programs == 1 or 8 * plan.programs <= 0.5 * 4 * height
+
+
+FLOATS = set("partials weight bias running_mean running_var scales saved dweight dbias".split())
+IMAGES = set("x grad residual y extra dx".split())
+# Rows and channels: WideResNet's widths are multiples of 16, PyramidNet's are anything.
+SIZES = {"wide_resnet": (131_072, 128), "pyramidnet": (8_192, 166)}
+KERNELS: dict[str, Any] = {
+    "statistics": kernels.statistics_kernel,
+    "normalize": kernels.normalize_kernel,
+    "reduce": kernels.reduce_kernel,
+    "gradient": kernels.gradient_kernel,
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("size", SIZES)
+def test_compiles_for_sm90_without_spills(name: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kernel, (count, channels) = KERNELS[name], SIZES[size]
+    plan, aligned = kernels.strips(count, channels), channels % 16 == 0
+    # Everything that its model may ask for at once.
+    constants: dict[str, Any] = {
+        "TRACK": True, "RELU": True, "DROP": aligned, "SCALE": True, "ADD": True, "STRIPS": plan.programs,
+        "ROUNDS": plan.rounds, "ROWS": plan.rows, "COLUMNS": plan.columns,
+    }  # fmt: skip
+    compiled = compile_for_sm90(kernel, {k: v for k, v in constants.items() if k in kernel.arg_names}, aligned)
+    used = resources(compiled)
+    with capsys.disabled():
+        print(f"\n  {name} {size}: {used['REG']} registers, {used['STACK']} bytes of stack", end="")
+    assert used["LOCAL"] == used["STACK"] == 0
+    assert used["REG"] <= kernels.REGISTERS
+    if name in ("normalize", "gradient"):
+        assert "cvt.rn.bf16" in compiled.asm["ptx"], "the output is not rounded to nearest"
+    if aligned:
+        assert ".v4" in compiled.asm["ptx"], "memory is not read 16 bytes at a time"
+
+
+def compile_for_sm90(kernel: Any, constants: dict[str, Any], aligned: bool) -> Any:
+    signature, divisible = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        kind = "*bf16" if name in IMAGES else "*fp32" if name in FLOATS else "*i64" if name == "seed" else "i32"
+        kind = "fp32" if name in ("eps", "momentum", "drop") else kind
+        signature[name] = "constexpr" if name in constants else kind
+        if kind.startswith("*") or name in ("count", "HW", "B") or (aligned and name in ("C", "R", "E")):
+            divisible[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
+    options = {"num_warps": kernels.WARPS, "maxnreg": kernels.REGISTERS}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def test_no_fixed_momentum_is_refused() -> None:
+    layer = torch.nn.BatchNorm2d(3, momentum=None)
+    with pytest.raises(ValueError, match="cumulative average"):
+        norm_act(layer, torch.zeros(2, 3, 4, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [27, 43, 128])
+def test_on_the_gpu_equals_the_reference(channels: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, device="cuda", generator=generator)  # noqa: E731
+    x = draw(127, channels, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = draw(channels).requires_grad_(), draw(channels).requires_grad_()
+    stats, scales = draw(2, channels).abs(), draw(2, 127)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    expected = reference.batch_norm(*wide, *stats.double(), relu=True, scales=scales.double())
+    y, _ = batch_norm(x, weight, bias, stats[0], stats[1], None, scales, relu=True)
+    grad = draw(*y.shape)
+    y.backward(grad)
+    expected.output.backward(grad.double())
+    pairs = [(y, expected.output), (stats[0], expected.running_mean), (stats[1], expected.running_var)]
+    pairs += [(a.grad, b.grad) for a, b in zip((x, weight, bias), wide, strict=True)]
+    for ours, other in pairs:
+        scale = float(other.abs().max())
+        torch.testing.assert_close(ours.double() / scale, other / scale, rtol=0, atol=1e-5)
