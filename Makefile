@@ -28,6 +28,7 @@ run: environment
 lint: environment
 	$(BIN)/ruff check fastcifar tests benchmarks tools
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # One thread per process: two processes share two cores; tests that want more set it themselves.
 test: lint

@@ -382,7 +382,7 @@ class EngineConfig(Section):
         precision: of convolutions and matrix products; ``fp16`` is for GPUs without bf16 (V100, T4).
         working_copy: keep bf16 (or fp16) weights beside the fp32 ones, written by the optimizer's own kernel, and hand
             them to the model, so that nothing is cast in a pass and gradients travel in 16 bits: the same values in
-            fewer bytes, for whoever trains on a GPU.
+            fewer bytes. ``auto`` on a GPU, unless ``train.accumulate`` is above 1.
         fused_batch_norm: in training on a GPU, normalize, activate, drop and add a shortcut in two launches, and return
             in two; ``auto`` for every model that can (wide_resnet, and pyramidnet with ``align`` 1).
         strict: make it an error when the step cannot be carried out as ``mode`` asks for (a model that does not compile
@@ -392,7 +392,7 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
     precision: Literal["bf16", "fp16", "fp32", "tf32"] = "bf16"
-    working_copy: bool = False
+    working_copy: Literal["auto", True, False] = "auto"
     fused_batch_norm: Literal["auto", True, False] = "auto"
     strict: bool = False
 
@@ -461,9 +461,9 @@ class Recipe(Section):
             raise ValueError(f'asam works with optimizer.name = "sgd", not "{self.optimizer.name}"')
         if self.lookahead and self.ema:
             raise ValueError("lookahead and ema are two averages of the same weights; remove one (ema = false)")
-        if self.engine.working_copy and self.engine.precision not in ("bf16", "fp16"):
+        if self.engine.working_copy is True and self.engine.precision not in ("bf16", "fp16"):
             raise ValueError('engine.working_copy needs engine.precision = "bf16" or "fp16"')
-        if self.engine.working_copy and self.train.accumulate > 1:
+        if self.engine.working_copy is True and self.train.accumulate > 1:
             raise ValueError("engine.working_copy works with train.accumulate = 1: gradients would add up in 16 bits")
         if self.engine.fused_batch_norm is True and not _has_fused_batch_norm(self.model):
             raise ValueError("engine.fused_batch_norm = true needs a wide_resnet, or a pyramidnet with model.align = 1")

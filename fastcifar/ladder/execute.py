@@ -106,7 +106,7 @@ class LadderExecution:
 
     def _publish(self) -> None:
         """Write ``ladder.json`` and ``ladder.html``, with the rows and seeds of earlier ascends, and show the table."""
-        from fastcifar.analysis.ladder_page import write_html
+        from fastcifar.ladder.page import write_html
 
         rows = self.ledger.table(self.others)
         self.out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Evaluation: logits of a whole split; every figure is computed from them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,19 +71,24 @@ class Evaluator:
         self._augment, self._precision = augment, precision
         self._forward: Forward = compile_model(model) if "compile" in mode else model
         self._wanted = "graph" in mode and device.type == "cuda"
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by kind of test-time augmentation
         self.fallback: str | None = None
 
     @torch.no_grad()
-    def warm_up(self, image_shape: tuple[int, ...]) -> None:
-        """Compile, and capture where that is wanted, for uint8 images of this shape (H, W, C)."""
+    def warm_up(self, image_shape: tuple[int, ...], kinds: Iterable[str] = ("none",)) -> None:
+        """Compile, and capture where that is wanted.
+
+        Args:
+            image_shape: of the uint8 images, (H, W, C).
+            kinds: of test-time augmentation that will be asked for.
+        """
         self._input = torch.zeros((self.batch_size, *image_shape), dtype=torch.uint8, device=self.device)
         was_training = self.model.training
         self.model.eval()
         with out_of_memory_explained():
             self._rehearse()
-            if self._wanted:
-                self._capture()
+            for kind in kinds if self._wanted else ():
+                self._capture(kind)
         self.model.train(was_training)
 
     def _rehearse(self) -> None:
@@ -98,15 +104,16 @@ class Evaluator:
             self.predict(self._input)
             self.fallback = f"evaluation runs without compilation: {root_cause(error)}"
 
-    def _capture(self) -> None:
-        waits = GraphedStep.beside(lambda: first_wait(lambda: self.predict(self._input)))
+    def _capture(self, kind: str) -> None:
+        waits = GraphedStep.beside(lambda: first_wait(lambda: self.predict(self._input, kind)))
         if waits is not None:
             self.fallback = f"evaluation cannot be captured as a CUDA graph, because it waits for the host: {waits}"
             return
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._output = self.predict(self._input)
-        self._graph = graph
+        pool = next((captured.pool() for captured, _ in self._graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            output = self.predict(self._input, kind)
+        self._graphs[kind] = graph, output
 
     def predict(self, images: Tensor, tta: str = "none") -> Tensor:
         """Return the logits of uint8 images (B, H, W, C) on the device, operation by operation: float32 (B, K)."""
@@ -116,11 +123,12 @@ class Evaluator:
 
     def batch(self, images: Tensor, tta: str = "none") -> Tensor:
         """Return the logits of at most B images, uint8 (b, H, W, C) on any device: float32 (b, K)."""
-        if self._graph is None or tta != "none":
+        if tta not in self._graphs:
             return self.predict(images.to(self.device, non_blocking=True), tta)
+        graph, output = self._graphs[tta]
         self._input[: len(images)].copy_(images, non_blocking=True)
-        self._graph.replay()
-        return self._output[: len(images)].clone()
+        graph.replay()
+        return output[: len(images)].clone()
 
     @torch.no_grad()
     def logits(self, images: Tensor, tta: str = "none") -> Tensor:

@@ -132,7 +132,7 @@ def warm_up(
         # An eager step has nothing to prepare for each shape: one batch loads and compiles the augmentation.
         step.execution.warm_up(islice(example_batches(loader, epoch), 1 if eager else None))
         if not eager:
-            evaluator.warm_up(image_shape)
+            evaluator.warm_up(image_shape, {"none", step.recipe.eval.tta})
     for fallback in filter(None, (step.execution.fallback, evaluator.fallback)):
         display.say(fallback)
 

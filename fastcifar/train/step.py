@@ -323,7 +323,7 @@ def build_step(
     scaled_end = flat.weights.numel() if asam and asam.scope == "all" else flat.weight_end
     return Step(
         recipe=recipe, model=model, augment=augment, mix=mix, flat=flat, precision=precision, rate=rate,
-        forward=model_forward(model, flat, precision.autocast if recipe.engine.working_copy else None),
+        forward=model_forward(model, flat, working_copy_dtype(recipe, device)),
         cursor=build_cursor(rate, steps_per_epoch, device),
         optimizer=optimizer, averages=averages,
         ascent=Ascent(asam.rho, asam.adaptive, asam.eta, scaled_end) if asam else None,
@@ -333,6 +333,17 @@ def build_step(
         losses=torch.zeros(steps_per_epoch, device=device),
         correct=torch.zeros(steps_per_epoch, device=device),
     )  # fmt: skip
+
+
+def working_copy_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """Return the dtype in which a working copy of the weights is kept, or None for none.
+
+    ``auto`` keeps one on a GPU, where it saves casts and bytes; with micro-batches, gradients would add up in 16 bits.
+    """
+    wanted = recipe.engine.working_copy
+    if wanted == "auto":
+        wanted = device.type == "cuda" and recipe.train.accumulate == 1
+    return PRECISIONS[recipe.engine.precision].autocast if wanted else None
 
 
 def _classes(model: nn.Module) -> int:

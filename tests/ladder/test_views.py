@@ -6,7 +6,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fastcifar.analysis.ladder_page import page
+from fastcifar.ladder.page import page
 from fastcifar.ladder.execute import LadderExecution, RowFailed
 from fastcifar.ladder.metrics import NOT_MEASURED
 from fastcifar.ladder.rows import ladder_rows, plan
