@@ -6,9 +6,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fastcifar.ladder.page import page
 from fastcifar.ladder.execute import LadderExecution, RowFailed
 from fastcifar.ladder.metrics import NOT_MEASURED
+from fastcifar.ladder.page import page
 from fastcifar.ladder.rows import ladder_rows, plan
 from fastcifar.ladder.state import Ledger, Note
 from fastcifar.ladder.view import COLUMNS, LadderView, cells, render, window

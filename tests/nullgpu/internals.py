@@ -50,7 +50,7 @@ def watch(mark: Callable[[str, Any], None]) -> None:
         mark, "capture step", GraphedStep.capture, rows=lambda graphed, batch: len(batch.rows)
     )
     Evaluator._capture = region(  # type: ignore[method-assign]
-        mark, "capture evaluation", Evaluator._capture, rows=lambda evaluator: evaluator.batch_size
+        mark, "capture evaluation", Evaluator._capture, rows=lambda evaluator, kind: evaluator.batch_size
     )
     Evaluator.logits = region(  # type: ignore[method-assign]
         mark, "evaluation", Evaluator.logits, rows=lambda evaluator, images, *rest: len(images)
