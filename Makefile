@@ -6,11 +6,12 @@ WORKERS ?= 2
 PIECE ?=
 BIN := .venv/bin
 
-.PHONY: help environment run test lint doctor bench tables gpu gpu-pack clean
+.PHONY: help environment run test storm lint doctor bench tables gpu gpu-pack clean
 
 help:
 	@echo "make run       make .venv, then train the smoke recipe on drawn data (no download)"
 	@echo "make test      make .venv, then ruff, mypy and pytest (WORKERS=$(WORKERS) processes)"
+	@echo "make storm     thousands of damaged inputs against everything that is read, and one table"
 	@echo "make doctor    say what works here, what is missing and its cure"
 	@echo "make bench     run all benchmarks and put the results into benchmarks/results/"
 	@echo "make tables    write the tables of README.md and benchmarks/README.md from those results"
@@ -31,6 +32,10 @@ lint: environment
 # One thread per process: two processes share two cores; tests that want more set it themselves.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+
+# STORM names subjects or options, such as STORM="recipes --seed 7"; without it every subject with its full count.
+storm: environment
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.storm $(STORM)
 
 doctor: environment
 	$(BIN)/fastcifar doctor
