@@ -357,6 +357,7 @@ class GpuAugment(Augment):
         return self._launch(images, rows, rows, self._epoch, self._plain_tables)
 
     def _launch(self, images: Tensor, rows: Tensor, indices: Tensor, epoch: Tensor, tables: Tables) -> Tensor:
+        self._check_images(images)
         out = torch.empty((len(rows), *self._shape), dtype=self._normal.dtype, device=images.device)
         launch(images.contiguous(), rows.contiguous(), indices.contiguous(), epoch, tables, self._normal, out)
         return out.permute(0, 3, 1, 2)
