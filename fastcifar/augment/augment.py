@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastcifar.augment.decisions import Program, build_program, decide_batch
+from fastcifar.config.operations import check_size
 from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.batch import Batch
 from fastcifar.errors import UserError
@@ -156,7 +157,8 @@ def build_augment(
         dtype: bfloat16, float16 or float32.
 
     Raises:
-        UserError: not three channels, or a mean or deviation per channel missing.
+        UserError: not three channels, a mean or deviation per channel missing, or padding or holes that are as
+            large as the images.
     """
     channels = image_shape[2]
     if channels != 3 or len(mean) != 3 or len(std) != 3:
@@ -164,6 +166,7 @@ def build_augment(
             f"augmentation needs 3 channels with data.mean and data.std of 3 values each; "
             f"got {channels} channels, {len(mean)} means, {len(std)} deviations"
         )
+    check_size(config.ops, min(image_shape[:2]))
     program = build_program([] if config.where == "loader" else config.ops, *image_shape[:2], mean)
     normal = normal_table(mean, std, dtype)
     if device.type == "cuda":

@@ -39,6 +39,8 @@ def run(
         from fastcifar.errors import UserError
 
         raise UserError("--set changes the recipe, but a resumed run keeps its own; start a new run instead")
+    if loaded is not None:
+        refuse_early(loaded)
     found = open_run(loaded, out, resume)
     with found.alone(), interruptible(f"stopped; go on with `fastcifar run --resume {found.folder}`"):
         summary = carry_out(found, data, stop_after, quiet)
@@ -47,6 +49,17 @@ def run(
     elif not quiet:
         err.print(describe(summary), soft_wrap=True)
         err.print(f"[bold]{found.folder}[/]", soft_wrap=True)
+
+
+def refuse_early(recipe: Any) -> None:
+    """Refuse what is known to be impossible before a run directory is made."""
+    from fastcifar.config import Recipe
+
+    if isinstance(recipe, Recipe):
+        from fastcifar.models.memory import refuse_what_cannot_fit
+        from fastcifar.train.run import pick_device
+
+        refuse_what_cannot_fit(recipe, pick_device(recipe.engine))
 
 
 def carry_out(run: Any, data: Path | None, stop_after: int | None, quiet: bool) -> dict[str, Any]:
