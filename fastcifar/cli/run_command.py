@@ -40,7 +40,7 @@ def run(
 
         raise UserError("--set changes the recipe, but a resumed run keeps its own; start a new run instead")
     if loaded is not None:
-        refuse_early(loaded)
+        refuse_early(loaded, data)
     found = open_run(loaded, out, resume)
     with found.alone(), interruptible(f"stopped; go on with `fastcifar run --resume {found.folder}`"):
         summary = carry_out(found, data, stop_after, quiet)
@@ -51,15 +51,17 @@ def run(
         err.print(f"[bold]{found.folder}[/]", soft_wrap=True)
 
 
-def refuse_early(recipe: Any) -> None:
+def refuse_early(recipe: Any, data: Path | None) -> None:
     """Refuse what is known to be impossible before a run directory is made."""
     from fastcifar.config import Recipe
 
     if isinstance(recipe, Recipe):
         from fastcifar.models.memory import refuse_what_cannot_fit
+        from fastcifar.train.checks import check_before
         from fastcifar.train.run import pick_device
 
         refuse_what_cannot_fit(recipe, pick_device(recipe.engine))
+        check_before(recipe, data)
 
 
 def carry_out(run: Any, data: Path | None, stop_after: int | None, quiet: bool) -> dict[str, Any]:

@@ -331,6 +331,11 @@ def resolve_store(
     """
     kind = kind_of(config.source, data)
     if kind == "synthetic":
+        if data is not None:
+            raise UserError(
+                f'--data {data}: the recipe draws its images (data.source = "synthetic"); leave --data away, or name '
+                "what is there: --set data.source=cifar10"
+            )
         return store_as(Source.synthetic(), need[0], progress)
     found = locate(kind, data)
     if isinstance(found, Store) and found.format in need:
