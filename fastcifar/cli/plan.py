@@ -106,9 +106,10 @@ def find_data(recipe: "Recipe", data: Path | None) -> tuple[dict[str, Any], "Sto
 def backend(recipe: "Recipe", store: "Store | None", images: int, device: Any) -> str:
     """Return the loader that would be used, with the reason; the store's image size counts, else 32x32x3."""
     from fastcifar.data.loaders import choose_backend
+    from fastcifar.data.manifest import Manifest
     from fastcifar.data.store import Store
 
-    sized = store or Store(Path(), {"image_shape": [32, 32, 3]})
+    sized = store or Store(Path(), Manifest.model_construct(image_shape=[32, 32, 3]))
     in_workers = recipe.augment if recipe.augment.where == "loader" else None
     name, reason = choose_backend(recipe.data.loader, sized, images, device, in_workers)
     return f"{name} ({reason})"

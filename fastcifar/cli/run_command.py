@@ -21,6 +21,7 @@ def run(
     stop_after: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many of the planned epochs; resume later.")
     ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every byte of the data first.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option(help="Show no progress.")] = False,
 ) -> None:
@@ -40,8 +41,10 @@ def run(
 
         raise UserError("--set changes the recipe, but a resumed run keeps its own; start a new run instead")
     if loaded is not None:
-        refuse_early(loaded, data)
+        refuse_early(loaded, data, verify)
     found = open_run(loaded, out, resume)
+    if loaded is None and verify:
+        refuse_early(found.recipe, data, verify)
     with found.alone(), interruptible(f"stopped; go on with `fastcifar run --resume {found.folder}`"):
         summary = carry_out(found, data, stop_after, quiet)
     if json_:
@@ -51,7 +54,7 @@ def run(
         err.print(f"[bold]{found.folder}[/]", soft_wrap=True)
 
 
-def refuse_early(recipe: Any, data: Path | None) -> None:
+def refuse_early(recipe: Any, data: Path | None, verify: bool = False) -> None:
     """Refuse what is known to be impossible before a run directory is made."""
     from fastcifar.config import Recipe
 
@@ -61,7 +64,7 @@ def refuse_early(recipe: Any, data: Path | None) -> None:
         from fastcifar.train.run import pick_device
 
         refuse_what_cannot_fit(recipe, pick_device(recipe.engine))
-        check_before(recipe, data)
+        check_before(recipe, data, verify)
 
 
 def carry_out(run: Any, data: Path | None, stop_after: int | None, quiet: bool) -> dict[str, Any]:

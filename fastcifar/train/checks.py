@@ -7,6 +7,7 @@ from fastcifar.config.operations import check_size
 from fastcifar.config.schema import Recipe
 from fastcifar.data.loaders.base import Plan
 from fastcifar.data.store import Store, resolve_store
+from fastcifar.data.store import verify as verify_store
 from fastcifar.errors import UserError
 from fastcifar.models import NEED_SQUARE, SMALLEST_PX
 
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
     from fastcifar.train.run import Rows
 
 
-def check_before(recipe: Recipe, data: Path | None) -> None:
+def check_before(recipe: Recipe, data: Path | None, verify: bool = False) -> None:
     """Find a recipe's data and check that the two go together; for a run that has no directory yet.
 
     Args:
         recipe: what is to be trained.
         data: the value of ``--data``.
+        verify: hash every byte of the data, also of files that were hashed before and look unchanged.
 
     Raises:
         UserError: no such data, or it does not go with the recipe.
@@ -27,6 +29,8 @@ def check_before(recipe: Recipe, data: Path | None) -> None:
     from fastcifar.train.run import choose_rows
 
     store = resolve_store(recipe.data, data)
+    if verify:
+        verify_store(store.root)
     check_data(recipe, store, choose_rows(recipe.data, store, recipe.seed))
 
 

@@ -219,4 +219,4 @@ def test_drawn_images_are_the_same_everywhere(synthetic_store):
     assert (len(train), len(test)) == (2000, 1000)
     assert np.bincount(train.labels).tolist() == [200] * 10
     assert len(np.unique(np.concatenate([train.images, test.images]).reshape(3000, -1), axis=0)) == 3000
-    assert synthetic_store.manifest["content"].startswith("928ee38aadfc2ffa")
+    assert synthetic_store.manifest.content.startswith("928ee38aadfc2ffa")

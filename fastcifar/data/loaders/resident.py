@@ -17,6 +17,7 @@ class ResidentLoader:
     augmented = False
 
     def __init__(self, store: Store, plan: Plan, device: torch.device, reason: str):
+        store.check_split("train")  # all of it is read here anyway
         split = store.split("train")
         whole = len(plan.rows) == len(split) and bool((plan.rows == np.arange(len(split))).all())
         images, labels = (split.images, split.labels) if whole else (split.images[plan.rows], split.labels[plan.rows])
