@@ -4,6 +4,8 @@ A store is made once, from a source (`fastcifar.data.sources`) or from another s
 all: it is written under a temporary name, synchronised and renamed.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -11,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,13 +174,14 @@ class _Remembered:
         looks = {name: _looks(self._store.root / name) for name in self._store.manifest.files}
         if looks == self._known:
             return
+        part = self._path.with_suffix(f".{os.getpid()}.part")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
-                json.dump(looks, file)
-            os.replace(file.name, self._path)
+            part.write_text(json.dumps(looks))
+            part.replace(self._path)
         except OSError:
-            return
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def _looks(path: Path) -> list[int]:
@@ -316,7 +319,7 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        folder, lock = _locked_folder(out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
     try:
@@ -330,13 +333,48 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(out: Path) -> tuple[Path, int]:
+    """Make a temporary folder beside ``out`` and lock it: the lock ends with the process, however that ends.
+
+    Returns:
+        The folder, and the descriptor that holds its lock.
+    """
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        lock = os.open(folder, os.O_RDONLY)
+        if _lock(lock) is not False and folder.exists():
+            return folder, lock
+        os.close(lock)  # another process took it for a left-over, in the moment before it was locked
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Try to lock a folder: True where it is ours now, False where another process has it, None without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
 
 
 def _sweep(out: Path) -> None:
-    """Remove what conversions to ``out`` that were killed a day ago or earlier have left."""
-    for folder in out.parent.glob(f".{out.name}.*.part"):
-        if time.time() - folder.stat().st_mtime > STALE_S:
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove what conversions to ``out`` that were killed have left: nobody holds its lock any more."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            free = _lock(lock)
+            old = time.time() - os.fstat(lock).st_mtime > STALE_S
+            if free or (free is None and old):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def _rename(folder: Path, out: Path) -> None:
