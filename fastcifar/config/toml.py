@@ -3,14 +3,13 @@
 TOML itself sets no limits; these are far above what a recipe needs.
 """
 
-import os
-import stat
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastcifar.errors import UserError, shown
+from fastcifar.regular_file import open_regular
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 16
@@ -36,14 +35,11 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes:
     """Read a regular file of at most `MAX_BYTES`; a pipe or a device would never end, or wait for ever."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"{path}: is not a regular file")
+    with open_regular(path) as file:
+        try:
             content = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if len(content or b"") > MAX_BYTES:
         raise UserError(f"{path}: is larger than {MAX_BYTES:,} bytes; a recipe is a few hundred")
     return content or b""

@@ -203,7 +203,7 @@ def test_image_folder_is_checked(rng, tmp_path):
     root = tmp_path / "set"
     _image_folder(rng, root)
     (root / "train" / "dog" / "3.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"dog/3\.png: not a readable image"):
+    with pytest.raises(UserError, match=r"dog/3\.png: cannot be read as an image"):
         resolve_store(DataConfig(source="folder"), root)
     Image.fromarray(np.zeros((9, 24, 3), np.uint8)).save(root / "train" / "dog" / "3.png")
     with pytest.raises(UserError, match=r"dog/3\.png: 24x9 pixels"):
@@ -212,6 +212,38 @@ def test_image_folder_is_checked(rng, tmp_path):
     (root / "test" / "bird").mkdir()
     with pytest.raises(UserError, match="bird: a class that train/ does not have"):
         resolve_store(DataConfig(source="folder"), root)
+
+
+def test_image_folder_of_many_formats_and_spellings(tmp_path):
+    """PNG, BMP and lossless WebP under any spelling; 16-bit grey is scaled, not clipped; the rest is mentioned."""
+    root, grey = tmp_path / "set", np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
+    _image_folder(root, (16, 32, 3))
+    pixels = np.random.default_rng().integers(0, 256, (16, 32, 3), np.uint8)
+    Image.fromarray(grey).save(root / "train/cat/a.Png")
+    Image.fromarray(pixels).save(root / "train/cat/b.WebP", lossless=True)
+    Image.fromarray(pixels).save(root / "train/cat/c.bmp")
+    (root / "train/cat/notes.txt").write_text("mine")
+    (root / "train/.hidden").mkdir()
+    (root / "test/dog").rename(root / "test/.dog")
+    (root / "test/dog").mkdir()
+    store = resolve_store(DataConfig(source="folder"), root)
+    assert store.classes == ["cat", "dog"]
+    images = store.split("train").images
+    assert len(images) == 13
+    wanted = np.rint(grey / 257).astype(np.uint8)
+    assert np.array_equal(images[5], np.repeat(wanted[..., None], 3, axis=2))
+    assert np.array_equal(images[6], pixels)
+    assert np.array_equal(images[7], pixels)
+    said = "\n".join(store.notes)
+    for part in ("train/.hidden: hidden", "test/dog: no images", "train/cat: 1 files"):
+        assert part in said
+
+
+def test_a_class_without_training_images_is_refused(tmp_path):
+    _image_folder(tmp_path / "set")
+    (tmp_path / "set/train/bird").mkdir()
+    with pytest.raises(UserError, match=r"train/bird: a class folder without images"):
+        resolve_store(DataConfig(source="folder"), tmp_path / "set")
 
 
 def test_drawn_images_are_the_same_everywhere(synthetic_store):
