@@ -1,5 +1,7 @@
 import gzip
 import pickle
+import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +141,49 @@ def test_archives_cannot_escape_or_be_damaged(rng, tmp_path, smalls):
     path.write_bytes(gzip.compress(b"nothing"))
     with pytest.raises(UserError, match="not a readable archive"):
         resolve_store(DataConfig(source="cifar10"), path)
+
+
+def _archive(path: Path, members: list[tuple[str, int]]) -> None:
+    """Make a compressed archive of files of zeros: small, whatever it unpacks to."""
+    class Zeros:
+        def read(self, count: int) -> bytes:
+            return bytes(count)
+
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for name, size in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = size
+            archive.addfile(entry, Zeros())
+
+
+def test_archives_of_more_than_a_release_are_refused_from_their_headers(tmp_path, smalls, monkeypatch):
+    release = smalls["cifar10", "python"]
+    monkeypatch.setattr("fastcifar.data.releases.MAX_ARCHIVE_BYTES", 3_000_000)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    path = tmp_path / release.archive
+    for members in ([(f"{release.folder}/a", 4_000_000)], [(f"{release.folder}/{k}", 1) for k in range(100)]):
+        _archive(path, members)
+        with pytest.raises(UserError, match="no release does"):
+            resolve_store(DataConfig(source="cifar10"), path)
+    with tarfile.open(path, "w") as archive:  # not compressed: a header that promises what is not there
+        entry = tarfile.TarInfo(f"{release.folder}/data_batch_1")
+        entry.size = 2**60
+        archive.fileobj.write(entry.tobuf() + bytes(10_000))
+    with pytest.raises(UserError, match=release.archive):
+        resolve_store(DataConfig(source="cifar10"), path)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_huge_integers_in_a_pickled_release_are_refused(tmp_path, smalls):
+    release = smalls["cifar10", "python"]
+    write_release(tmp_path, release, 0)
+    path = tmp_path / release.folder / "data_batch_1"
+    for label in (2**70, -(2**63), 10**4000):
+        batch = {"data": np.zeros((30, 3072), np.uint8), "labels": [0] * 29 + [label]}
+        path.write_bytes(pickle.dumps(batch, 2))
+        with pytest.raises(UserError, match="data_batch_1"):
+            resolve_store(DataConfig(source="cifar10"), tmp_path)
 
 
 def test_damage_within_an_archive_is_named_by_both(tmp_path, smalls):
