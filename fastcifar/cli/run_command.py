@@ -30,7 +30,7 @@ def run(
     A killed run loses nothing but the epoch it was in: `fastcifar run --resume RUN_DIR` goes on, to the same bits.
     """
     from fastcifar.config import load_recipe
-    from fastcifar.console import err
+    from fastcifar.console import err, say
     from fastcifar.console import out as print_json
     from fastcifar.interrupt import interruptible
     from fastcifar.open_run import open_run
@@ -51,7 +51,7 @@ def run(
         print_json({**summary, "run": str(found.folder)})
     elif not quiet:
         err.print(describe(summary), soft_wrap=True)
-        err.print(f"[bold]{found.folder}[/]", soft_wrap=True)
+        say((str(found.folder), "bold"))
 
 
 def refuse_early(recipe: Any, data: Path | None, verify: bool = False) -> None:

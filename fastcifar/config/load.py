@@ -86,7 +86,7 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe | Com
     table = _read_extended(path, (), {})
     for text in overrides:
         _override(table, text)
-    table.setdefault("name", _plain_name(path.stem))
+    table.setdefault("name", plain_name(path.stem))
     kind = CombineRecipe if "combine" in table else Recipe
     table = {k: v for k, v in table.items() if not (v is False and k in OPTIONAL_TABLES)}
     try:
@@ -112,7 +112,7 @@ def _check_name(name: str | Path) -> None:
         raise UserError(f"{shown(str(name))}: no such recipe file")
 
 
-def _plain_name(stem: str) -> str:
+def plain_name(stem: str) -> str:
     """Return the name of a recipe that has none of its own: its file's, with what a name may not hold replaced."""
     return re.sub(r"[^\w.+-]+", "-", stem).strip("-.+")[:MAX_NAME] or "recipe"
 

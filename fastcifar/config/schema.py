@@ -381,7 +381,7 @@ class LossConfig(Section):
     """
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    class_weights: Annotated[list[NotNegative], Field(min_length=2, max_length=100_000)] | None = None
+    class_weights: Annotated[list[NotNegative], Field(min_length=1, max_length=100_000)] | None = None
     reduction: Literal["mean", "sum"] = "mean"
 
     @model_validator(mode="after")
