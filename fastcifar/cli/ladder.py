@@ -52,8 +52,8 @@ def ladder(
     if json_:
         print_json(content(rows))
     elif dry_run or not err.is_terminal:
-        plain = {"stderr": True, "highlight": False, "markup": False, "emoji": False}
-        console = err if err.is_terminal else Console(**plain, width=WIDE)
+        wide = Console(stderr=True, highlight=False, markup=False, emoji=False, width=WIDE)
+        console = err if err.is_terminal else wide
         console.print(render(rows, console.width))
     if any(row.state in ("failed", "blocked") for row in rows):
         raise typer.Exit(1)

@@ -109,7 +109,7 @@ def backend(recipe: "Recipe", store: "Store | None", images: int, device: Any) -
     from fastcifar.data.manifest import Manifest
     from fastcifar.data.store import Store
 
-    sized = store or Store(Path(), Manifest.model_construct(image_shape=[32, 32, 3]))
+    sized = store or Store(Path(), Manifest.model_construct(**{"image_shape": [32, 32, 3]}))  # type: ignore[arg-type]
     in_workers = recipe.augment if recipe.augment.where == "loader" else None
     name, reason = choose_backend(recipe.data.loader, sized, images, device, in_workers)
     return f"{name} ({reason})"

@@ -76,7 +76,7 @@ class Store:
 
     def count(self, split: str) -> int:
         """Return the number of images in ``train`` or ``test``."""
-        return self.manifest.splits[split].count  # type: ignore[index]
+        return self.manifest.splits[split].count
 
     def split(self, split: str) -> Split:
         """Return the images and labels of ``train`` or ``test``: memory-mapped from a raw store, else read.
@@ -302,7 +302,7 @@ def _write(data: DataSet, content: str, to: str, out: Path, progress: Progress) 
             content=content,
             classes=data.classes,
             image_shape=[int(side) for side in data.splits["train"].images.shape[1:]],
-            splits={name: SplitEntry(count=len(split)) for name, split in data.splits.items()},  # type: ignore[misc]
+            splits={name: SplitEntry(count=len(split)) for name, split in data.splits.items()},
             notes=data.notes,
             files={p.relative_to(folder).as_posix(): _describe(p) for p in written},
         ).write(folder)

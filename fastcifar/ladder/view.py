@@ -71,7 +71,8 @@ def render(rows: Sequence[Row], width: int) -> Table:
         table.add_column(column, no_wrap=True, justify="left" if column in ("row", "state") else "right")
     for row in rows:
         state, *others = cells(row)
-        table.add_row(*[row.name, Text(state, style=STYLES[row.state]), *others][:shown])
+        shown_cells: list[str | Text] = [row.name, Text(state, style=STYLES[row.state]), *others]
+        table.add_row(*shown_cells[:shown])
     return table
 
 
