@@ -79,7 +79,7 @@ def test_an_operation_larger_than_the_images(folder):
 
 def test_no_run_directory_is_made(tmp_path, monkeypatch, synthetic_store):
     monkeypatch.chdir(tmp_path)
-    overrides = ["data.source=synthetic", "data.subset=1", "train.drop_last=true", "engine.device=cpu"]
+    overrides = ["data.source=synthetic", "data.subset=10", "train.drop_last=true", "engine.device=cpu"]
     with pytest.raises(UserError, match="make no whole batch"):
         run("lenet5", overrides)
     assert list(tmp_path.iterdir()) == []
