@@ -6,12 +6,13 @@ WORKERS ?= 2
 PIECE ?=
 BIN := .venv/bin
 
-.PHONY: help environment run test nullgpu lint doctor bench tables gpu gpu-pack clean
+.PHONY: help environment run test nullgpu storm lint doctor bench tables gpu gpu-pack clean
 
 help:
 	@echo "make run       make .venv, then train the smoke recipe on drawn data (no download)"
 	@echo "make test      make .venv, then ruff, mypy and pytest (WORKERS=$(WORKERS) processes)"
 	@echo "make nullgpu   every recipe's GPU path on a device that computes nothing: minutes, no GPU"
+	@echo "make storm     thousands of damaged inputs against everything that is read, and one table"
 	@echo "make doctor    say what works here, what is missing and its cure"
 	@echo "make bench     run all benchmarks and put the results into benchmarks/results/"
 	@echo "make tables    write the tables of README.md and benchmarks/README.md from those results"
@@ -38,6 +39,10 @@ test: lint
 # nothing. A small part of it is in `make test`.
 nullgpu: environment
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m nullgpu -n $(WORKERS) --dist loadgroup tests/nullgpu
+
+# STORM names subjects or options, such as STORM="recipes --seed 7"; without it every subject with its full count.
+storm: environment
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.storm $(STORM)
 
 doctor: environment
 	$(BIN)/fastcifar doctor

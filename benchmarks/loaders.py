@@ -229,7 +229,7 @@ def first_epochs(names: list[str]) -> list[Row]:
 def run(quick: bool) -> list[Row]:
     """Measure the steady state of all sides in turn, then, unless quick, first epochs and memory."""
     store, names = find_store(quick), sides()
-    count, kind = store.count("train"), store.manifest["source"]["kind"]
+    count, kind = store.count("train"), store.manifest.source.kind
     starts = {name: starter(name, store) for name in names}
     measures = alternate({name: lambda s=s: images_per_s(s, count) for name, s in starts.items()}, 1 if quick else 5)
     rows = []

@@ -13,8 +13,24 @@ class UserError(Exception):
     """
 
 
+def shown(value: object, limit: int = 60) -> str:
+    """Return a value as Python writes it, in at most ``limit`` characters of one printable line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, too deep a list
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def plain(text: str, limit: int = 60) -> str:
+    """Return a text as it is where it is short and printable, else as `shown` writes it."""
+    return text if text.isprintable() and 0 < len(text) <= limit else shown(text, limit)
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return `` (did you mean "x"?)`` for the closest allowed spelling, or nothing when none is close."""
+    if len(word) > 100:  # nobody's misspelling, and the search is quadratic
+        return ""
     close = difflib.get_close_matches(word, list(allowed), n=1)
     return f' (did you mean "{close[0]}"?)' if close else ""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastcifar.analysis.content import CIFAR10
 from fastcifar.config.schema import CombineRecipe
+from fastcifar.data.images import read_rgb
 from fastcifar.errors import UserError
 from fastcifar.models import build_model
 from fastcifar.run_directory import RunDirectory
@@ -89,17 +90,11 @@ def read_image(path: Path, image_px: int) -> np.ndarray:
     """Return an image file as uint8 (S, S, 3): its central square, reduced or enlarged to S x S (bicubic).
 
     Raises:
-        UserError: the file is missing or no image.
+        UserError: the file is missing, not a regular file, no image, or too large.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path}: cannot be read as an image: {error}") from None
+    picture = read_rgb(path, upright=True)
     if picture.size != (image_px, image_px):
         picture = ImageOps.fit(picture, (image_px, image_px), Image.Resampling.BICUBIC)
     return np.array(picture)

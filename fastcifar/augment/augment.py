@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastcifar.config.operations import check_size
 from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.batch import Batch
 from fastcifar.errors import UserError
@@ -87,6 +88,10 @@ class Augment:
         Args:
             batch: uint8 images on the device of this object, of the shape that it was built for.
             epoch: 0..2**32-1; a tensor of one element is read on its device.
+
+        Raises:
+            IndexError: a row that is not one of the images (on the CPU; a GPU is not waited for).
+            ValueError: images of another shape or type.
         """
         return self._run(batch.images, batch.rows, batch.indices, self.program, int(epoch))
 
@@ -100,11 +105,32 @@ class Augment:
         return decide_batch(self.program, indices, epoch, self.seed)
 
     def _run(self, images: Tensor, rows: Tensor, indices: Tensor, program: Program, epoch: int) -> Tensor:
+        self._check_images(images)
+        check_rows(rows, len(images))
         out = torch.empty((len(rows), *self._shape), dtype=self._normal.dtype)
         arrays = images.contiguous().numpy(), rows.contiguous().numpy(), indices.contiguous().numpy()
         normal = (as_numpy(self._normal), *self._linear)
         augment_batch(*arrays, program, normal, as_numpy(out), self._scratch, seed=self.seed, epoch=epoch)
         return out.permute(0, 3, 1, 2)
+
+    def _check_images(self, images: Tensor) -> None:
+        """Refuse images that the compiled kernels, which check nothing, would read wrongly."""
+        if images.shape[1:] != self._shape or images.dtype != torch.uint8:
+            wanted = "x".join(map(str, self._shape))
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape[1:])}; built for uint8 of {wanted}")
+
+
+def check_rows(rows: Tensor, count: int) -> None:
+    """Refuse rows (int64 (B,), on the CPU) outside 0..count-1: once per batch, because the kernel reads unchecked.
+
+    Raises:
+        IndexError: with the range of the rows.
+    """
+    if not len(rows):
+        return
+    low, high = (int(bound) for bound in rows.aminmax())
+    if low < 0 or high >= count:
+        raise IndexError(f"rows {low} to {high} of {count} images: the batch is not of these images (a closed loader?)")
 
 
 class GpuAugment(Augment):
@@ -135,6 +161,7 @@ class GpuAugment(Augment):
         return self._launch(images, rows, rows, self._epoch, self._plain_tables)
 
     def _launch(self, images: Tensor, rows: Tensor, indices: Tensor, epoch: Tensor, tables: Any) -> Tensor:
+        self._check_images(images)
         out = torch.empty((len(rows), *self._shape), dtype=self._normal.dtype, device=images.device)
         given = images.contiguous(), rows.contiguous(), indices.contiguous()
         self._launch_kernel(*given, epoch, tables, self._normal, out)
@@ -165,7 +192,8 @@ def build_augment(
         dtype: bfloat16, float16 or float32.
 
     Raises:
-        UserError: not three channels, or a mean or deviation per channel missing.
+        UserError: not three channels, a mean or deviation per channel missing, or padding or holes that are as
+            large as the images.
     """
     channels = image_shape[2]
     if channels != 3 or len(mean) != 3 or len(std) != 3:
@@ -173,6 +201,7 @@ def build_augment(
             f"augmentation needs 3 channels with data.mean and data.std of 3 values each; "
             f"got {channels} channels, {len(mean)} means, {len(std)} deviations"
         )
+    check_size(config.ops, min(image_shape[:2]))
     program = build_program([] if config.where == "loader" else config.ops, *image_shape[:2], mean)
     normal = normal_table(mean, std, dtype)
     if device.type == "cuda":

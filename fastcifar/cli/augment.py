@@ -35,8 +35,8 @@ def preview(
 ) -> None:
     """Draw a contact sheet: a row per training image, the original at the left, then one column per epoch."""
     from fastcifar.config import CombineRecipe, load_recipe
-    from fastcifar.console import err
     from fastcifar.console import out as print_json
+    from fastcifar.console import say
     from fastcifar.errors import UserError
 
     loaded = load_recipe(recipe, set_ or [])
@@ -49,7 +49,7 @@ def preview(
         raise UserError(f"{out} could not be written ({error}); give --out a writable path such as sheet.png") from None
     ops = [str(op) for op in loaded.augment.ops]
     what = ", ".join(ops) or "no augmentation"
-    err.print(f"[bold]{out}[/]: {count} images in epochs {columns[0]} to {columns[-1]}, {what}", soft_wrap=True)
+    say((str(out), "bold"), f": {count} images in epochs {columns[0]} to {columns[-1]}, {what}")
     if json_:
         print_json({"path": str(out), "recipe": loaded.name, "images": count, "epochs": list(columns), "augment": ops})
 

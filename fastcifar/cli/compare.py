@@ -45,7 +45,7 @@ def show(rows: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> None:
         metrics = [figure(row[which]) for which in ("last", "best", "selected")]
         table.add_row(row["name"], str(len(row["runs"])), *metrics, duration(row["training_s"]))
     err.print(table)
-    err.print("\n[dim]McNemar's exact test, last epoch: images that only the one run has right[/]")
+    err.print("\nMcNemar's exact test, last epoch: images that only the one run has right", style="dim")
     for pair in pairs:
         err.print(
             f"{pair['first']} {pair['only_first']} : {pair['only_second']} {pair['second']}, p = {pair['p_value']:.3g}"

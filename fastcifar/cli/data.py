@@ -27,7 +27,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """Yield a progress callback that draws a bar on stderr, where that is a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
@@ -88,7 +88,7 @@ def convert(
     with progress_bar() as progress:
         made, written = store.convert(source, to, place, progress)
     _say_notes(made.notes)
-    counts = {split: made.count(split) for split in made.manifest["splits"]}
+    counts = {split: made.count(split) for split in made.manifest.splits}
     err.print(f"{place}: {'written' if written else 'already there, unchanged'} ({to}, {_counts(counts)})")
     if json_:
         out({**_describe(made), "written": written})
@@ -111,8 +111,8 @@ def verify(
 
     with progress_bar() as progress:
         checked = store.verify(folder, progress)
-    files = checked.manifest["files"]
-    total = sum(file["bytes"] for file in files.values())
+    files = checked.manifest.files
+    total = sum(file.bytes for file in files.values())
     err.print(f"{folder}: {len(files)} files, {total:,} bytes, all as the manifest says")
     if json_:
         out({**_describe(checked), "verified": True})
@@ -138,14 +138,14 @@ def _describe(store: Any) -> dict[str, Any]:
     manifest = store.manifest
     return {
         "path": str(store.root),
-        "kind": manifest["source"]["kind"],
+        "kind": manifest.source.kind,
         "format": store.format,
-        "splits": {name: split["count"] for name, split in manifest["splits"].items()},
+        "splits": {name: split.count for name, split in manifest.splits.items()},
         "classes": store.classes,
         "image_shape": list(store.image_shape),
-        "bytes": sum(file["bytes"] for file in manifest["files"].values()),
-        "content": manifest["content"],
-        "source": manifest["source"],
+        "bytes": sum(file.bytes for file in manifest.files.values()),
+        "content": manifest.content,
+        "source": manifest.source.model_dump(),
         "notes": store.notes,
     }
 

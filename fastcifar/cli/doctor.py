@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastcifar.console import err, out
+from fastcifar.console import err, out, say
 from fastcifar.locations import install_command
 
 Check = dict[str, str]
@@ -61,7 +61,7 @@ def show(checks: list[Check]) -> None:
     """Print the checks for people, to stderr."""
     for check in checks:
         style = STYLES[check["status"]]
-        err.print(f"[{style}]{check['status']:8}[/]{check['name']:10}", check["detail"], sep="", soft_wrap=True)
+        say((f"{check['status']:8}", style), f"{check['name']:10}{check['detail']}")
         if check["cure"]:
             err.print(f"        {'':10}cure: {check['cure']}", markup=False, soft_wrap=True)
 

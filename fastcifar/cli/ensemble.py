@@ -73,11 +73,12 @@ def carry_out(
         json_: print JSON to stdout instead of a table to stderr.
     """
     from fastcifar.analysis.combine import record, results_of
+    from fastcifar.config.load import plain_name
     from fastcifar.config.schema import CombineRecipe
     from fastcifar.console import out as print_json
 
     name = out.name if out else f"{options['how']}-of-{len(members)}"
-    recipe = _validated(CombineRecipe, {"name": name, "combine": {"members": list(members), **options}})
+    recipe = _validated(CombineRecipe, {"name": plain_name(name), "combine": {"members": list(members), **options}})
     refuse_run(out)
     done = results_of(recipe, members, tta=tta)
     summary = record(done, out).summary if out else done.summary()
@@ -114,7 +115,7 @@ def show(summary: dict[str, Any], out: Path | None) -> None:
     """Print members and combination as one table for people."""
     from rich.table import Table
 
-    from fastcifar.console import err
+    from fastcifar.console import err, say
 
     table = Table(box=None, header_style="dim")
     for heading in ("", "last", "best on test", "selected"):
@@ -122,14 +123,13 @@ def show(summary: dict[str, Any], out: Path | None) -> None:
     for member in summary["members"]:
         table.add_row(member["name"], *(percent(member[which]) for which in ("last", "best", "selected")))
     metrics = [summary[which] for which in ("last", "best", "selected")]
-    label = f"[bold]{summary['how']}[/]"
-    table.add_row(label, *(f"[bold]{percent(entry and entry['accuracy'])}[/]" for entry in metrics))
+    table.add_row(summary["how"], *(percent(entry and entry["accuracy"]) for entry in metrics), style="bold")
     err.print(table)
     for which in ("last", "best", "selected"):
         if summary[which]:
-            err.print(f"[dim]{which}:[/] {summary[which]['protocol']}{_details(summary['combined'][which])}")
+            say((f"{which}: ", "dim"), f"{summary[which]['protocol']}{_details(summary['combined'][which])}")
     if out:
-        err.print(f"[bold]{out}[/]", soft_wrap=True)
+        say((str(out), "bold"))
 
 
 def _details(details: dict[str, Any]) -> str:

@@ -19,8 +19,8 @@ def export(
     The ONNX model takes uint8 pixels (batch, 32, 32, 3) and holds the normalization; it is checked with onnxruntime
     against torch before the command ends.
     """
-    from fastcifar.console import err
     from fastcifar.console import out as print_json
+    from fastcifar.console import say
     from fastcifar.errors import UserError, nearest
     from fastcifar.run_directory import RunDirectory
 
@@ -44,4 +44,4 @@ def export(
         print_json({"run": str(run), "file": str(out), "difference_from_torch": difference})
     else:
         checked = "" if difference is None else f", within {difference:.0e} of torch in onnxruntime"
-        err.print(f"[bold]{out}[/]{checked}", soft_wrap=True)
+        say((str(out), "bold"), checked)

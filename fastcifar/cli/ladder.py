@@ -32,7 +32,7 @@ def ladder(
     """
     from rich.console import Console
 
-    from fastcifar.console import err
+    from fastcifar.console import err, say
     from fastcifar.console import out as print_json
     from fastcifar.interrupt import interruptible
     from fastcifar.ladder.execute import LadderExecution
@@ -47,12 +47,13 @@ def ladder(
     if not dry_run:
         with LadderView(err) as view, interruptible("stopped; the same command goes on from here"):
             LadderExecution(ledger, Runner(out, data, same_process), out, view, limit_s).ascend()
-        err.print(f"[bold]{out / 'ladder.html'}[/]", soft_wrap=True)
+        say((str(out / "ladder.html"), "bold"))
     rows = ledger.table()
     if json_:
         print_json(content(rows))
     elif dry_run or not err.is_terminal:
-        console = err if err.is_terminal else Console(stderr=True, highlight=False, width=WIDE)
+        wide = Console(stderr=True, highlight=False, markup=False, emoji=False, width=WIDE)
+        console = err if err.is_terminal else wide
         console.print(render(rows, console.width))
     if any(row.state in ("failed", "blocked") for row in rows):
         raise typer.Exit(1)

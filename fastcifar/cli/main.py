@@ -57,9 +57,22 @@ app.add_typer(data.app, name="data", rich_help_panel="Train")
 app.add_typer(augment.app, name="augment", rich_help_panel="Train")
 
 
+def refuse_empty(words: list[str]) -> None:
+    """Refuse an argument of nothing: an unset shell variable, which as a path would mean the current folder.
+
+    Raises:
+        UserError: with the option that it belongs to.
+    """
+    for before, word in zip(["", *words], words, strict=False):
+        option = before if word == "" else word
+        if word == "" or (word.startswith("--") and word.find("=") == len(word) - 1):
+            raise UserError(f"{option.rstrip('=') or 'an argument'}: is empty; name what you mean, or leave it away")
+
+
 def main() -> None:
     """Run the command line; a `UserError` or an interrupt ends it with one message and exit status 2."""
     try:
+        refuse_empty(sys.argv[1:])
         app()
     except (UserError, Interrupted) as error:
         print(f"fastcifar: {error}", file=sys.stderr)

@@ -52,6 +52,7 @@ def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str
     """Return the plan of a training run as plain values; memory in MiB, times in seconds."""
     from fastcifar.models import budget
     from fastcifar.models.cost import cost_of_config
+    from fastcifar.models.memory import check_memory, memory_mib
     from fastcifar.train.execution import choose_mode
     from fastcifar.train.run import pick_device
 
@@ -63,6 +64,8 @@ def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str
     trained = budget.images_to_train(recipe, images)
     steps = budget.steps_per_epoch(recipe, trained)
     prediction = budget.predict(recipe, times, images)
+    memory = memory_mib(recipe, cost.parameters, trained)
+    check_memory(recipe.name, memory, device)
     return {
         "recipe": recipe.name,
         "model": {"name": recipe.model.name, "parameters": cost.parameters, "gmacs": cost.macs / 1e9},
@@ -76,7 +79,7 @@ def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str
             "device": str(device), "mode": mode, "mode_reason": why, "precision": recipe.engine.precision,
             "loader": backend(recipe, store, trained, device),
         },
-        "memory_mib": memory_mib(recipe, cost.parameters, trained),
+        "memory_mib": memory,
         "time": {"hardware": hardware, "total_s": prediction.total_s if prediction else None},
     }  # fmt: skip
 
@@ -103,51 +106,13 @@ def find_data(recipe: "Recipe", data: Path | None) -> tuple[dict[str, Any], "Sto
 def backend(recipe: "Recipe", store: "Store | None", images: int, device: Any) -> str:
     """Return the loader that would be used, with the reason; the store's image size counts, else 32x32x3."""
     from fastcifar.data.loaders import choose_backend
+    from fastcifar.data.manifest import Manifest
     from fastcifar.data.store import Store
 
-    sized = store or Store(Path(), {"image_shape": [32, 32, 3]})
+    sized = store or Store(Path(), Manifest.model_construct(**{"image_shape": [32, 32, 3]}))  # type: ignore[arg-type]
     in_workers = recipe.augment if recipe.augment.where == "loader" else None
     name, reason = choose_backend(recipe.data.loader, sized, images, device, in_workers)
     return f"{name} ({reason})"
-
-
-def memory_mib(recipe: "Recipe", parameters: int, images: int) -> dict[str, float]:
-    """Return the expected memory on the training device in MiB, without what CUDA itself takes (about 500 MiB)."""
-    buffers = 2 + (2 if recipe.optimizer.name in ("adam", "adamw") else 1)  # weights, gradients, moments
-    buffers += sum(1 for kept in (recipe.ema, recipe.asam, recipe.lookahead) if kept)  # one copy of the weights each
-    parts = {
-        "weights_and_state": 4 * parameters * buffers,
-        "activations": saved_bytes(recipe) * recipe.train.batch_size,
-        "images": 3 * 32 * 32 * images,
-    }
-    return {name: round(size / 2**20, 1) for name, size in {**parts, "total": sum(parts.values())}.items()}
-
-
-def saved_bytes(recipe: "Recipe") -> int:
-    """Return the bytes that autograd keeps of one image's forward pass in eager mode, found on the meta device."""
-    import torch
-
-    from fastcifar.models import bind_counter, build_model
-
-    half = recipe.engine.precision in ("bf16", "fp16")
-    with torch.device("meta"):
-        model = build_model(recipe.model, seed=0)
-    model = model.to(torch.bfloat16 if half else torch.float32).train()
-    bind_counter(model, torch.zeros(1, dtype=torch.int64, device="meta"), seed=0)
-    own = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    batch = 2  # BatchNorm wants more than one value per channel
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = model(torch.zeros(batch, 3, 32, 32, device="meta", dtype=next(model.parameters()).dtype))
-    del result
-    return sum(storage.nbytes() for storage in kept.values()) // batch
 
 
 def combination(recipe: "CombineRecipe | Recipe") -> dict[str, Any]:

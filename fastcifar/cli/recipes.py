@@ -98,7 +98,7 @@ def show_list(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["stage"] != stage:
             stage = row["stage"]
-            table.add_row(f"[bold]{stage}[/]")
+            table.add_row(stage, style="bold")
         table.add_row(row["name"], row["model"], str(row["epochs"] or ""), _goal(row), row["ours"])
     err.print(table)
 

@@ -17,8 +17,8 @@ def report(
     Reads run directories alone; the pictures come from --data or wherever `fastcifar run` finds the data, and are left
     out where there is none.
     """
-    from fastcifar.console import err
     from fastcifar.console import out as print_json
+    from fastcifar.console import say
     from fastcifar.run_directory import RunDirectory, write_atomic
 
     opened = [RunDirectory.open(folder) for folder in runs]
@@ -31,4 +31,4 @@ def report(
     if json_:
         print_json({"report": str(target), "runs": contents})
     else:
-        err.print(f"[bold]{target}[/]", soft_wrap=True)
+        say((str(target), "bold"))

@@ -21,6 +21,7 @@ def run(
     stop_after: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many of the planned epochs; resume later.")
     ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every byte of the data first.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option(help="Show no progress.")] = False,
 ) -> None:
@@ -29,7 +30,7 @@ def run(
     A killed run loses nothing but the epoch it was in: `fastcifar run --resume RUN_DIR` goes on, to the same bits.
     """
     from fastcifar.config import load_recipe
-    from fastcifar.console import err
+    from fastcifar.console import err, say
     from fastcifar.console import out as print_json
     from fastcifar.interrupt import interruptible
     from fastcifar.open_run import open_run
@@ -39,14 +40,31 @@ def run(
         from fastcifar.errors import UserError
 
         raise UserError("--set changes the recipe, but a resumed run keeps its own; start a new run instead")
+    if loaded is not None:
+        refuse_early(loaded, data, verify)
     found = open_run(loaded, out, resume)
+    if loaded is None and verify:
+        refuse_early(found.recipe, data, verify)
     with found.alone(), interruptible(f"stopped; go on with `fastcifar run --resume {found.folder}`"):
         summary = carry_out(found, data, stop_after, quiet)
     if json_:
         print_json({**summary, "run": str(found.folder)})
     elif not quiet:
         err.print(describe(summary), soft_wrap=True)
-        err.print(f"[bold]{found.folder}[/]", soft_wrap=True)
+        say((str(found.folder), "bold"))
+
+
+def refuse_early(recipe: Any, data: Path | None, verify: bool = False) -> None:
+    """Refuse what is known to be impossible before a run directory is made."""
+    from fastcifar.config import Recipe
+
+    if isinstance(recipe, Recipe):
+        from fastcifar.models.memory import refuse_what_cannot_fit
+        from fastcifar.train.checks import check_before
+        from fastcifar.train.run import pick_device
+
+        refuse_what_cannot_fit(recipe, pick_device(recipe.engine))
+        check_before(recipe, data, verify)
 
 
 def carry_out(run: Any, data: Path | None, stop_after: int | None, quiet: bool) -> dict[str, Any]:

@@ -6,7 +6,16 @@ from typing import Any
 from pydantic import BaseModel
 
 from fastcifar.config.schema import PRESETS
-from fastcifar.errors import nearest
+from fastcifar.errors import nearest, plain, shown
+
+MOST_PROBLEMS = 10
+
+
+def explain_all(path: Path, kind: type[BaseModel], errors: list[Any]) -> str:
+    """Return one line per error, for the first `MOST_PROBLEMS` of them, and how many more there are."""
+    lines = [explain(path, kind, error) for error in errors[:MOST_PROBLEMS]]
+    more = [f"{path}: and {len(errors) - MOST_PROBLEMS:,} more of the kind"] if len(errors) > MOST_PROBLEMS else []
+    return "\n".join(lines + more)
 
 
 def explain(path: Path, kind: type[BaseModel], error: Any) -> str:
@@ -33,24 +42,25 @@ def _explain_no_tag(kind: type[BaseModel], where: list[str], error: Any) -> tupl
 def _explain_tag(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
     tag = error["ctx"]["tag"]
     names = _tags(kind, where)
-    return [*where, "name"], f'unknown name "{tag}"{nearest(tag, names)}; allowed: {", ".join(names)}'
+    return [*where, "name"], f'unknown name "{plain(str(tag))}"{nearest(str(tag), names)}; allowed: {", ".join(names)}'
 
 
 def _explain_literal(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
     names = [t.strip(" '") for t in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
-    return where, f"{error['input']!r} is not allowed{nearest(str(error['input']), names)}; allowed: {', '.join(names)}"
+    value = error["input"]
+    return where, f"{shown(value)} is not allowed{nearest(shown(value), names)}; allowed: {', '.join(names)}"
 
 
 def _explain_table(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
     allowed = _allowed_keys(kind, where)
-    return where, f"{error['input']!r} is not a table; its keys: {', '.join(allowed) or 'name, ...'}"
+    return where, f"{shown(error['input'])} is not a table; its keys: {', '.join(allowed) or 'name, ...'}"
 
 
 def _explain_other(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
     """Name the value where that helps; a whole table's error names the key that its message starts with."""
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
     if error["type"] != "value_error":
-        return where, f"{error['input']!r} {message}"
+        return where, f"{shown(error['input'])} {message}"
     word, _, rest = message.partition(" ")
     return ([*where, word], rest) if where and word in _allowed_keys(kind, where) else (where, message)
 
@@ -77,7 +87,7 @@ def _tags(kind: type[BaseModel], where: list[str]) -> list[str]:
 def _key_path(kind: type[BaseModel], where: list[str]) -> str:
     """Join a location, leaving out the tags that pydantic adds for discriminated unions."""
     kept = [p for i, p in enumerate(where) if not (i == 1 and p in _tags(kind, where[:1]))]
-    return f"{'.'.join(kept)}: " if kept else ""
+    return f"{'.'.join(plain(part) for part in kept)}: " if kept else ""
 
 
 def _at(kind: type[BaseModel], where: list[str]) -> Any:

@@ -1,16 +1,17 @@
 """Read a recipe file: ``extends``, ``--set``, validation, and errors that say what to write instead."""
 
 import difflib
-import tomllib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from fastcifar.config.explain import explain
-from fastcifar.config.schema import CombineRecipe, Recipe
-from fastcifar.errors import UserError, nearest
+from fastcifar.config.explain import explain_all
+from fastcifar.config.schema import MAX_NAME, CombineRecipe, Recipe
+from fastcifar.config.toml import MAX_DEPTH, parse_toml, read_toml, write_toml
+from fastcifar.errors import UserError, nearest, plain, shown
 from fastcifar.locations import recipes_folder
 
 
@@ -80,40 +81,67 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe | Com
     Raises:
         UserError: with the file, the key path, what was wrong and what is allowed.
     """
+    _check_name(name)
     path = find_recipe(name)
-    table = _read_extended(path, ())
+    table = _read_extended(path, (), {})
     for text in overrides:
         _override(table, text)
-    table.setdefault("name", path.stem)
+    table.setdefault("name", plain_name(path.stem))
     kind = CombineRecipe if "combine" in table else Recipe
     table = {k: v for k, v in table.items() if not (v is False and k in OPTIONAL_TABLES)}
     try:
         return kind.model_validate(table)
     except ValidationError as error:
-        raise UserError("\n".join(explain(path, kind, e) for e in error.errors())) from None
+        problems = error.errors(include_url=False, include_context=True)
+        raise UserError(explain_all(path, kind, problems)) from None
 
 
-def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """Return the file's table laid over those that it extends, the first of them lowest."""
+MAX_EXTENDS = 16
+
+
+def _check_name(name: str | Path) -> None:
+    """Refuse what is no file name at all, and files that may never end (pipes, devices)."""
+    try:
+        path = Path(name)
+        special = path.exists() and not (path.is_file() or path.is_dir())
+    except (OSError, ValueError):
+        raise UserError(f"{plain(str(name))}: no such recipe file") from None
+    if special:
+        raise UserError(f"{path}: is not a regular file")
+    if "\0" in str(name):
+        raise UserError(f"{shown(str(name))}: no such recipe file")
+
+
+def plain_name(stem: str) -> str:
+    """Return the name of a recipe that has none of its own: its file's, with what a name may not hold replaced."""
+    return re.sub(r"[^\w.+-]+", "-", stem).strip("-.+")[:MAX_NAME] or "recipe"
+
+
+def _read_extended(path: Path, seen: tuple[Path, ...], known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """Return the file's table laid over those that it extends, the first of them lowest.
+
+    Args:
+        path: the file.
+        seen: the files that led here.
+        known: the tables of files that were read already: each is read once, however many extend it.
+    """
+    if path.resolve() in known:
+        return known[path.resolve()]
+    if len(seen) > MAX_EXTENDS:
+        raise UserError(f"{seen[0]}: extends goes on for more than {MAX_EXTENDS} files")
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in (*seen, path))}")
     table = _read_file(path)
     result: dict[str, Any] = {}
     for base in find_bases(path, table.pop("extends", [])):
-        result = _merge(result, _read_extended(base, (*seen, path.resolve())))
-    return _merge(result, table)
+        result = _merge(result, _read_extended(base, (*seen, path.resolve()), known))
+    known[path.resolve()] = _merge(result, table)
+    return known[path.resolve()]
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     """Return one file's table, with ``augment = [...]`` written out as the table that it stands for."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: is not valid TOML: {error}") from None
+    table = read_toml(path)
     if isinstance(table.get("augment"), list):
         table["augment"] = {"ops": table["augment"]}
     return table
@@ -132,7 +160,8 @@ def find_bases(path: Path, extends: Any) -> list[Path]:
     """
     names = [extends] if isinstance(extends, str) else extends
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f'{path}: extends: {extends!r} is neither a file name nor a list of them')
+        raise UserError(f'{path}: extends: {shown(extends)} is neither a file name nor a list of them')
+    _check_bases(path, names)
     return [_find_base(path, name) for name in names]
 
 
@@ -148,7 +177,19 @@ def _find_base(path: Path, name: str) -> Path:
         return shipped
     there = [*(p.name for p in beside.parent.glob("*.toml")), *shipped_by_name()]
     guess = nearest(name if name in there else Path(name).name, there)
-    raise UserError(f'{path}: extends: there is no file "{name}" beside it, and no shipped recipe of that name{guess}')
+    what = f'there is no file "{plain(name)}" beside it, and no shipped recipe of that name'
+    raise UserError(f"{path}: extends: {what}{guess}")
+
+
+def _check_bases(path: Path, names: list[str]) -> None:
+    """Refuse names that cannot be files, and too many of them."""
+    if len(names) > MAX_EXTENDS:
+        raise UserError(f"{path}: extends: {len(names):,} files; at most {MAX_EXTENDS}")
+    for name in names:
+        try:
+            _check_name(path.parent / name)
+        except UserError as error:
+            raise UserError(f"{path}: extends: {error}") from None
 
 
 # What belongs to a file itself and is not handed down to those that extend it.
@@ -176,7 +217,9 @@ def _override(table: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     path = [part.strip() for part in key.split(".")]
     if not equals or not all(path):
-        raise UserError(f'--set {text}: expected key=value, for example "train.epochs=2"')
+        raise UserError(f'--set {plain(text)}: expected key=value, for example "train.epochs=2"')
+    if len(path) > MAX_DEPTH:
+        raise UserError(f"--set {plain(text)}: is nested more than {MAX_DEPTH} levels deep")
     over = _parse_value(text, value.strip())
     for i, part in reversed(list(enumerate(path))):
         over = {"ops": over} if i == 0 and part == "augment" and isinstance(over, list) else over
@@ -191,13 +234,15 @@ def _override(table: dict[str, Any], text: str) -> None:
 def _parse_value(text: str, value: str) -> Any:
     """Read a TOML value; a bare word is a string."""
     if not value:
-        raise UserError(f"--set {text}: there is no value after the equals sign")
+        raise UserError(f"--set {plain(text)}: there is no value after the equals sign")
     try:
-        parsed = tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"value = {value}")
+    except ValueError:
         if value[0] in "[{'\"":
-            raise UserError(f"--set {text}: {value} is not a valid TOML value") from None
+            raise UserError(f"--set {plain(text)}: {plain(value)} is not a valid TOML value") from None
         return value
+    except UserError as error:
+        raise UserError(f"--set {plain(text)}: {error}") from None
     return parsed["value"]
 
 
@@ -209,7 +254,8 @@ def _need_table(table: dict[str, Any], path: list[str], text: str) -> None:
         if not isinstance(current, dict):
             if current is False:
                 return
-            raise UserError(f"--set {text}: {'.'.join(path)} is a value ({current!r}), not a table with keys")
+            below = ".".join(path)
+            raise UserError(f"--set {plain(text)}: {below} is a value ({shown(current)}), not a table with keys")
 
 
 # -------------------------------------------------------------------------------------------------------------- write
@@ -217,20 +263,4 @@ def _need_table(table: dict[str, Any], path: list[str], text: str) -> None:
 
 def to_toml(recipe: Recipe | CombineRecipe) -> str:
     """Return the resolved recipe as TOML text that `load_recipe` reads back to an equal recipe."""
-    return "\n".join(_toml_lines(recipe.model_dump(exclude_none=True), "")) + "\n"
-
-
-def _toml_lines(table: dict[str, Any], prefix: str) -> list[str]:
-    """Write plain keys first, then each sub-table under its header."""
-    lines = [f"{key} = {_toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    for key, value in table.items():
-        if isinstance(value, dict):
-            lines += ["", f"[{prefix}{key}]", *_toml_lines(value, f"{prefix}{key}.")]
-    return lines
-
-
-def _toml_value(value: Any) -> str:
-    """Write one value; JSON's strings, numbers, booleans and lists are TOML's."""
-    import json
-
-    return json.dumps(value, ensure_ascii=False)
+    return write_toml(recipe.model_dump(exclude_none=True))

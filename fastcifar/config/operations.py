@@ -1,17 +1,19 @@
 """What a recipe may write in ``augment``: one frozen, checked model per operation, and the text form ``crop(4)``."""
 
 import ast
+import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fastcifar.errors import UserError, nearest
+from fastcifar.errors import UserError, nearest, plain
 
 
 class Op(BaseModel):
     """One augmentation with its settings. ``str(op)`` is the form in which a recipe writes it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def __str__(self) -> str:
         given = [f"{k}={_write(v)}" for k, v in self.model_dump(exclude={"name"}, exclude_defaults=True).items()]
@@ -101,6 +103,40 @@ OPS: dict[str, type[Op]] = {
 }
 
 
+MAX_TEXT = 200
+ONCE = ("autoaugment", "randaugment", "trivialaugment")
+"""Policies of whole images: each would be a policy of its own if it came twice."""
+
+
+def check_ops(ops: Sequence[Op]) -> None:
+    """Refuse a list of operations that is valid one by one but not together.
+
+    Raises:
+        UserError: a policy twice.
+    """
+    names = [op.name for op in ops]  # type: ignore[attr-defined]
+    for name in ONCE:
+        if (count := names.count(name)) > 1:
+            raise UserError(f"{name} is there {count} times; once is what its authors published")
+
+
+def check_size(ops: Sequence[Op], side_px: int) -> None:
+    """Refuse operations that can leave nothing of an image.
+
+    Args:
+        ops: the operations.
+        side_px: the shorter side of the images.
+
+    Raises:
+        UserError: padding or a hole of at least the image.
+    """
+    for op in ops:
+        if isinstance(op, Crop) and op.padding_px >= side_px:
+            raise UserError(f'"{op}": {op.padding_px} px of padding on images of {side_px} px; at most {side_px - 1}')
+        if isinstance(op, Cutout) and op.size_px > side_px:
+            raise UserError(f'"{op}": a hole of {op.size_px} px in images of {side_px} px; at most {side_px}')
+
+
 def parse_op(text: str) -> Op:
     """Read one operation such as ``"flip"``, ``"crop(4)"`` or ``"cutout(16, p=0.5)"``.
 
@@ -111,7 +147,7 @@ def parse_op(text: str) -> Op:
     """
     name, args, kwargs = _split_call(text)
     if name not in OPS:
-        raise UserError(f'unknown augmentation "{name}"{nearest(name, OPS)}; allowed: {", ".join(OPS)}')
+        raise UserError(f'unknown augmentation "{plain(name)}"{nearest(name, OPS)}; allowed: {", ".join(OPS)}')
     kind = OPS[name]
     fields = [f for f in kind.model_fields if f != "name"]
     if len(args) > len(fields):
@@ -131,16 +167,25 @@ def parse_op(text: str) -> Op:
 
 def _split_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
     """Split ``name(1, key=2)`` into its name, positional and keyword values (literals only)."""
-    problem = UserError(f'"{text}" is not of the form "name" or "name(value, key=value)"')
+    problem = UserError(f'"{plain(text)}" is not of the form "name" or "name(value, key=value)"')
+    if len(text) > MAX_TEXT or not text.isprintable():
+        raise problem
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on strange escapes; they are no literals of ours
+            tree = ast.parse(text.strip(), mode="eval").body
         if isinstance(tree, ast.Name):
             return tree.id, [], {}
         if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
             raise problem
+        keys = [k.arg or "**" for k in tree.keywords]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise UserError(f'"{text}": "{twice[0]}" is given twice')
         args = [_literal(a) for a in tree.args]
-        return tree.func.id, args, {k.arg or "**": _literal(k.value) for k in tree.keywords}
-    except (SyntaxError, ValueError):
+        return tree.func.id, args, dict(
+            zip(keys, [_literal(k.value) for k in tree.keywords], strict=True)
+        )
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise problem from None
 
 

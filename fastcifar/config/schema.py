@@ -3,22 +3,58 @@
 This module imports neither torch nor numpy, so that a recipe can be read, checked and shown at once.
 """
 
+import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
-from fastcifar.config.operations import Op, parse_op
-from fastcifar.errors import UserError
+from fastcifar.config.operations import Op, check_ops, check_size, parse_op
+from fastcifar.errors import UserError, shown
+
+# Bounds are far above what makes sense and below what would be computed for years or overflow float32.
+MAX_EPOCHS, MAX_BATCH, MAX_IMAGES, MAX_NAME = 100_000, 1 << 20, 10_000_000, 100
+TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000}
+CLASSES = {"cifar10": 10, "cifar100": 100, "synthetic": 10, "cifar10-or-synthetic": 10}
+RELEASE_PX = 32
+"""What is known of a data set when a recipe is read; an image folder may hold anything."""
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+
+
+def _one_line(text: str) -> str:
+    """Refuse what a terminal or a TOML file would take for something else than text."""
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+            raise ValueError(f"{shown(text)} holds a control character ({shown(character)})")
+    return text
+
+
+def _file_name(text: str) -> str:
+    """Refuse what is not a plain word: a name becomes part of the path of the run directory."""
+    if not text or not all(c.isalnum() or c in "_.+-" for c in text) or text[0] in ".+-":
+        raise ValueError(f"{shown(text)} is not a plain name: letters, digits, _, and not at its start . + -")
+    return text
+
+
+OneLine = Annotated[str, Field(max_length=200), AfterValidator(_one_line)]
+Name = Annotated[str, Field(max_length=MAX_NAME), AfterValidator(_file_name)]
 
 
 class Section(BaseModel):
     """A table of a recipe: unknown keys are errors, values are never coerced, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -47,11 +83,11 @@ class DataConfig(Section):
 
     source: Literal["cifar10", "cifar100", "folder", "synthetic", "cifar10-or-synthetic"] = "cifar10"
     loader: LoaderConfig = LoaderConfig()
-    holdout: int = Field(0, ge=0)
-    subset: int = Field(0, ge=0)
-    test_subset: int = Field(0, ge=0)
-    mean: list[float] = [0.5, 0.5, 0.5]
-    std: list[Positive] = [0.5, 0.5, 0.5]
+    holdout: int = Field(0, ge=0, le=MAX_IMAGES)
+    subset: int = Field(0, ge=0, le=MAX_IMAGES)
+    test_subset: int = Field(0, ge=0, le=MAX_IMAGES)
+    mean: list[Annotated[float, Field(ge=-100, le=100)]] = Field([0.5, 0.5, 0.5], min_length=3, max_length=3)
+    std: list[Annotated[float, Field(ge=1e-3, le=1e3)]] = Field([0.5, 0.5, 0.5], min_length=3, max_length=3)
 
 
 def _read_augment(value: Any) -> Any:
@@ -62,14 +98,16 @@ def _read_augment(value: Any) -> Any:
 class AugmentConfig(Section):
     """The augmentations of a training image, in order; ``where = "loader"`` runs them as PIL transforms in workers."""
 
-    ops: list[Any] = []
+    ops: list[Any] = Field([], max_length=32)
     where: Literal["device", "loader"] = "device"
 
     @field_validator("ops", mode="after")
     @classmethod
     def _parse(cls, ops: list[Any]) -> list[Op]:
         try:
-            return [op if isinstance(op, Op) else parse_op(_text(op)) for op in ops]
+            parsed = [op if isinstance(op, Op) else parse_op(_text(op)) for op in ops]
+            check_ops(parsed)
+            return parsed
         except UserError as error:
             raise ValueError(str(error)) from None
 
@@ -80,7 +118,7 @@ class AugmentConfig(Section):
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise UserError(f'{value!r} is not a text such as "crop(4)"')
+        raise UserError(f'{shown(value)} is not a text such as "crop(4)"')
     return value
 
 
@@ -138,8 +176,8 @@ class WideResNetConfig(ModelBase):
     """Wide residual network (Zagoruyko & Komodakis, 2016); ``shakedrop`` is the last block's death probability."""
 
     name: Literal["wide_resnet"]
-    depth: int = Field(16, ge=10)
-    widen: int = Field(8, ge=1)
+    depth: int = Field(16, ge=10, le=1000)
+    widen: int = Field(8, ge=1, le=128)
     dropout: Fraction = 0.3
     first_relu: bool = True
     last_bn: bool = False
@@ -160,8 +198,8 @@ class PyramidNetConfig(ModelBase):
     """
 
     name: Literal["pyramidnet"]
-    depth: int = Field(110, ge=8)
-    alpha: int = Field(150, ge=1)
+    depth: int = Field(110, ge=8, le=2000)
+    alpha: int = Field(150, ge=1, le=10_000)
     block: Literal["basic", "bottleneck"] = "basic"
     shakedrop: Fraction = 0.0
     shakedrop_gate: Literal["batch", "sample"] = "batch"
@@ -191,10 +229,10 @@ class SpeedNetConfig(ModelBase):
     """
 
     name: Literal["speednet"]
-    widths: list[int] = Field([64, 256, 256], min_length=3, max_length=3)
+    widths: list[Annotated[int, Field(ge=1, le=8192)]] = Field([64, 256, 256], min_length=3, max_length=3)
     convs_per_block: int = Field(2, ge=2, le=3)
     whiten_bias_init: Literal["default", "zero"] = "default"
-    whiten_bias_epochs: int = Field(3, ge=0)
+    whiten_bias_epochs: int = Field(3, ge=0, le=MAX_EPOCHS)
     whiten_bias_rate: Literal["run", "fade"] = "run"
     bn_momentum: float = Field(0.4, gt=0, le=1)
     head_std: NotNegative = 0.0
@@ -330,7 +368,7 @@ class LookaheadConfig(Section):
     defaults are airbench's (Jordan, 2024).
     """
 
-    every: int = Field(5, ge=1)
+    every: int = Field(5, ge=1, le=MAX_IMAGES)
     decay: float = Field(0.95**5, ge=0, lt=1)
     power: NotNegative = 3.0
 
@@ -343,7 +381,7 @@ class LossConfig(Section):
     """
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    class_weights: list[NotNegative] | None = None
+    class_weights: Annotated[list[NotNegative], Field(min_length=1, max_length=100_000)] | None = None
     reduction: Literal["mean", "sum"] = "mean"
 
     @model_validator(mode="after")
@@ -366,10 +404,10 @@ class TrainConfig(Section):
             now and then.
     """
 
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(128, ge=1)
+    epochs: int = Field(ge=1, le=MAX_EPOCHS)
+    batch_size: int = Field(128, ge=1, le=MAX_BATCH)
     drop_last: bool = False
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=MAX_BATCH)
     grad_clip: NotNegative = 0.0
 
 
@@ -400,8 +438,8 @@ class EngineConfig(Section):
 class EvalConfig(Section):
     """When and how to evaluate. ``tta``: test-time augmentation, reported beside the plain figure."""
 
-    every_epochs: int = Field(1, ge=1)
-    batch_size: int = Field(1000, ge=1)
+    every_epochs: int = Field(1, ge=1, le=MAX_EPOCHS)
+    batch_size: int = Field(1000, ge=1, le=MAX_BATCH)
     tta: Literal["none", "flip", "multicrop"] = "none"
     train_logits: bool = False
 
@@ -412,8 +450,8 @@ class CheckpointConfig(Section):
     ``resume = "auto"`` goes on with the newest unfinished run of the same recipe, where there is one.
     """
 
-    every_epochs: int = Field(1, ge=1)
-    keep: int = Field(1, ge=1)
+    every_epochs: int = Field(1, ge=1, le=MAX_EPOCHS)
+    keep: int = Field(1, ge=1, le=MAX_EPOCHS)
     resume: Literal["never", "auto"] = "never"
 
 
@@ -434,9 +472,9 @@ class Published(Section):
 class Recipe(Section):
     """One training run, completely."""
 
-    name: str
-    title: str = ""
-    stage: str = ""
+    name: Name
+    title: OneLine = ""
+    stage: OneLine = ""
     published: Published | None = None
     target: float | None = Field(None, ge=0, le=100)
     seed: int = Field(42, ge=0, lt=2**63)
@@ -477,6 +515,39 @@ class Recipe(Section):
             raise ValueError('data.loader.order = "native" needs data.loader.name = "dali"')
         return self
 
+    @model_validator(mode="after")
+    def _amounts(self) -> "Recipe":
+        """Check what is known of the data set before it is there."""
+        known, size = TRAIN_IMAGES.get(self.data.source), self.train.batch_size
+        left = None if known is None else known - self.data.holdout
+        if left is not None and left < 1:
+            raise ValueError(f"data.holdout = {self.data.holdout:,} leaves none of the {known:,} training images")
+        if left is not None and size > left:
+            raise ValueError(f"train.batch_size = {size:,} is larger than the {left:,} training images")
+        if self.train.accumulate > size:
+            raise ValueError(f"train.accumulate = {self.train.accumulate:,} is more than a batch's {size:,} samples")
+        if self.schedule.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} fills the run of {self.train.epochs} "
+                "epochs; the warm-up must be shorter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _data_set(self) -> "Recipe":
+        """Check augmentations and class weights against the images and classes of a known data set."""
+        classes, weights = CLASSES.get(self.data.source), self.loss.class_weights
+        if classes is not None:
+            try:
+                check_size(self.augment.ops, RELEASE_PX)
+            except UserError as error:
+                raise ValueError(f"augment.ops: {error}") from None
+        if weights is not None and classes is not None and len(weights) != classes:
+            raise ValueError(f"loss.class_weights: {len(weights)} weights for {classes} classes")
+        if weights is not None and not any(weights):
+            raise ValueError("loss.class_weights are all 0; at least one class must count")
+        return self
+
 
 def _has_fused_batch_norm(model: ModelBase) -> bool:
     return isinstance(model, WideResNetConfig) or (isinstance(model, PyramidNetConfig) and model.align == 1)
@@ -496,24 +567,26 @@ class CombineConfig(Section):
     """
 
     how: Literal["hard", "soft", "weighted", "stacking"]
-    members: list[str] = Field(min_length=2)
+    members: list[OneLine] = Field(min_length=2, max_length=1000)
     weights: list[NotNegative] | None = None
     meta: Literal["mlp", "logistic"] = "mlp"
     protocol: Literal["honest", "published"] = "honest"
-    meta_seed: int = Field(250, ge=0)
+    meta_seed: int = Field(250, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _lengths(self) -> "CombineConfig":
         if self.weights is not None and len(self.weights) != len(self.members):
             raise ValueError(f"{len(self.weights)} weights for {len(self.members)} members")
+        if self.weights is not None and not any(self.weights):
+            raise ValueError("weights are all 0; at least one member must count")
         return self
 
 
 class CombineRecipe(Section):
     """A combination of trained runs (ensemble or stacking)."""
 
-    name: str
-    title: str = ""
-    stage: str = ""
+    name: Name
+    title: OneLine = ""
+    stage: OneLine = ""
     published: Published | None = None
     combine: CombineConfig

@@ -12,8 +12,11 @@ import numpy as np
 
 from fastcifar.data.formats.raw import Split
 from fastcifar.errors import UserError
+from fastcifar.regular_file import open_regular
 
 IMAGE_PX, CHANNELS = 32, 3
+# The largest release unpacks to 186 MB in nine files.
+MAX_ARCHIVE_BYTES, MAX_MEMBERS = 400_000_000, 64
 PIXELS = IMAGE_PX * IMAGE_PX * CHANNELS
 
 
@@ -147,6 +150,7 @@ def release_of_archive(path: Path) -> Release:
     Raises:
         UserError: not an archive, damaged, or of something else.
     """
+    open_regular(path).close()
     try:
         with tarfile.open(path) as archive:
             first = archive.next()
@@ -169,7 +173,10 @@ def extracted(path: Path, release: Release, into: Path) -> Path:
     try:
         _check_stream(path)
         with tarfile.open(path) as archive:
+            _check_members(path, archive)
             archive.extractall(into, filter="data")
+    except UserError:
+        raise
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{path}: damaged or unsafe archive ({error}); get it again") from None
     except Exception as error:
@@ -185,9 +192,27 @@ def _check_stream(path: Path) -> None:
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     if compressed:
+        left = MAX_ARCHIVE_BYTES
         with gzip.open(path) as stream:
-            while stream.read(1 << 20):
-                pass
+            while count := len(stream.read(1 << 20)):
+                left -= count
+                if left < 0:
+                    raise UserError(f"{path}: unpacks to more than {MAX_ARCHIVE_BYTES:,} bytes; no release does")
+
+
+def _check_members(path: Path, archive: tarfile.TarFile) -> None:
+    """Refuse, from its headers alone, an archive of more than a release holds.
+
+    Raises:
+        UserError: too many members, or too many bytes.
+    """
+    total = 0
+    for count, member in enumerate(archive, start=1):
+        total += member.size
+        if count > MAX_MEMBERS or total > MAX_ARCHIVE_BYTES:
+            raise UserError(
+                f"{path}: holds more than {MAX_MEMBERS} files or {MAX_ARCHIVE_BYTES:,} bytes; no release does"
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -224,10 +249,14 @@ def _note(file: ReleaseFile, md5: str) -> str | None:
 
 
 def _bytes_of(path: Path) -> bytes:
+    if not path.exists():
+        raise UserError(f"{path}: this file of the release is missing")
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: this file of the release is missing") from None
+        with open_regular(path) as file:
+            content = file.read(MAX_ARCHIVE_BYTES + 1)
+        if len(content) > MAX_ARCHIVE_BYTES:
+            raise UserError(f"{path}: larger than {MAX_ARCHIVE_BYTES:,} bytes; no file of a release is")
+        return content
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -251,9 +280,14 @@ def _read_pickle(path: Path, content: bytes, file: ReleaseFile, release: Release
     if not isinstance(planes, np.ndarray) or planes.dtype != np.uint8 or planes.shape != (file.records, PIXELS):
         shape = getattr(planes, "shape", type(planes).__name__)
         raise UserError(f"{path}: data is {shape} instead of uint8 ({file.records}, {PIXELS}); damaged, get it again")
-    if not isinstance(labels, list) or len(labels) != file.records or not all(type(k) is int for k in labels):
+    if not isinstance(labels, list) or len(labels) != file.records or not all(map(_is_label, labels)):
         raise UserError(f'{path}: "{release.label}" is not a list of {file.records} integers; damaged, get it again')
     return planes, np.array(labels, np.int64)
+
+
+def _is_label(value: Any) -> bool:
+    """Return whether a value is an integer that an array can hold."""
+    return type(value) is int and abs(value) < 2**31
 
 
 def read_names(folder: Path, release: Release) -> list[str]:

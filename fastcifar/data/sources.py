@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from fastcifar.data.formats.raw import Split
+from fastcifar.data.images import SUFFIXES, read_rgb
 from fastcifar.data.releases import RELEASES, Release, extracted, read_file, read_names, release_of_archive
 from fastcifar.data.synthetic import draw
 from fastcifar.errors import UserError
 
 Progress = Callable[[str, int, int], None]
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
 SYNTHETIC_VERSION = "2"
 SYNTHETIC_COUNTS = {"train": 2000, "test": 1000}
 
@@ -191,13 +191,40 @@ def _read_folder(folder: Path, about: dict[str, Any], progress: Progress) -> Dat
     shapes = {split.images.shape[1:] for split in splits.values()}
     if len(shapes) > 1:
         raise UserError(f"{folder}: train and test images differ in size: {' and '.join(map(str, shapes))}")
-    return DataSet(splits, classes, about, [])
+    return DataSet(splits, classes, about, _folder_notes(folder, classes))
+
+
+def _hidden(path: Path) -> bool:
+    """Return whether a file or folder is one that programs put there for themselves."""
+    return path.name.startswith(".")
+
+
+def _folder_notes(folder: Path, classes: list[str]) -> list[str]:
+    """Say what of an image folder was left out.
+
+    Raises:
+        UserError: a class without training images: nothing could be learnt of it.
+    """
+    notes = []
+    for split in ("train", "test"):
+        inside = sorted((folder / split).iterdir())
+        notes += [f"{split}/{p.name}: hidden, left out" for p in inside if p.is_dir() and _hidden(p)]
+        for name in classes:
+            path = folder / split / name
+            if not _images_in(path):
+                if split == "train":
+                    raise UserError(f"{path}: a class folder without images; remove it, or put images there")
+                notes.append(f"{split}/{name}: no images of this class")
+            others = len([p for p in path.iterdir() if p.suffix.lower() not in SUFFIXES]) if path.is_dir() else 0
+            if others:
+                notes.append(f"{split}/{name}: {others} files that are not {', '.join(SUFFIXES)}, left out")
+    return notes
 
 
 def _class_names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: this folder is missing; an image folder is train/<class>/* and test/<class>/*")
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not _hidden(p))
     if not names:
         raise UserError(f"{folder}: no class folders in it")
     return names
@@ -209,7 +236,7 @@ def _read_images(folder: Path, classes: list[str], progress: Progress) -> Split:
 
     paths = [(p, k) for k, c in enumerate(classes) for p in _images_in(folder / c)]
     if not paths:
-        raise UserError(f"{folder}: no .png or .jpg images in its class folders")
+        raise UserError(f"{folder}: no images in its class folders ({', '.join(SUFFIXES)})")
     first = _decode(paths[0][0])
     images = np.empty((len(paths), *first.shape), np.uint8)
     with ThreadPoolExecutor() as pool:
@@ -227,14 +254,8 @@ def _read_images(folder: Path, classes: list[str], progress: Progress) -> Split:
 def _images_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix in IMAGE_SUFFIXES)
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not _hidden(p))
 
 
 def _decode(path: Path) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable image ({error})") from None
+    return np.asarray(read_rgb(path))

@@ -4,14 +4,16 @@ A store is made once, from a source (`fastcifar.data.sources`) or from another s
 all: it is written under a temporary name, synchronised and renamed.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,16 @@ import numpy as np
 
 from fastcifar.cache import cache_folder
 from fastcifar.config.schema import DataConfig
-from fastcifar.data import formats
+from fastcifar.data import formats, manifest
 from fastcifar.data.formats import Split
+from fastcifar.data.manifest import FileEntry, Manifest, Origin, SplitEntry, read_manifest
 from fastcifar.data.sources import DataSet, Source, find_source, known_place, read_source
 from fastcifar.errors import UserError
 
 __all__ = ["FORMATS", "Split", "Store", "convert", "open_store", "resolve_store", "store_as", "verify"]
 
 FORMATS = ("raw", "ffcv", "dali")
-VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST = manifest.NAME
 STALE_S = 24 * 3600
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` while a store is written or checked."""
@@ -45,85 +47,147 @@ class Store:
 
     Attributes:
         root: its folder.
-        manifest: the parsed manifest: ``format``, ``classes``, ``image_shape``, ``splits``, ``files``, ``source``,
-            ``content`` (a hash of pixels and labels, the same in every format) and ``notes``.
+        manifest: what it holds.
     """
 
     root: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def format(self) -> str:
         """``raw``, ``ffcv`` or ``dali``."""
-        return str(self.manifest["format"])
+        return self.manifest.format
 
     @property
     def classes(self) -> list[str]:
         """The names of the classes; a label is a position in this list."""
-        return list(self.manifest["classes"])
+        return list(self.manifest.classes)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of an image, in pixels."""
-        height, width, channels = self.manifest["image_shape"]
+        height, width, channels = self.manifest.image_shape
         return height, width, channels
 
     @property
     def notes(self) -> list[str]:
         """What a reader of results should know about this data (a file that is not the official one, say)."""
-        return list(self.manifest["notes"])
+        return list(self.manifest.notes)
 
     def count(self, split: str) -> int:
         """Return the number of images in ``train`` or ``test``."""
-        return int(self.manifest["splits"][split]["count"])
+        return self.manifest.splits[split].count
 
     def split(self, split: str) -> Split:
-        """Return the images and labels of ``train`` or ``test``: memory-mapped from a raw store, else read."""
-        return formats.READERS[self.format](self.root, split, self.count(split), self.image_shape)
+        """Return the images and labels of ``train`` or ``test``: memory-mapped from a raw store, else read.
+
+        Raises:
+            UserError: a file that does not hold what the manifest says, or a label that is no class.
+        """
+        read: Split = self._read(formats.READERS, split)
+        self._check_labels(split, read.labels)
+        return read
 
     def labels(self, split: str) -> np.ndarray:
-        """Return the labels of ``train`` or ``test`` alone, without reading images: int64 (N,)."""
-        return formats.LABEL_READERS[self.format](self.root, split, self.count(split), self.image_shape)
+        """Return the labels of ``train`` or ``test`` alone, without reading images: int64 (N,).
+
+        Raises:
+            UserError: as `split`.
+        """
+        labels: np.ndarray = self._read(formats.LABEL_READERS, split)
+        self._check_labels(split, labels)
+        return labels
+
+    def check_split(self, split: str) -> None:
+        """Hash the files of a split, for whoever reads all of it anyway.
+
+        Raises:
+            UserError: a damaged file, named.
+        """
+        for name, file in self.manifest.files.items():
+            if name.startswith(split):
+                _check_hash(self.root / name, file.sha256)
+
+    def _read(self, readers: Mapping[str, Callable[..., Any]], split: str) -> Any:
+        try:
+            return readers[self.format](self.root, split, self.count(split), self.image_shape)
+        except (OSError, ValueError, OverflowError, MemoryError, IndexError) as error:
+            raise UserError(f"{self.root}: {split} cannot be read ({error}); convert again") from None
+
+    def _check_labels(self, split: str, labels: np.ndarray) -> None:
+        """Refuse labels that are no position in the list of classes: an index beyond it, or one that losses ignore."""
+        wrong = np.flatnonzero((labels < 0) | (labels >= len(self.classes)))
+        if len(wrong):
+            raise UserError(
+                f"{self.root}: image {wrong[0]} of {split} has label {labels[wrong[0]]}, "
+                f"not in 0..{len(self.classes) - 1}; convert again"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------ opening
 
 
 def open_store(root: Path) -> Store:
-    """Open a store and check that all its files are there, of the right size and, where touched since, unchanged.
+    """Open a store and check that all its files are there and unchanged.
+
+    Hashing reads every byte, so it is done once for each file as it lies there and remembered in the cache, with the
+    file's size, times and inode; `verify` hashes always.
 
     Raises:
-        UserError: no store, a manifest that is damaged or of a later version, a missing or damaged file.
+        UserError: no store, a manifest that is damaged or of another version, a missing or damaged file.
     """
-    store = Store(root, _read_manifest(root / MANIFEST))
-    for name, file in store.manifest["files"].items():
-        path = root / name
-        if not path.is_file():
-            raise UserError(f"{path}: this file of the store is missing; convert again")
-        found = path.stat()
-        if found.st_size != file["bytes"]:
-            raise UserError(f"{path}: {found.st_size:,} bytes instead of {file['bytes']:,} (truncated?); convert again")
-        if found.st_mtime_ns != file["mtime_ns"]:
-            _check_hash(path, file["sha256"])
+    store = Store(root, read_manifest(root / MANIFEST))
+    known = _Remembered(store)
+    for name, file in store.manifest.files.items():
+        _check_size(root / name, file)
+        if not known.unchanged(name):
+            _check_hash(root / name, file.sha256)
+    known.save()
     return store
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text())
-        version, kind = manifest["fastcifar_store"], manifest["format"]
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: no store ({MANIFEST} is missing)") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a readable manifest ({error}); convert again") from None
-    if not isinstance(version, int) or version > VERSION:
-        raise UserError(f"{path}: store version {version}, this fastcifar reads up to {VERSION}; update fastcifar")
-    if kind not in FORMATS:
-        raise UserError(f'{path}: unknown format "{kind}"; allowed: {", ".join(FORMATS)}')
-    missing = {"classes", "image_shape", "splits", "files", "source", "content", "notes"} - manifest.keys()
-    if missing:
-        raise UserError(f"{path}: the manifest lacks {', '.join(sorted(missing))}; convert again")
-    return manifest
+def _check_size(path: Path, file: FileEntry) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: this file of the store is missing; convert again")
+    size = path.stat().st_size
+    if size != file.bytes:
+        raise UserError(f"{path}: {size:,} bytes instead of {file.bytes:,} (truncated?); convert again")
+
+
+class _Remembered:
+    """Which files of a store were found to have the right hash, and what they looked like then."""
+
+    def __init__(self, store: Store):
+        key = hashlib.sha256(f"{store.root.resolve()} {store.manifest.digest}".encode()).hexdigest()
+        self._store, self._path = store, cache_folder() / "verified" / f"{key}.json"
+        try:
+            self._known = json.loads(self._path.read_text())
+        except (OSError, ValueError, RecursionError):
+            self._known = None
+
+    def unchanged(self, name: str) -> bool:
+        """Return whether the file looks as it did when its hash was right."""
+        return isinstance(self._known, dict) and self._known.get(name) == _looks(self._store.root / name)
+
+    def save(self) -> None:
+        """Remember that all files are right now; a cache that cannot be written costs only time."""
+        looks = {name: _looks(self._store.root / name) for name in self._store.manifest.files}
+        if looks == self._known:
+            return
+        part = self._path.with_suffix(f".{os.getpid()}.part")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(looks))
+            part.replace(self._path)
+        except OSError:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _looks(path: Path) -> list[int]:
+    """Return a file's size, times and inode: the time of the inode cannot be set back by a program."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def is_store(path: Path) -> bool:
@@ -143,20 +207,25 @@ def _check_hash(path: Path, expected: str) -> None:
 
 
 def verify(root: Path, progress: Progress = no_progress) -> Store:
-    """Check every byte of a store against its manifest, and that the folder holds no other file.
+    """Check every byte of a store against its manifest, what the manifest says of it, and that it holds nothing else.
 
     Raises:
         UserError: the first damaged, missing or foreign file, named.
     """
-    store = open_store(root)
-    files = store.manifest["files"]
+    store = Store(root, read_manifest(root / MANIFEST))
+    files = store.manifest.files
     for done, (name, file) in enumerate(files.items()):
         progress(f"verify {name}", done, len(files))
-        _check_hash(root / name, file["sha256"])
+        _check_size(root / name, file)
+        _check_hash(root / name, file.sha256)
     progress("verify", len(files), len(files))
     foreign = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()} - files.keys() - {MANIFEST}
     if foreign:
         raise UserError(f"{root / min(foreign)}: this file does not belong to the store; remove it")
+    splits = {name: store.split(name) for name in ("train", "test")}
+    if content_hash(DataSet(splits, store.classes, {}, [])) != store.manifest.content:
+        raise UserError(f"{root / MANIFEST}: classes, labels or pixels are not those that it names; convert again")
+    _Remembered(store).save()
     return store
 
 
@@ -195,7 +264,7 @@ def convert(source: Source | Store, to: str, out: Path, progress: Progress = no_
     data = _as_data_set(source, progress)
     content = content_hash(data)
     if out.exists():
-        if is_store(out) and (there := open_store(out)).manifest["content"] == content and there.format == to:
+        if is_store(out) and (there := open_store(out)).manifest.content == content and there.format == to:
             return there, False
         if not out.is_dir() or any(out.iterdir()):
             raise UserError(f"{out}: already there, with other content; remove it or choose another folder with --out")
@@ -207,9 +276,9 @@ def _same_source(out: Path, source: Source | Store, to: str) -> Store | None:
     """Return the store at ``out`` when its manifest says that it was made from this source, unchanged since."""
     store = open_store(out)
     same = (
-        store.manifest["content"] == source.manifest["content"]
+        store.manifest.content == source.manifest.content
         if isinstance(source, Store)
-        else store.manifest["source"]["fingerprint"] == source.fingerprint
+        else store.manifest.source.fingerprint == source.fingerprint
     )
     return store if same and store.format == to else None
 
@@ -217,35 +286,31 @@ def _same_source(out: Path, source: Source | Store, to: str) -> Store | None:
 def _as_data_set(source: Source | Store, progress: Progress) -> DataSet:
     if isinstance(source, Source):
         return read_source(source, progress)
-    splits = {name: source.split(name) for name in source.manifest["splits"]}
-    return DataSet(splits, source.classes, source.manifest["source"], source.notes)
+    splits = {name: source.split(name) for name in source.manifest.splits}
+    return DataSet(splits, source.classes, source.manifest.source.model_dump(), source.notes)
 
 
 def _write(data: DataSet, content: str, to: str, out: Path, progress: Progress) -> None:
     with _whole_or_nothing(out) as folder:
-        splits: dict[str, Any] = {}
         for name, split in data.splits.items():
             progress(f"write {name} as {to}", 0, len(split.labels))
             formats.WRITERS[to](split, folder, name, progress)
-            splits[name] = {"count": len(split.labels)}
         written = sorted(p for p in folder.rglob("*") if p.is_file())
-        manifest = {
-            "fastcifar_store": VERSION,
-            "format": to,
-            "source": data.source,
-            "content": content,
-            "classes": data.classes,
-            "image_shape": list(data.splits["train"].images.shape[1:]),
-            "splits": splits,
-            "notes": data.notes,
-            "files": {p.relative_to(folder).as_posix(): _describe(p) for p in written},
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        Manifest(
+            format=to,  # type: ignore[arg-type]
+            source=Origin(**data.source),
+            content=content,
+            classes=data.classes,
+            image_shape=[int(side) for side in data.splits["train"].images.shape[1:]],
+            splits={name: SplitEntry(count=len(split)) for name, split in data.splits.items()},
+            notes=data.notes,
+            files={p.relative_to(folder).as_posix(): _describe(p) for p in written},
+        ).write(folder)
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> FileEntry:
     found = path.stat()
-    return {"bytes": found.st_size, "sha256": hash_file(path), "mtime_ns": found.st_mtime_ns}
+    return FileEntry(bytes=found.st_size, sha256=hash_file(path), mtime_ns=found.st_mtime_ns)
 
 
 @contextmanager
@@ -254,7 +319,7 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        folder, lock = _locked_folder(out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
     try:
@@ -268,13 +333,48 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(out: Path) -> tuple[Path, int]:
+    """Make a temporary folder beside ``out`` and lock it: the lock ends with the process, however that ends.
+
+    Returns:
+        The folder, and the descriptor that holds its lock.
+    """
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        lock = os.open(folder, os.O_RDONLY)
+        if _lock(lock) is not False and folder.exists():
+            return folder, lock
+        os.close(lock)  # another process took it for a left-over, in the moment before it was locked
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Try to lock a folder: True where it is ours now, False where another process has it, None without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
 
 
 def _sweep(out: Path) -> None:
-    """Remove what conversions to ``out`` that were killed a day ago or earlier have left."""
-    for folder in out.parent.glob(f".{out.name}.*.part"):
-        if time.time() - folder.stat().st_mtime > STALE_S:
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove what conversions to ``out`` that were killed have left: nobody holds its lock any more."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            free = _lock(lock)
+            old = time.time() - os.fstat(lock).st_mtime > STALE_S
+            if free or (free is None and old):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def _rename(folder: Path, out: Path) -> None:
@@ -302,10 +402,10 @@ def store_as(source: Source | Store, to: str, progress: Progress = no_progress) 
     if isinstance(source, Store):
         if source.format == to:
             return source
-        name, key = source.manifest["source"]["kind"], source.manifest["content"]
+        name, key = source.manifest.source.kind, source.manifest.content
     else:
         name, key = source.kind, source.fingerprint
-    return convert(source, to, cache_folder() / f"{name}-{to}-{key[:16]}", progress)[0]
+    return convert(source, to, cache_folder() / f"{name}-{to}-v{manifest.VERSION}-{key[:16]}", progress)[0]
 
 
 def resolve_store(
@@ -331,6 +431,11 @@ def resolve_store(
     """
     kind = kind_of(config.source, data)
     if kind == "synthetic":
+        if data is not None:
+            raise UserError(
+                f'--data {data}: the recipe draws its images (data.source = "synthetic"); leave --data away, or name '
+                "what is there: --set data.source=cifar10"
+            )
         return store_as(Source.synthetic(), need[0], progress)
     found = locate(kind, data)
     if isinstance(found, Store) and found.format in need:
@@ -358,7 +463,7 @@ def locate(kind: str, data: Path | None = None) -> Source | Store:
     place, why = known_place(data)
     if is_store(place):
         store = open_store(place)
-        found_kind = store.manifest["source"]["kind"]
+        found_kind = store.manifest.source.kind
         if kind != found_kind:
             raise UserError(f'{place} ({why}): a store of "{found_kind}"; the recipe wants data.source = "{kind}"')
         return store

@@ -6,6 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from fastcifar.ladder.metrics import NOT_MEASURED
 from fastcifar.ladder.state import BLOCKED, CUT, DONE, FAILED, RUNNING, WAITING, Row
@@ -70,7 +71,8 @@ def render(rows: Sequence[Row], width: int) -> Table:
         table.add_column(column, no_wrap=True, justify="left" if column in ("row", "state") else "right")
     for row in rows:
         state, *others = cells(row)
-        table.add_row(*[row.name, f"[{STYLES[row.state]}]{state}[/]", *others][:shown])
+        shown_cells: list[str | Text] = [row.name, Text(state, style=STYLES[row.state]), *others]
+        table.add_row(*shown_cells[:shown])
     return table
 
 

@@ -54,10 +54,10 @@ class Display:
         self._console, self._live, self._quiet = console, console.is_terminal and not quiet, quiet
         # The name stands in the first line; at 80 columns the bar, the accuracy and the time left need the room.
         self._progress = Progress(
-            TextColumn("{task.fields[where]}"),
+            TextColumn("{task.fields[where]}", markup=False),
             BarColumn(bar_width=max(10, min(BAR_WIDTH, console.width - BESIDE_BAR))),
-            TextColumn("{task.fields[metrics]}"),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[metrics]}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
             console=console,
             transient=True,
             disable=not self._live,

@@ -23,6 +23,7 @@ from fastcifar.data.store import Store, resolve_store
 from fastcifar.errors import UserError
 from fastcifar.models import build_model, hooks
 from fastcifar.run_directory import RunDirectory
+from fastcifar.train.checks import check_data
 from fastcifar.train.clock import Clock
 from fastcifar.train.display import Display, Steps
 from fastcifar.train.evaluate import EvaluationSet, Evaluator
@@ -49,6 +50,7 @@ def train(
     device = pick_device(recipe.engine)
     store = resolve_store(recipe.data, data, progress=Steps(quiet))
     rows = choose_rows(recipe.data, store, recipe.seed)
+    check_data(recipe, store, rows)
     loader = build_loader(
         recipe.data.loader, store, rows.train, seed=recipe.seed, batch_size=recipe.train.batch_size,
         drop_last=recipe.train.drop_last, device=device, augment=recipe.augment,

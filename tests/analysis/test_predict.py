@@ -66,6 +66,55 @@ def test_what_is_no_image_is_refused(tmp_path):
         read_image(tmp_path / "text.png", 32)
 
 
+def test_sixteen_bit_grey_is_scaled(tmp_path):
+    grey = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    wanted = np.rint(grey / 257).astype(np.uint8)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", 32), np.repeat(wanted[..., None], 3, axis=2))
+
+
+def test_a_file_that_would_start_another_program_is_refused(tmp_path, monkeypatch):
+    """EPS bytes in a file called .jpg: PIL would hand them to Ghostscript."""
+    started = []
+    monkeypatch.setattr("subprocess.check_call", lambda *a, **k: started.append(a))
+    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n")
+    with pytest.raises(UserError, match="cannot be read as an image; known formats: PNG"):
+        read_image(tmp_path / "a.jpg", 32)
+    assert not started
+
+
+@pytest.mark.timeout(60)
+def test_bombs_pipes_devices_and_folders_are_refused_at_once(tmp_path):
+    import os
+    from pathlib import Path
+
+    os.mkfifo(tmp_path / "pipe.png")
+    for side, name in ((10_000, "large.png"), (16_000, "larger.png")):
+        Image.new("1", (side, side)).save(tmp_path / name)
+    for path, wanted in (
+        (tmp_path / "pipe.png", "is not a regular file"), (Path("/dev/zero"), "is not a regular file"),
+        (tmp_path, "is not a regular file"), (tmp_path / "large.png", "64,000,000"),
+        (tmp_path / "larger.png", "64,000,000"), (tmp_path / ("x" * 5000), "cannot be read"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=wanted):
+            read_image(path, 32)
+
+
+def test_damaged_images_are_refused_wherever_the_damage_is(tmp_path):
+    random = np.random.default_rng()
+    for suffix in ("png", "jpg", "webp", "bmp", "gif"):
+        Image.fromarray(random.integers(0, 256, (24, 24, 3), np.uint8)).save(tmp_path / f"a.{suffix}")
+        content = (tmp_path / f"a.{suffix}").read_bytes()
+        for _ in range(30):
+            bad = bytearray(content[: random.integers(1, len(content) + 1)])
+            bad[random.integers(len(bad))] ^= int(random.integers(1, 256))
+            (tmp_path / "bad").write_bytes(bad)
+            try:
+                assert read_image(tmp_path / "bad", 32).shape == (32, 32, 3)
+            except UserError as error:
+                assert "bad: " in str(error)  # noqa: PT017
+
+
 def test_missing_and_foreign_weights_are_refused(run):
     with pytest.raises(UserError, match="this run has: last"):
         load_trained(run, "best")

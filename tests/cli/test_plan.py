@@ -51,6 +51,8 @@ def test_activations_grow_with_the_batch_and_the_precision():
 def test_saved_bytes_are_those_of_a_real_forward_pass():
     import torch
 
+    from fastcifar.models import memory
+
     recipe = load_recipe("residual", ["engine.precision=fp32"])
     model = build_model(recipe.model, seed=0).train()
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
@@ -65,7 +67,7 @@ def test_saved_bytes_are_those_of_a_real_forward_pass():
         result = model(torch.zeros(2, 3, 32, 32).to(memory_format=torch.channels_last))
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // 2
     del result
-    assert plan.saved_bytes(recipe) == pytest.approx(real, rel=0.05)
+    assert memory.saved_bytes(recipe) == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["lenet5", "smoke/wrn-adam", "smoke/wrn-ema"])
@@ -74,6 +76,7 @@ def test_buffers_are_counted_as_the_step_makes_them(name):
 
     import torch
 
+    from fastcifar.models import memory
     from fastcifar.train.step import build_step
 
     recipe = load_recipe(name, ["engine.device=cpu"])
@@ -83,8 +86,39 @@ def test_buffers_are_counted_as_the_step_makes_them(name):
     size = step.flat.weights.untyped_storage().nbytes()
     storages = {t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor
                 and t.untyped_storage().nbytes() == size and t.dtype == torch.float32}  # fmt: skip
-    state = plan.memory_mib(recipe, parameters, 0)["weights_and_state"] * 2**20
+    state = memory.memory_mib(recipe, parameters, 0)["weights_and_state"] * 2**20
     assert state == pytest.approx(4 * parameters * len(storages), rel=0.1)
+
+
+TOO_LARGE = ["model.widen=128"], ["model.depth=1000", "model.widen=100"], ["model.widen=32", "train.batch_size=49000"]
+
+
+@pytest.mark.parametrize("overrides", TOO_LARGE, ids=str)
+def test_what_cannot_fit_is_refused_before_anything_is_made(overrides, tmp_path, monkeypatch):
+    import torch
+
+    from fastcifar.cli import run_command
+    from fastcifar.models import memory
+
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 8 * 2**30)
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("wrn-asam", [*overrides, "data.source=synthetic", "engine.device=cpu"])
+    for refuse in (
+        lambda: plan.describe(recipe, None, "nothing", {}),
+        lambda: memory.refuse_what_cannot_fit(recipe, torch.device("cpu")),
+        lambda: run_command.run("wrn-asam", [*overrides, "data.source=synthetic", "engine.device=cpu"]),
+    ):
+        with pytest.raises(UserError, match=r"needs about .* GiB"):
+            refuse()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_usual_models_are_not_estimated():
+    from fastcifar.config import shipped_recipes
+    from fastcifar.models import memory
+
+    recipes = [r for r in map(load_recipe, shipped_recipes()) if not hasattr(r, "combine")]
+    assert not any(memory.is_large(recipe) for recipe in recipes)
 
 
 def test_the_ladder_has_every_training_row():

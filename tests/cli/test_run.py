@@ -126,3 +126,19 @@ def test_a_signal_stops_with_the_way_to_go_on(tiny, number):
     assert child.returncode == 2
     assert "go on with `fastcifar run --resume here`" in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["run", "tiny.toml", "--out", ""], "--out"), (["run", "tiny.toml", "--out="], "--out"), (["run", ""], "run")],
+)
+def test_an_empty_argument_is_not_the_current_folder(tmp_path, monkeypatch, capsys, words, said):
+    from fastcifar.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["fastcifar", *words])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2
+    assert f"fastcifar: {said}: is empty" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -69,7 +69,7 @@ BAD_VALUES = {
     "fraction of an epoch": (GOOD.replace("epochs = 2", "epochs = 1.5"), ["train.epochs:", "1.5", "integer"]),
     "no epochs": (GOOD.replace("epochs = 2", "epochs = 0"), ["train.epochs:", "greater than or equal to 1"]),
     "a truth value for a number": (GOOD.replace("epochs = 2", "epochs = true"), ["train.epochs:", "True", "integer"]),
-    "a zero deviation": (GOOD + "[data]\nstd = [0.5, 0.0, 0.5]\n", ["data.std.1:", "greater than 0"]),
+    "a zero deviation": (GOOD + "[data]\nstd = [0.5, 0.0, 0.5]\n", ["data.std.1:", "greater than or equal to 0.001"]),
     "a value for a table": ("data = 3\n" + GOOD, ["data:", "3 is not a table", "source"]),
     "true for an optional table": ("asam = true\n" + GOOD, ["asam:", "is not a table", "rho"]),
     "a missing table": (GOOD.replace("[train]\nepochs = 2", ""), ["train:", "is missing"]),

@@ -412,3 +412,13 @@ def test_same_size_images_of_any_kind(rng, tmp_path, backend):
     for batch in loader.epoch(0):
         assert np.array_equal(batch.gathered(), store.split("train").images[batch.indices])
     loader.close()
+
+
+def test_a_closed_loader_yields_nothing_even_to_who_has_begun(build):
+    """A batch of a closed resident loader would name rows of images that are gone."""
+    loader = build(batch_size=10)
+    begun = iter(loader.epoch(0))
+    next(begun)
+    loader.close()
+    assert list(begun) == []
+    assert list(loader.epoch(1)) == []

@@ -1,5 +1,7 @@
 import gzip
 import pickle
+import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,49 @@ def test_archives_cannot_escape_or_be_damaged(rng, tmp_path, smalls):
         resolve_store(DataConfig(source="cifar10"), path)
 
 
+def _archive(path: Path, members: list[tuple[str, int]]) -> None:
+    """Make a compressed archive of files of zeros: small, whatever it unpacks to."""
+    class Zeros:
+        def read(self, count: int) -> bytes:
+            return bytes(count)
+
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for name, size in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = size
+            archive.addfile(entry, Zeros())
+
+
+def test_archives_of_more_than_a_release_are_refused_from_their_headers(tmp_path, smalls, monkeypatch):
+    release = smalls["cifar10", "python"]
+    monkeypatch.setattr("fastcifar.data.releases.MAX_ARCHIVE_BYTES", 3_000_000)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    path = tmp_path / release.archive
+    for members in ([(f"{release.folder}/a", 4_000_000)], [(f"{release.folder}/{k}", 1) for k in range(100)]):
+        _archive(path, members)
+        with pytest.raises(UserError, match="no release does"):
+            resolve_store(DataConfig(source="cifar10"), path)
+    with tarfile.open(path, "w") as archive:  # not compressed: a header that promises what is not there
+        entry = tarfile.TarInfo(f"{release.folder}/data_batch_1")
+        entry.size = 2**60
+        archive.fileobj.write(entry.tobuf() + bytes(10_000))
+    with pytest.raises(UserError, match=release.archive):
+        resolve_store(DataConfig(source="cifar10"), path)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_huge_integers_in_a_pickled_release_are_refused(tmp_path, smalls):
+    release = smalls["cifar10", "python"]
+    write_release(tmp_path, release, 0)
+    path = tmp_path / release.folder / "data_batch_1"
+    for label in (2**70, -(2**63), 10**4000):
+        batch = {"data": np.zeros((30, 3072), np.uint8), "labels": [0] * 29 + [label]}
+        path.write_bytes(pickle.dumps(batch, 2))
+        with pytest.raises(UserError, match="data_batch_1"):
+            resolve_store(DataConfig(source="cifar10"), tmp_path)
+
+
 def test_damage_within_an_archive_is_named_by_both(tmp_path, smalls):
     release = smalls["cifar10", "binary"]
     write_release(tmp_path, release, 0)
@@ -203,7 +248,7 @@ def test_image_folder_is_checked(rng, tmp_path):
     root = tmp_path / "set"
     _image_folder(rng, root)
     (root / "train" / "dog" / "3.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"dog/3\.png: not a readable image"):
+    with pytest.raises(UserError, match=r"dog/3\.png: cannot be read as an image"):
         resolve_store(DataConfig(source="folder"), root)
     Image.fromarray(np.zeros((9, 24, 3), np.uint8)).save(root / "train" / "dog" / "3.png")
     with pytest.raises(UserError, match=r"dog/3\.png: 24x9 pixels"):
@@ -214,9 +259,41 @@ def test_image_folder_is_checked(rng, tmp_path):
         resolve_store(DataConfig(source="folder"), root)
 
 
+def test_image_folder_of_many_formats_and_spellings(tmp_path):
+    """PNG, BMP and lossless WebP under any spelling; 16-bit grey is scaled, not clipped; the rest is mentioned."""
+    root, grey = tmp_path / "set", np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
+    _image_folder(root, (16, 32, 3))
+    pixels = np.random.default_rng().integers(0, 256, (16, 32, 3), np.uint8)
+    Image.fromarray(grey).save(root / "train/cat/a.Png")
+    Image.fromarray(pixels).save(root / "train/cat/b.WebP", lossless=True)
+    Image.fromarray(pixels).save(root / "train/cat/c.bmp")
+    (root / "train/cat/notes.txt").write_text("mine")
+    (root / "train/.hidden").mkdir()
+    (root / "test/dog").rename(root / "test/.dog")
+    (root / "test/dog").mkdir()
+    store = resolve_store(DataConfig(source="folder"), root)
+    assert store.classes == ["cat", "dog"]
+    images = store.split("train").images
+    assert len(images) == 13
+    wanted = np.rint(grey / 257).astype(np.uint8)
+    assert np.array_equal(images[5], np.repeat(wanted[..., None], 3, axis=2))
+    assert np.array_equal(images[6], pixels)
+    assert np.array_equal(images[7], pixels)
+    said = "\n".join(store.notes)
+    for part in ("train/.hidden: hidden", "test/dog: no images", "train/cat: 1 files"):
+        assert part in said
+
+
+def test_a_class_without_training_images_is_refused(tmp_path):
+    _image_folder(tmp_path / "set")
+    (tmp_path / "set/train/bird").mkdir()
+    with pytest.raises(UserError, match=r"train/bird: a class folder without images"):
+        resolve_store(DataConfig(source="folder"), tmp_path / "set")
+
+
 def test_drawn_images_are_the_same_everywhere(synthetic_store):
     train, test = synthetic_store.split("train"), synthetic_store.split("test")
     assert (len(train), len(test)) == (2000, 1000)
     assert np.bincount(train.labels).tolist() == [200] * 10
     assert len(np.unique(np.concatenate([train.images, test.images]).reshape(3000, -1), axis=0)) == 3000
-    assert synthetic_store.manifest["content"].startswith("928ee38aadfc2ffa")
+    assert synthetic_store.manifest.content.startswith("928ee38aadfc2ffa")

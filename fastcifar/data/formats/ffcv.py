@@ -106,8 +106,6 @@ def read(folder: Path, name: str, count: int, image_shape: tuple[int, int, int])
     image_bytes = int(np.prod(image_shape))
     images = np.empty((count, *image_shape), np.uint8)
     pointers = samples["image"]["pointer"].astype(np.int64)
-    if count and int(pointers.max()) + image_bytes > len(data):
-        raise UserError(f"{path}: truncated; convert again")
     for first, last in _runs(pointers, image_bytes):
         block = data[pointers[first] : pointers[first] + (last - first) * image_bytes]
         images[first:last] = block.reshape(-1, *image_shape)
@@ -134,6 +132,10 @@ def _samples(path: Path, data: np.ndarray, count: int, image_shape: tuple[int, i
     height, width, _ = image_shape
     if not ((image["mode"] == MODE_RAW) & (image["width"] == width) & (image["height"] == height)).all():
         raise UserError(f"{path}: holds other images than raw ones of {height}x{width} pixels; convert again")
+    # ffcv's compiled readers go wherever a pointer leads.
+    image_bytes = int(np.prod(image_shape))
+    if count and (len(data) < image_bytes or int(image["pointer"].max()) > len(data) - image_bytes):
+        raise UserError(f"{path}: an image lies beyond the end of the file; convert again")
     return samples
 
 

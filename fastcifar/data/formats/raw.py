@@ -1,8 +1,11 @@
 """The raw format: one ``.npy`` of pixels and one of labels per split, memory-mapped when read."""
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -27,16 +30,32 @@ class Split:
         return len(self.labels)
 
 
+def reserve(file: BinaryIO, size: int) -> None:
+    """Take the space of a file that is about to be written, so that a full disk is known at once.
+
+    Raises:
+        OSError: there is not enough (``ENOSPC``).
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that cannot reserve
+            raise
+
+
 def write(split: Split, folder: Path, name: str, progress: Callable[[str, int, int], None]) -> None:
     """Write ``NAME_images.npy`` and ``NAME_labels.npy``."""
     count = len(split)
-    target = np.lib.format.open_memmap(
-        folder / f"{name}_images.npy", mode="w+", dtype=np.uint8, shape=split.images.shape
-    )
-    for first in range(0, count, CHUNK):
-        target[first : first + CHUNK] = split.images[first : first + CHUNK]
-        progress(f"write {name} as raw", min(first + CHUNK, count), count)
-    target.flush()
+    header = {"descr": "|u1", "fortran_order": False, "shape": split.images.shape}
+    # Not memory-mapped: on a full disk a page that cannot be written ends the process with SIGBUS, without a word.
+    with (folder / f"{name}_images.npy").open("wb") as file:
+        np.lib.format.write_array_header_2_0(file, header)
+        reserve(file, file.tell() + split.images.nbytes)
+        for first in range(0, count, CHUNK):
+            file.write(np.ascontiguousarray(split.images[first : first + CHUNK]).data)
+            progress(f"write {name} as raw", min(first + CHUNK, count), count)
     np.save(folder / f"{name}_labels.npy", split.labels.astype(np.int64))
 
 

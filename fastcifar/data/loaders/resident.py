@@ -17,6 +17,7 @@ class ResidentLoader:
     augmented = False
 
     def __init__(self, store: Store, plan: Plan, device: torch.device, reason: str):
+        store.check_split("train")  # all of it is read here anyway
         split = store.split("train")
         whole = len(plan.rows) == len(split) and bool((plan.rows == np.arange(len(split))).all())
         images, labels = (split.images, split.labels) if whole else (split.images[plan.rows], split.labels[plan.rows])
@@ -35,10 +36,12 @@ class ResidentLoader:
         # Gathered once an epoch, so that a batch costs three views and no launch.
         labels, indices = self.labels[positions], self._rows[positions]
         for first in range(0, len(positions), self._plan.batch_size):
+            if not len(self.images):  # closed since: the rows would be those of images that are gone
+                return
             batch = slice(first, first + self._plan.batch_size)
             yield Batch(self.images, positions[batch], labels[batch], indices[batch])
 
     def close(self) -> None:
-        """Let go of the images."""
+        """Let go of the images; an epoch that has begun yields nothing more either."""
         self._plan = Plan(self._plan.rows[:0], 0, self._plan.batch_size, False)
         self.images, self.labels = self.images[:0], self.labels[:0]

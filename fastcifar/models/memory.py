@@ -1,0 +1,108 @@
+"""How much memory a recipe needs on the device that trains it, found on the meta device before anything is made."""
+
+import os
+
+import torch
+
+from fastcifar.config.schema import PyramidNetConfig, Recipe, SpeedNetConfig, WideResNetConfig
+from fastcifar.errors import UserError
+from fastcifar.models import bind_counter, build_model
+
+# The estimate is of eager mode, which keeps more activations than a compiled model: twice the memory is no proof yet.
+ACTIVATIONS_MARGIN = 2
+USUAL_BATCH, USUAL_WIDEN, USUAL_ALPHA, USUAL_WIDTH, USUAL_DEPTH = 8192, 20, 600, 1024, 300
+
+
+def refuse_what_cannot_fit(recipe: Recipe, device: torch.device) -> None:
+    """Refuse a recipe that is far beyond the device's memory, before a run directory, data or a model is made.
+
+    The estimate costs seconds, so it is only made where a width, a depth or a batch is unusual.
+
+    Raises:
+        UserError: it cannot fit; with the estimate.
+    """
+    if not is_large(recipe):
+        return
+    with torch.device("meta"):
+        model = build_model(recipe.model, seed=0)
+    parameters = sum(p.numel() for p in model.parameters())
+    check_memory(recipe.name, memory_mib(recipe, parameters, 0), device)
+
+
+def is_large(recipe: Recipe) -> bool:
+    """Return whether a model or batch is larger than any that is known to fit a usual device."""
+    model = recipe.model
+    if recipe.train.batch_size > USUAL_BATCH:
+        return True
+    if isinstance(model, WideResNetConfig):
+        return model.widen > USUAL_WIDEN or model.depth > USUAL_DEPTH
+    if isinstance(model, PyramidNetConfig):
+        return model.alpha > USUAL_ALPHA or model.depth > USUAL_DEPTH
+    return isinstance(model, SpeedNetConfig) and max(model.widths) > USUAL_WIDTH
+
+
+def check_memory(name: str, memory: dict[str, float], device: torch.device) -> None:
+    """Refuse an estimate that is beyond a device.
+
+    Args:
+        name: the recipe's.
+        memory: from `memory_mib`.
+        device: where it would be trained.
+
+    Raises:
+        UserError: weights and their state alone, or half of all, are more than the whole memory.
+    """
+    have = device_bytes(device) / 2**20
+    if max(memory["weights_and_state"], memory["total"] / ACTIVATIONS_MARGIN) > have:
+        raise UserError(
+            f"{name}: needs about {memory['total'] / 1024:,.0f} GiB ({memory['weights_and_state'] / 1024:,.0f} GiB of "
+            f"weights and their state), {device} has {have / 1024:,.0f} GiB; choose a smaller model, or a smaller "
+            "train.batch_size or a larger train.accumulate"
+        )
+
+
+def device_bytes(device: torch.device) -> int:
+    """Return a device's whole memory, used or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def micro_batch(recipe: Recipe) -> int:
+    """Return how many samples go through the model at once."""
+    return -(-recipe.train.batch_size // recipe.train.accumulate)
+
+
+def memory_mib(recipe: Recipe, parameters: int, images: int) -> dict[str, float]:
+    """Return the expected memory on the training device in MiB, without what CUDA itself takes (about 500 MiB)."""
+    buffers = 2 + (2 if recipe.optimizer.name in ("adam", "adamw") else 1)  # weights, gradients, moments
+    buffers += sum(1 for kept in (recipe.ema, recipe.asam, recipe.lookahead) if kept)  # one copy of the weights each
+    parts = {
+        "weights_and_state": 4 * parameters * buffers,
+        "activations": saved_bytes(recipe) * micro_batch(recipe),
+        "images": 3 * 32 * 32 * images,
+    }
+    return {name: round(size / 2**20, 1) for name, size in {**parts, "total": sum(parts.values())}.items()}
+
+
+def saved_bytes(recipe: Recipe) -> int:
+    """Return the bytes that autograd keeps of one image's forward pass in eager mode, found on the meta device."""
+    half = recipe.engine.precision in ("bf16", "fp16")
+    with torch.device("meta"):
+        model = build_model(recipe.model, seed=0)
+    model = model.to(torch.bfloat16 if half else torch.float32).train()
+    bind_counter(model, torch.zeros(1, dtype=torch.int64, device="meta"), seed=0)
+    own = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    batch = 2  # BatchNorm wants more than one value per channel
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = model(torch.zeros(batch, 3, 32, 32, device="meta", dtype=next(model.parameters()).dtype))
+    del result
+    return sum(storage.nbytes() for storage in kept.values()) // batch

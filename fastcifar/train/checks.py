@@ -1,0 +1,82 @@
+"""What a recipe and its data must agree on, checked before anything is made: one message instead of a failure later."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastcifar.config.operations import check_size
+from fastcifar.config.schema import Recipe
+from fastcifar.data.loaders.base import Plan
+from fastcifar.data.store import Store, resolve_store
+from fastcifar.data.store import verify as verify_store
+from fastcifar.errors import UserError
+from fastcifar.models import NEED_SQUARE, SMALLEST_PX
+
+if TYPE_CHECKING:
+    from fastcifar.train.run import Rows
+
+
+def check_before(recipe: Recipe, data: Path | None, verify: bool = False) -> None:
+    """Find a recipe's data and check that the two go together; for a run that has no directory yet.
+
+    Args:
+        recipe: what is to be trained.
+        data: the value of ``--data``.
+        verify: hash every byte of the data, also of files that were hashed before and look unchanged.
+
+    Raises:
+        UserError: no such data, or it does not go with the recipe.
+    """
+    from fastcifar.train.run import choose_rows
+
+    store = resolve_store(recipe.data, data)
+    if verify:
+        verify_store(store.root)
+    check_data(recipe, store, choose_rows(recipe.data, store, recipe.seed))
+
+
+def check_data(recipe: Recipe, store: Store, rows: "Rows") -> None:
+    """Check a recipe against its data.
+
+    Args:
+        recipe: what is to be trained.
+        store: its data.
+        rows: those that it chooses.
+
+    Raises:
+        UserError: too few images for a step, or images or classes that the model, the augmentation or the loss
+            cannot take.
+    """
+    _check_counts(recipe, rows)
+    _check_shape(recipe, store)
+    weights, classes = recipe.loss.class_weights, len(store.classes)
+    if weights is not None and len(weights) != classes:
+        raise UserError(f"loss.class_weights: {len(weights)} weights for the {classes} classes of {store.root}")
+
+
+def _check_counts(recipe: Recipe, rows: "Rows") -> None:
+    """Refuse an epoch without a single step, and an empty test set."""
+    size, count = recipe.train.batch_size, len(rows.train)
+    if not Plan(rows.train, recipe.seed, size, recipe.train.drop_last).batches:
+        raise UserError(
+            f"train.drop_last: {count:,} training images make no whole batch of train.batch_size = {size:,}; "
+            f"set train.drop_last = false, or train.batch_size to {max(count, 1):,} or less"
+        )
+    if not len(rows.test):
+        raise UserError("there are no test images; each run is evaluated on them")
+
+
+def _check_shape(recipe: Recipe, store: Store) -> None:
+    """Refuse images of a shape that the model or an operation cannot take."""
+    height, width, _ = store.image_shape
+    name = recipe.model.name
+    if height != width and name in NEED_SQUARE:
+        raise UserError(
+            f"{store.root}: images of {width}x{height} pixels; model.name = {name!r} needs square ones. Cut or pad "
+            "them, or choose residual15, wide_resnet, pyramidnet or speednet, which take any shape"
+        )
+    if min(height, width) < SMALLEST_PX.get(name, 1):
+        raise UserError(
+            f"{store.root}: images of {width}x{height} pixels; model.name = {name!r} needs "
+            f"{SMALLEST_PX[name]} px or more"
+        )
+    check_size(recipe.augment.ops, min(height, width))
