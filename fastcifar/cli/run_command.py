@@ -26,12 +26,13 @@ def run(
 ) -> None:
     """Train, evaluate and record a recipe: `fastcifar run recipes/lenet5.toml`.
 
-    A killed run loses nothing but the epoch it was in: `fastcifar run --resume RUN_DIR` goes on, to the same bits.
+    An interrupted run (Ctrl-C) loses nothing, a killed one the epoch it was in: `fastcifar run --resume RUN_DIR` goes
+    on, to the same bits.
     """
     from fastcifar.config import load_recipe
     from fastcifar.console import err
     from fastcifar.console import out as print_json
-    from fastcifar.interrupt import interruptible
+    from fastcifar.interrupt import handled
     from fastcifar.open_run import open_run
 
     loaded = load_recipe(recipe, set_ or []) if recipe else None
@@ -39,8 +40,10 @@ def run(
         from fastcifar.errors import UserError
 
         raise UserError("--set changes the recipe, but a resumed run keeps its own; start a new run instead")
-    found = open_run(loaded, out, resume)
-    with found.alone(), interruptible(f"stopped; go on with `fastcifar run --resume {found.folder}`"):
+    with (
+        open_run(loaded, out, resume) as found,
+        handled(f"stopped; go on with `fastcifar run --resume {found.folder}`"),
+    ):
         summary = carry_out(found, data, stop_after, quiet)
     if json_:
         print_json({**summary, "run": str(found.folder)})
@@ -53,7 +56,7 @@ def carry_out(run: Any, data: Path | None, stop_after: int | None, quiet: bool) 
     """Train or combine what is left of a run; return its summary, at once where it is finished already."""
     from fastcifar.config import CombineRecipe
 
-    if run.has_summary and run.summary["status"] == "finished":
+    if run.finished:
         return run.summary
     if isinstance(run.recipe, CombineRecipe):
         from fastcifar.analysis.combine import combine_run

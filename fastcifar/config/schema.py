@@ -385,6 +385,8 @@ class EngineConfig(Section):
             fewer bytes, for whoever trains on a GPU.
         strict: make it an error when the step cannot be carried out as ``mode`` asks for (a model that does not compile
             or cannot be captured), instead of saying so and going on with less.
+        on_nonfinite: ``stop`` ends the run at a loss that is not finite; ``skip`` leaves a step whose loss or gradient
+            is not finite out of it.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -392,6 +394,7 @@ class EngineConfig(Section):
     precision: Literal["bf16", "fp16", "fp32", "tf32"] = "bf16"
     working_copy: bool = False
     strict: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
 
 class EvalConfig(Section):
@@ -406,11 +409,13 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """How often a checkpoint is written (the last epoch always is) and how many are kept.
 
+    Two are kept, so that a run can go on when the newest one is damaged.
+
     ``resume = "auto"`` goes on with the newest unfinished run of the same recipe, where there is one.
     """
 
     every_epochs: int = Field(1, ge=1)
-    keep: int = Field(1, ge=1)
+    keep: int = Field(2, ge=1)
     resume: Literal["never", "auto"] = "never"
 
 

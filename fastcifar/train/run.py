@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastcifar import interrupt
 from fastcifar.augment.augment import Augment, build_augment
 from fastcifar.augment.mix import build_mix
 from fastcifar.config.schema import DataConfig, EngineConfig, Recipe
@@ -27,7 +28,7 @@ from fastcifar.train.clock import Clock
 from fastcifar.train.display import Display, Steps
 from fastcifar.train.evaluate import EvaluationSet, Evaluator
 from fastcifar.train.precision import PRECISIONS
-from fastcifar.train.results import Results
+from fastcifar.train.results import Results, diverged
 from fastcifar.train.step import Step, build_step
 
 
@@ -72,10 +73,13 @@ def train(
         try:
             if done < end:
                 warm_up(step, evaluator, loader, clock, display, done, store.image_shape)
-            for epoch in range(done, end):
-                row = train_epoch(epoch, loader, step, clock, display)
-                results.add(row, clock.seconds())
-                display.epoch(row)
+            with interrupt.deferred():
+                for epoch in range(done, end):
+                    row = train_epoch(epoch, loader, step, clock, display, results)
+                    results.add(row, clock.seconds(), save=interrupt.requested() is not None)
+                    display.epoch(row)
+                    if epoch + 1 < end:
+                        interrupt.stop_if_requested()
         finally:
             loader.close()
     facts: dict[str, Any] = {
@@ -86,24 +90,29 @@ def train(
     return results.finish(clock.seconds(), {**facts, "arrays": {"holdout/indices": rows.holdout}})
 
 
-def train_epoch(epoch: int, loader: Loader, step: Step, clock: Clock, display: Display) -> dict[str, Any]:
-    """Train one epoch and return its row of metrics.
+def train_epoch(
+    epoch: int, loader: Loader, step: Step, clock: Clock, display: Display, results: Results
+) -> dict[str, Any]:
+    """Train one epoch, or the rest of one that was interrupted, and return its row of metrics.
 
     Raises:
         UserError: the loss was not finite; the message names the step.
+        Interrupted: a signal came; the checkpoint of the step is written.
     """
-    before = clock.seconds()
     lr = step.begin_epoch(epoch)
+    start = results.begin_epoch(clock.seconds())
+    done, before = start["steps"], start["before"]
     with clock.span("training_s"):
-        for done, batch in enumerate(loader.epoch(epoch), start=1):
+        for batch in batches_from(loader, epoch, done):
             step(batch)
+            done += 1
             display.step(epoch + 1, done)
         result = step.end_epoch()
     if result["nonfinite_step"] is not None:
-        raise UserError(
-            f"the loss was not finite at step {result['nonfinite_step']} of epoch {epoch + 1}: lower optimizer.lr, "
-            'set train.grad_clip = 1.0 or engine.precision = "fp32"; the last checkpoint is from before it'
-        )
+        raise UserError(diverged(f"the loss was not finite at step {result['nonfinite_step']} of epoch {epoch + 1}"))
+    if done < len(loader):
+        results.save_within_epoch({"steps": done, "before": before}, clock.seconds())
+        interrupt.stop_if_requested()
     after = clock.seconds()
     training_s = after["training_s"] - before["training_s"]
     return {
@@ -145,6 +154,19 @@ def example_batches(loader: Loader, epoch: int) -> Iterator[Batch]:
     if rest:
         resident = len(batch.images) != len(batch.rows)
         yield Batch(batch.images if resident else batch.images[:rest], *(part[:rest] for part in batch[1:]))
+
+
+def batches_from(loader: Loader, epoch: int, done: int) -> Iterator[Batch]:
+    """Yield the batches of an epoch after the first ``done``, until a signal asks to stop."""
+    try:
+        for batch in islice(loader.epoch(epoch), done, None):
+            yield batch
+            if interrupt.requested() is not None:
+                return
+    except Exception:
+        # A signal to the whole process group ends worker processes too; the steps done so far are good.
+        if interrupt.requested() is None:
+            raise
 
 
 def pick_device(config: EngineConfig) -> torch.device:

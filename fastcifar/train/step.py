@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
+from fastcifar.errors import UserError
 from fastcifar.kernels.philox import Stream, philox
 from fastcifar.kernels.sam import Ascent, ascend, norm_squared
 from fastcifar.kernels.sgd_ema import Averages
@@ -216,6 +217,39 @@ class Step:
         return self.losses[: len(self._sizes)].cpu().clone()
 
     # ------------------------------------------------------------------------------------------------------------ state
+
+    def position(self) -> tuple[list[int], dict[str, Tensor]]:
+        """Return what a bit-identical resume between two steps of an epoch needs beside `state_dict`.
+
+        Returns:
+            The samples of each step so far, and tensors: ``losses`` and ``correct`` (steps,), generator states.
+        """
+        steps = len(self._sizes)
+        tensors = {
+            "losses": self.losses[:steps], "correct": self.correct[:steps],
+            "generator": torch.get_rng_state(),
+        }
+        if self.losses.is_cuda:
+            tensors["cuda_generator"] = torch.cuda.get_rng_state(self.losses.device)
+        return list(self._sizes), tensors
+
+    def go_to(self, sizes: list[int], tensors: dict[str, Tensor]) -> None:
+        """Go on within the epoch that `begin_epoch` has just begun, from a `position`.
+
+        Raises:
+            UserError: the position does not fit this epoch.
+        """
+        steps = len(sizes)
+        if steps > self.cursor.steps_per_epoch or any(len(tensors.get(k, ())) != steps for k in ("losses", "correct")):
+            raise UserError("the checkpoint's place within the epoch does not fit the recipe: it is damaged")
+        self.losses[:steps].copy_(tensors["losses"])
+        self.correct[:steps].copy_(tensors["correct"])
+        self._sizes = list(sizes)
+        for _ in sizes:
+            self.cursor.advance()
+        torch.set_rng_state(tensors["generator"])
+        if "cuda_generator" in tensors and self.losses.is_cuda:
+            torch.cuda.set_rng_state(tensors["cuda_generator"], self.losses.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that a bit-identical resume at an epoch boundary needs: flat names to tensors (not copies)."""

@@ -1,6 +1,5 @@
 """A run from end to end on drawn images: its record, its result, and every way in which it can stop."""
 
-import json
 import multiprocessing
 import random
 import time
@@ -11,13 +10,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from fastcifar import run_directory
 from fastcifar.analysis.predict import load_trained
 from fastcifar.config import Recipe
 from fastcifar.data.store import resolve_store
 from fastcifar.environment import describe
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
-from fastcifar.train import checkpoint
 from fastcifar.train.run import choose_rows, pick_device, train
 from tests.train.tiny import assert_same_run, recipe
 
@@ -52,7 +51,7 @@ def test_the_record_is_complete(whole):
     assert run.summary["images"] == 4 * 200
     assert set(run.summary["clocks"]) == {"total_s", "training_s", "compilation_s"}
     assert run.environment["packages"]["torch"] == torch.__version__.split("+")[0]
-    assert len(list((whole / "checkpoints").iterdir())) == 1
+    assert run.checkpoints() == ["epoch-00003", "epoch-00004"]
     assert not list(whole.rglob("*.tmp"))
 
 
@@ -207,31 +206,19 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
 def test_a_full_disk_is_named_and_the_last_checkpoint_survives(tmp_path, monkeypatch):
     run_in(tmp_path / "full", recipe(), stop_after=2)
 
-    def full(*_: object) -> None:
+    def full(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(run_directory, "_write_synced", full)
     with pytest.raises(UserError, match=r"No space left on device\. Free some space"):
         run_in(tmp_path / "full", recipe())
     monkeypatch.undo()
-    assert [p.name for p in checkpoint.complete(tmp_path / "full/checkpoints")] == ["epoch-00002"]
-    assert not list((tmp_path / "full").rglob(".epoch*"))
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    run_in(tmp_path / "run", recipe(), stop_after=1)
-    state = tmp_path / "run/checkpoints/epoch-00001/state.safetensors"
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"epoch-00001: is damaged .*delete this folder"):
-        run_in(tmp_path / "run", recipe())
+    assert RunDirectory.open(tmp_path / "full").checkpoints() == ["epoch-00001", "epoch-00002"]
+    assert not list((tmp_path / "full").rglob("*.tmp"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_named():
     with pytest.raises(UserError, match="no CUDA GPU is available"):
         pick_device(recipe(engine={"device": "cuda"}).engine)
-
-
-def test_metrics_cut_by_a_crash_are_read_up_to_the_cut(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + "\n" + '{"epoch": 2, "lo')
-    assert RunDirectory(tmp_path).metrics() == [{"epoch": 1}]
