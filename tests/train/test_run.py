@@ -1,7 +1,10 @@
 """A run from end to end on drawn images: its record, its result, and every way in which it can stop."""
 
 import multiprocessing
+import os
 import random
+import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fastcifar import run_directory
+from fastcifar import interrupt, run_directory
 from fastcifar.analysis.predict import load_trained
 from fastcifar.config import Recipe
 from fastcifar.data.store import resolve_store
@@ -18,6 +21,7 @@ from fastcifar.environment import describe
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.run import choose_rows, pick_device, train
+from fastcifar.train.step import Step
 from tests.train.tiny import assert_same_run, recipe
 
 
@@ -216,6 +220,81 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_survives(tmp_path, monkeyp
     monkeypatch.undo()
     assert RunDirectory.open(tmp_path / "full").checkpoints() == ["epoch-00001", "epoch-00002"]
     assert not list((tmp_path / "full").rglob("*.tmp"))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(whole, tmp_path, capsys):
+    run_in(tmp_path / "run", recipe(), stop_after=3)
+    flip(tmp_path / "run/checkpoints/epoch-00003/state.safetensors")
+    assert run_in(tmp_path / "run", recipe())["status"] == "finished"
+    assert_same_run(whole, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "epoch-00003/state.safetensors: is damaged" in said
+    assert "goes on from the one before, epoch-00002" in said
+
+
+def test_without_an_intact_checkpoint_nothing_is_trained(tmp_path):
+    run_in(tmp_path / "run", recipe(), stop_after=1)
+    (tmp_path / "run/checkpoints/epoch-00001/state.json").write_text("{}")
+    with pytest.raises(UserError, match="no checkpoint is intact"):
+        run_in(tmp_path / "run", recipe())
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_damaged_weights_are_not_used(whole, tmp_path, which):
+    shutil.copytree(whole, tmp_path / "copy")
+    flip(tmp_path / f"copy/weights/{which}.safetensors")
+    with pytest.raises(UserError, match=f"{which}.safetensors: is damaged"):
+        load_trained(RunDirectory.open(tmp_path / "copy"), which)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 4
+    path.write_bytes(data)
+
+
+def test_divergence_in_an_epochs_last_step_is_no_success(tmp_path, monkeypatch):
+    calls, step = [], Step.__call__
+
+    def spoil(self: Step, batch: object) -> None:
+        step(self, batch)
+        calls.append(batch)
+        if len(calls) == 21:  # the last of the third epoch
+            self.flat.weights[3] = float("nan")
+
+    monkeypatch.setattr(Step, "__call__", spoil)
+    with pytest.raises(UserError, match="weights are not finite after epoch 3"):
+        run_in(tmp_path / "run", recipe())
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.checkpoints() == ["epoch-00001", "epoch-00002"]
+    assert len(run.metrics()) == 2
+    assert not run.has_summary
+
+
+def test_interrupted_within_epochs_it_ends_in_the_same_bits(tmp_path, monkeypatch):
+    wanted = recipe(**EVERYTHING)
+    run_in(tmp_path / "whole", wanted)
+    calls, step = [], Step.__call__
+
+    def stop(self: Step, batch: object) -> None:
+        step(self, batch)
+        calls.append(batch)
+        if len(calls) in (1, 4, 6):  # the first, the last and a middle step of an epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Step, "__call__", stop)
+    interrupts = 0
+    while True:
+        try:
+            with interrupt.handled("go on"):
+                run_in(tmp_path / "cut", wanted)
+            break
+        except interrupt.Interrupted as interrupted:
+            interrupts += 1
+            assert interrupted.status == 143  # noqa: PT017
+    assert interrupts == 3
+    assert len(calls) == 8, "no step is taken twice"
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
