@@ -90,7 +90,7 @@ def handled(message: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _state.message = told
+        _state.message, _state.requested = told, None
         with suppress(ValueError):
             for number, handler in before.items():
                 signal.signal(number, handler)

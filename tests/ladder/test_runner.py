@@ -148,7 +148,7 @@ def test_a_real_row_killed_at_two_moments_ends_as_the_undisturbed_one(tmp_path, 
         wait_for(lambda n=wanted, p=process: lines(metrics) >= n or p.poll() is not None)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=300)
-        assert process.returncode == 2, said
+        assert process.returncode == 130, said
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert accuracies(table(cut)) == accuracies(table(straight))
