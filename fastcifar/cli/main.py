@@ -22,7 +22,7 @@ from fastcifar.cli.report import report
 from fastcifar.cli.run_command import run
 from fastcifar.cli.stack import stack
 from fastcifar.errors import UserError
-from fastcifar.interrupt import Interrupted, install
+from fastcifar.interrupt import Interrupted, handled
 
 app = typer.Typer(
     name="fastcifar",
@@ -59,9 +59,9 @@ app.add_typer(augment.app, name="augment", rich_help_panel="Train")
 
 def main() -> None:
     """Run the command line; a `UserError` ends it with one message and status 2, a signal with 128 + its number."""
-    install()
     try:
-        app()
+        with handled("stopped"):
+            app()
     except UserError as error:
         print(f"fastcifar: {error}", file=sys.stderr)
         sys.exit(2)

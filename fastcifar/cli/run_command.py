@@ -23,6 +23,9 @@ def run(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option(help="Show no progress.")] = False,
+    check_nan: Annotated[
+        bool, typer.Option("--check-nan", help="Train slowly and name the first layer that is not finite.")
+    ] = False,
 ) -> None:
     """Train, evaluate and record a recipe: `fastcifar run recipes/lenet5.toml`.
 
@@ -44,7 +47,7 @@ def run(
         open_run(loaded, out, resume) as found,
         handled(f"stopped; go on with `fastcifar run --resume {found.folder}`"),
     ):
-        summary = carry_out(found, data, stop_after, quiet)
+        summary = carry_out(found, data, stop_after, quiet, check_nan)
     if json_:
         print_json({**summary, "run": str(found.folder)})
     elif not quiet:
@@ -52,7 +55,9 @@ def run(
         err.print(f"[bold]{found.folder}[/]", soft_wrap=True)
 
 
-def carry_out(run: Any, data: Path | None, stop_after: int | None, quiet: bool) -> dict[str, Any]:
+def carry_out(
+    run: Any, data: Path | None, stop_after: int | None, quiet: bool, check_nan: bool = False
+) -> dict[str, Any]:
     """Train or combine what is left of a run; return its summary, at once where it is finished already."""
     from fastcifar.config import CombineRecipe
 
@@ -69,7 +74,7 @@ def carry_out(run: Any, data: Path | None, stop_after: int | None, quiet: bool) 
         err.print("importing torch", style="dim")
     from fastcifar.train.run import train
 
-    return train(run.recipe, run, data=data, stop_after=stop_after, quiet=quiet)
+    return train(run.recipe, run, data=data, stop_after=stop_after, quiet=quiet, check_nan=check_nan)
 
 
 def describe(summary: dict[str, Any]) -> str:

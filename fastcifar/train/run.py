@@ -24,6 +24,7 @@ from fastcifar.data.store import Store, resolve_store
 from fastcifar.errors import UserError
 from fastcifar.models import build_model, hooks
 from fastcifar.run_directory import RunDirectory
+from fastcifar.train.check_nan import check_finite
 from fastcifar.train.clock import Clock
 from fastcifar.train.display import Display, Steps
 from fastcifar.train.evaluate import EvaluationSet, Evaluator
@@ -33,7 +34,8 @@ from fastcifar.train.step import Step, build_step
 
 
 def train(
-    recipe: Recipe, run: RunDirectory, *, data: Path | None = None, stop_after: int | None = None, quiet: bool = False
+    recipe: Recipe, run: RunDirectory, *, data: Path | None = None, stop_after: int | None = None, quiet: bool = False,
+    check_nan: bool = False,
 ) -> dict[str, Any]:
     """Train what is left of a run and return its summary.
 
@@ -43,10 +45,13 @@ def train(
         data: where the images are, before every other place.
         stop_after: end after this many of the planned epochs; the run can be resumed.
         quiet: show no progress.
+        check_nan: train eagerly and end at the first layer whose output or gradient is not finite.
 
     Raises:
         UserError: bad data, a missing package or GPU, a full disk, a damaged checkpoint, a loss that is not finite.
     """
+    if check_nan:
+        recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"mode": "eager"})})
     device = pick_device(recipe.engine)
     store = resolve_store(recipe.data, data, progress=Steps(quiet))
     rows = choose_rows(recipe.data, store, recipe.seed)
@@ -63,6 +68,8 @@ def train(
     model = build_model(recipe.model, num_classes=len(store.classes), image_px=image_px, seed=recipe.seed).to(device)
     fit_images(model, store, rows, augment, device)
     step = build_step(recipe, model, augment, mix, steps_per_epoch=len(loader), device=device)
+    if check_nan:
+        check_finite(model, lambda: f"epoch {int(step.cursor.epoch) + 1}, step {int(step.cursor.step) + 1}")
     evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode)
     results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, evaluator))
     done, end = results.progress.epochs_done, min(stop_after or recipe.train.epochs, recipe.train.epochs)
