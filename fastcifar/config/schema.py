@@ -469,6 +469,8 @@ class Recipe(Section):
             raise ValueError("engine.working_copy works with train.accumulate = 1: gradients would add up in 16 bits")
         if self.optimizer.name == "muon" and self.engine.precision == "fp16":
             raise ValueError('optimizer.name = "muon" works with engine.precision = "bf16", "fp32" or "tf32"')
+        if self.optimizer.name == "muon" and self.engine.on_nonfinite == "skip":
+            raise ValueError('engine.on_nonfinite = "skip" works with optimizer.name = "sgd", "adam" or "adamw"')
         if self.augment.where == "loader" and self.data.loader.name not in ("auto", "torchvision"):
             raise ValueError('augment.where = "loader" needs data.loader.name = "torchvision"')
         if self.augment.where == "loader" and any(getattr(op, "fill", "black") == "mean" for op in self.augment.ops):

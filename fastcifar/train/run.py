@@ -115,7 +115,7 @@ def train_epoch(
             done += 1
             display.step(epoch + 1, done)
         result = step.end_epoch()
-    if result["nonfinite_step"] is not None:
+    if result["nonfinite_step"] is not None and step.recipe.engine.on_nonfinite == "stop":
         raise UserError(diverged(f"the loss was not finite at step {result['nonfinite_step']} of epoch {epoch + 1}"))
     if done < len(loader):
         results.save_within_epoch({"steps": done, "before": before}, clock.seconds())

@@ -271,6 +271,39 @@ def test_divergence_in_an_epochs_last_step_is_no_success(tmp_path, monkeypatch):
     assert not run.has_summary
 
 
+SKIPPING = {
+    "sgd with SAM, averages and BatchNorm": {**EVERYTHING, "eval": {}},
+    "adam": {},
+}
+
+
+@pytest.mark.parametrize("changes", SKIPPING.values(), ids=SKIPPING)
+def test_a_step_that_is_not_finite_is_left_out(tmp_path, monkeypatch, changes):
+    inputs, before, after = Step.inputs, [], []
+
+    def spoil(self: Step, batch: object) -> tuple:
+        images, target = inputs(self, batch)
+        if len(before) == 2:
+            images = images * float("nan")
+        return images, target
+
+    def look(self: Step, batch: object, execute=Step.execute) -> None:
+        state = {k: v.clone() for k, v in self.state_dict().items() if k.startswith("flat.") and "ema" not in k}
+        before.append(state)
+        execute(self, batch)
+        if len(before) == 2:
+            after.append({k: v.clone() for k, v in self.state_dict().items() if k in state})
+
+    monkeypatch.setattr(Step, "inputs", spoil)
+    monkeypatch.setattr(Step, "execute", look)
+    wanted = recipe(**{**changes, "engine": {"device": "cpu", "on_nonfinite": "skip"}})
+    assert run_in(tmp_path / "run", wanted, stop_after=1)["status"] in ("stopped", "finished")
+    assert len(before) > 2
+    for name, value in before[1].items():
+        assert torch.equal(after[0][name], value), name
+    assert np.isfinite(RunDirectory.open(tmp_path / "run").metrics()[0]["train_loss"])
+
+
 def test_interrupted_within_epochs_it_ends_in_the_same_bits(tmp_path, monkeypatch):
     wanted = recipe(**EVERYTHING)
     run_in(tmp_path / "whole", wanted)
