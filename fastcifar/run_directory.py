@@ -268,7 +268,7 @@ class RunDirectory:
         from fastcifar.run_records import EpochRow, checked, parse_json
 
         path = self.folder / "metrics.jsonl"
-        if not path.is_file():
+        if not path.is_file() and not self._expects("metrics.jsonl"):
             return []
         # What follows the last line's end is a line that an earlier version was writing when it was killed.
         lines = self.read("metrics.jsonl", LARGEST_JSON).split(b"\n")[:-1]
@@ -276,6 +276,11 @@ class RunDirectory:
         if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
             raise UserError(f"{path}: is damaged: its epochs are not 1, 2, 3, ...; train the run again")
         return rows
+
+    def _expects(self, name: str) -> bool:
+        """Whether the manifest says that there is such a file."""
+        manifest = self.manifest()
+        return manifest is not None and None not in manifest.files.get(name, [None])
 
     def _all_logits(self) -> "dict[str, np.ndarray]":
         """Return the arrays of ``logits.npz``, read once as long as the file does not change."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies
 
 from fastcifar import run_directory
 from fastcifar.errors import UserError
@@ -18,6 +19,8 @@ from fastcifar.manifest import parse
 from fastcifar.open_run import open_run
 from fastcifar.run_directory import RunDirectory
 from tests.run_directories import make_members, recipe
+from tests.storm import run_directories
+from tests.storm.tally import Tally
 
 STARTED_AT_ONCE = """
 import sys, time
@@ -127,6 +130,20 @@ def test_a_run_without_its_manifest_is_refused(run):
     (run.folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"manifest\.json: is missing"):
         RunDirectory.open(run.folder)
+
+
+def test_metrics_that_were_removed_are_missed(run):
+    (run.folder / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is missing"):
+        RunDirectory.open(run.folder).metrics()
+
+
+@given(seed=strategies.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_no_mutated_run_is_used_without_a_word(seed):
+    tally = Tally("run directories")
+    run_directories.storm(tally, seed, 1)
+    assert not tally.failures
 
 
 @pytest.mark.parametrize("cut", ["before the manifest", "after the manifest", "after the file"])
