@@ -80,13 +80,7 @@ def train(
         try:
             if done < end:
                 warm_up(step, evaluator, loader, clock, display, done, store.image_shape)
-            with interrupt.deferred():
-                for epoch in range(done, end):
-                    row = train_epoch(epoch, loader, step, clock, display, results)
-                    results.add(row, clock.seconds(), save=interrupt.requested() is not None)
-                    display.epoch(row)
-                    if epoch + 1 < end:
-                        interrupt.stop_if_requested()
+            train_epochs(range(done, end), loader, step, clock, display, results)
         finally:
             loader.close()
     facts: dict[str, Any] = {
@@ -95,6 +89,24 @@ def train(
         "environment": run.environment, "git": run.environment.get("git"),
     }
     return results.finish(clock.seconds(), {**facts, "arrays": {"holdout/indices": rows.holdout}})
+
+
+def train_epochs(
+    epochs: range, loader: Loader, step: Step, clock: Clock, display: Display, results: Results
+) -> None:
+    """Train epoch after epoch; a signal stops after the step at hand, with a checkpoint.
+
+    Raises:
+        UserError: see `train_epoch`.
+        Interrupted: a signal came before the last epoch's end.
+    """
+    with interrupt.deferred():
+        for epoch in epochs:
+            row = train_epoch(epoch, loader, step, clock, display, results)
+            results.add(row, clock.seconds(), save=interrupt.requested() is not None)
+            display.epoch(row)
+            if epoch + 1 < epochs.stop:
+                interrupt.stop_if_requested()
 
 
 def train_epoch(
