@@ -22,8 +22,7 @@ QUICK_RUNS = {"smoke": 2}
 
 def one_run(recipe: Recipe) -> dict[str, Any]:
     """Train once and return the run's summary with ``images``, the images trained on; the run itself is thrown away."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = open_run(recipe, Path(folder) / "run", None)
+    with tempfile.TemporaryDirectory() as folder, open_run(recipe, Path(folder) / "run", None) as run:
         summary = train(recipe, run, quiet=True)
         return {**summary, "images": sum(row["images"] for row in run.metrics())}
 

@@ -1,5 +1,15 @@
-"""``python -m fastcifar``."""
+"""``python -m fastcifar`` and the ``fastcifar`` command."""
 
-from fastcifar.cli.main import main
+from fastcifar import interrupt
 
-main()
+
+def main() -> None:
+    """Handle signals before anything that takes time is imported, then run the command line."""
+    interrupt.install()
+    from fastcifar.cli.main import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

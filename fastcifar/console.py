@@ -17,6 +17,5 @@ def say(*parts: str | tuple[str, str]) -> None:
 
 
 def out(obj: Any) -> None:
-    """Print one JSON object to stdout."""
-    json.dump(obj, sys.stdout, ensure_ascii=False, indent=1)
-    sys.stdout.write("\n")
+    """Print one JSON object to stdout; NaN and infinities, which JSON does not have, are a `ValueError`."""
+    sys.stdout.write(json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=False) + "\n")

@@ -1,6 +1,8 @@
 """Which directory a run lives in: a new one, the one to resume, or the newest unfinished one of the same recipe."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +13,11 @@ if TYPE_CHECKING:
     from fastcifar.run_directory import RunDirectory
 
 
-def open_run(recipe: "Recipe | CombineRecipe | None", out: Path | None, resume: str | None) -> "RunDirectory":
-    """Return the run directory to train in.
+@contextmanager
+def open_run(
+    recipe: "Recipe | CombineRecipe | None", out: Path | None, resume: str | None
+) -> "Iterator[RunDirectory]":
+    """Return the run directory to train in, with its lock, which the ``with`` block keeps.
 
     Args:
         recipe: what to train; None takes the recipe of the run to resume.
@@ -20,24 +25,37 @@ def open_run(recipe: "Recipe | CombineRecipe | None", out: Path | None, resume: 
         resume: a run directory, or ``auto`` for the newest unfinished run of this recipe (a new one where none is).
 
     Raises:
-        UserError: nothing to resume there, another recipe lies there, or ``out`` holds a run already.
+        UserError: nothing to resume there, another recipe lies there, ``out`` holds a run already, or another process
+            is at work there.
     """
+    run = _existing(recipe, out, resume)
+    if run is not None:
+        with run.alone():
+            yield run
+        return
+    assert recipe is not None
     from fastcifar.environment import describe
+
+    environment = describe()  # takes seconds: before the folder is there
+    run = _made(recipe, out)
+    with run.alone():
+        run.begin(recipe, environment)
+        yield run
+
+
+def _existing(
+    recipe: "Recipe | CombineRecipe | None", out: Path | None, resume: str | None
+) -> "RunDirectory | None":
+    """Return the run to go on with, or None where a new one is to be made."""
     from fastcifar.run_directory import RunDirectory
 
-    automatic = resume == "auto" or (resume is None and recipe is not None and _resumes_by_itself(recipe))
     if resume and resume != "auto":
         return _resumed(RunDirectory.open(resume), recipe)
     if recipe is None:
         raise UserError("which recipe? `fastcifar run RECIPE`, or `fastcifar run --resume RUN_DIR` to go on with a run")
-    if automatic:
-        found = _newest_unfinished(recipe, out)
-        if found is not None:
-            return found
-    folder = out or _new_folder(recipe)
-    if (folder / "recipe.toml").exists():
-        raise UserError(f"{folder}: holds a run already; go on with it by --resume {folder}, or choose another --out")
-    return RunDirectory.create(folder, recipe, describe())
+    if resume == "auto" or _resumes_by_itself(recipe):
+        return _newest_unfinished(recipe, out)
+    return None
 
 
 def _resumes_by_itself(recipe: "Recipe | CombineRecipe") -> bool:
@@ -51,6 +69,11 @@ def _resumed(run: "RunDirectory", recipe: "Recipe | CombineRecipe | None") -> "R
             f"{run.folder}: is a run of another recipe or other settings; a resumed run keeps its own: "
             f"leave the recipe and --set away (`fastcifar run --resume {run.folder}`), or start a new run"
         )
+    if run.manifest() is None and not run.finished:
+        raise UserError(
+            f"{run.folder}: was begun by a version of fastcifar that kept no hashes, or its manifest.json is gone; "
+            f"start a new run: `fastcifar run {run.folder / 'recipe.toml'}`"
+        )
     return run
 
 
@@ -59,21 +82,38 @@ def _newest_unfinished(recipe: "Recipe | CombineRecipe", out: Path | None) -> "R
     from fastcifar.run_directory import RunDirectory
 
     if out is not None:
-        return _resumed(RunDirectory.open(out), recipe) if (out / "recipe.toml").exists() else None
+        return _resumed(RunDirectory.open(out), recipe) if RunDirectory.exists(out) else None
     folders = Path("runs").glob("*/recipe.toml")
     for folder in sorted((f.parent for f in folders), key=lambda f: f.stat().st_mtime, reverse=True):
         try:
             run = RunDirectory.open(folder)
-            if run.recipe == recipe and not (run.has_summary and run.summary["status"] == "finished"):
-                return run
+            if run.recipe == recipe and not run.finished:
+                return _resumed(run, recipe)
         except UserError:  # a damaged or foreign directory is no candidate
             continue
     return None
 
 
+def _made(recipe: "Recipe | CombineRecipe", out: Path | None) -> "RunDirectory":
+    """Make the folder of a new run. One that is not named by ``out`` is this process's own, whoever starts at once."""
+    from fastcifar.run_directory import RunDirectory, refuse_disk
+
+    folder = out or Path("runs")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return RunDirectory(out if out is not None else _new_folder(recipe))
+    except OSError as error:
+        refuse_disk(folder, error)
+
+
 def _new_folder(recipe: "Recipe | CombineRecipe") -> Path:
-    """Return a directory under ``runs/`` that does not exist yet."""
+    """Make a folder under ``runs/`` that did not exist, and return it."""
     seed = f"-seed{recipe.seed}" if hasattr(recipe, "seed") else ""
     stem = f"{recipe.name}{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = [stem, *(f"{stem}-{i}" for i in range(2, 1000))]
-    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+    for name in [stem, *(f"{stem}-{i}" for i in range(2, 1000))]:
+        try:
+            (Path("runs") / name).mkdir()
+        except FileExistsError:
+            continue
+        return Path("runs") / name
+    raise UserError(f"runs/{stem}: a thousand runs of this name began within a second; name a folder with --out")

@@ -1,35 +1,46 @@
-"""A run is its directory. Writing is atomic; reading needs neither torch nor the code that trained.
+"""A run is its directory: the one place that opens its files, to check them before use and to write them safely.
 
 - ``recipe.toml``: the resolved recipe.
 - ``environment.json``: hardware, versions, git revision.
 - ``metrics.jsonl``: one object an epoch.
 - ``logits.npz``: float32 (N, classes) by ``test/last/raw`` and the like, with the labels.
 - ``weights/``: last, best and selected weights as safetensors.
-- ``checkpoints/``: what a resume needs.
+- ``checkpoints/``: what a resume needs, one folder each.
 - ``summary.json``: the result.
+- ``manifest.json``: the SHA-256 of every other file; see `fastcifar.manifest`.
+
+Reading the results needs neither torch nor the code that trained.
 """
 
 import json
 import os
 import shutil
-import zipfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fastcifar import manifest as manifests
 from fastcifar.errors import UserError
+from fastcifar.manifest import Manifest, sha256
 
 # What is imported within functions is what takes long: a mistyped path is answered without it.
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from fastcifar.config import CombineRecipe, Recipe
 
-FORMAT = 1
+FORMAT = manifests.FORMAT
 OWNER = ".lock-owner"
 """The file that names the process at work on a run."""
+# Far above what a run writes (a line of metrics has under 1 kB), far below what fills a memory.
+LARGEST_JSON = 64 << 20
+# A reader beside a training process may meet a file between two manifests; it looks again this often.
+LOOKS, LOOK_AGAIN_S = 10, 0.05
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -38,33 +49,66 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_synced(temporary, data.encode() if isinstance(data, str) else data)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         refuse_disk(path, error)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    """Remove a file if that is possible; on a disk that cannot be written there is none."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def refuse_disk(path: Path, error: OSError) -> NoReturn:
     """Turn a failed write into the message that a user needs."""
+    if isinstance(error, FileNotFoundError):
+        raise UserError(f"{path}: cannot be written: its folder is gone, removed while this was running") from None
     raise UserError(
-        f"{path}: cannot be written: {error.strerror}. Free some space or choose another folder with --out; "
+        f"{path}: cannot be written: {error.strerror or error}. Free some space or choose another folder with --out; "
         "everything up to the last checkpoint is safe."
     ) from None
 
 
+def as_json(value: Any) -> str:
+    """Return ``value`` as indented JSON; NaN and infinities, which JSON does not have, are a `ValueError`."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(path, as_json(value))
+
+
+@dataclass
+class _Held:
+    """A lock that this process has: how often it was taken, and the manifest, which nobody else changes meanwhile."""
+
+    depth: int
+    manifest: Manifest | None
+    dirty: bool = False
+
+
+_HELD: dict[Path, _Held] = {}
 
 
 class RunDirectory:
-    """A run directory, for reading.
+    """A run directory.
 
     Attributes:
         folder: the directory.
@@ -72,32 +116,118 @@ class RunDirectory:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._arrays: tuple[tuple[int, ...], dict[str, np.ndarray]] | None = None
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether a run lies there."""
+        return (folder / "recipe.toml").is_file()
 
     @classmethod
     def open(cls, folder: str | Path) -> "RunDirectory":
         """Open a run directory.
 
         Raises:
-            UserError: there is none there, or a later version of fastcifar wrote it.
+            UserError: there is none there, or another version of fastcifar wrote it.
         """
         run = cls(Path(folder))
-        if not (run.folder / "recipe.toml").is_file():
+        if not cls.exists(run.folder):
             raise UserError(f"{folder}: is not a run directory (no recipe.toml in it); `fastcifar run` makes one")
-        if run.has_summary and run.summary.get("format", 0) > FORMAT:
+        if run.has_summary and run.summary["format"] > FORMAT:
             raise UserError(f"{folder}: was written by a later version of fastcifar; update fastcifar to read it")
         return run
+
+    # -------------------------------------------------------------------------------------------------------- reading
+
+    def manifest(self) -> Manifest | None:
+        """Return the manifest; None where an earlier version of fastcifar, which wrote none, made the run.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        held = _HELD.get(self._key())
+        if held is not None and held.manifest is not None:
+            return held.manifest
+        path = self.folder / manifests.NAME
+        return manifests.parse(self._bytes(path, LARGEST_JSON), path) if path.is_file() else None
+
+    def read(self, name: str, largest: int | None = None) -> bytes:
+        """Return a file's content, checked against the manifest.
+
+        Args:
+            name: within the directory.
+            largest: refuse more bytes than this.
+
+        Raises:
+            UserError: it is missing, cannot be read, or is not what the run wrote.
+        """
+        path, data = self.folder / name, b""
+        for look in range(LOOKS):
+            if look:
+                time.sleep(LOOK_AGAIN_S)
+            manifest = self.manifest()
+            if not path.is_file():
+                raise UserError(f"{path}: is missing; finish the run with `fastcifar run --resume {self.folder}`")
+            data = self._bytes(path, largest)
+            if manifest is None or sha256(data) in manifest.files.get(name, []):
+                return data
+            if self._key() in _HELD:
+                break
+        raise UserError(
+            f"{path}: is damaged: it is not what the run wrote (its SHA-256 is another than in {manifests.NAME}); "
+            "restore it from a copy, or train the run again"
+        )
+
+    @staticmethod
+    def _bytes(path: Path, largest: int | None) -> bytes:
+        try:
+            if largest is not None and path.stat().st_size > largest:
+                raise UserError(f"{path}: is damaged: it has {path.stat().st_size:,} bytes; train the run again")
+            return path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
     @property
     def has_summary(self) -> bool:
         """Whether the run has come to an end, finished or stopped."""
         return (self.folder / "summary.json").is_file()
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its planned end."""
+        return self.has_summary and self.summary["status"] == "finished"
+
+    @property
+    def ended_at(self) -> float:
+        """When the summary was written, in seconds since 1970; 0 where there is none."""
+        return (self.folder / "summary.json").stat().st_mtime if self.has_summary else 0.0
+
     @cached_property
     def recipe(self) -> "Recipe | CombineRecipe":
-        """The resolved recipe of the run."""
+        """The resolved recipe of the run.
+
+        Raises:
+            UserError: it was edited since; the message names the changed keys.
+        """
         from fastcifar.config import load_recipe
 
-        return load_recipe(self.folder / "recipe.toml")
+        path, manifest = self.folder / "recipe.toml", self.manifest()
+        found = load_recipe(path)
+        if manifest is None or sha256(self._bytes(path, None)) in manifest.files.get("recipe.toml", []):
+            return found
+        changed = differences(manifest.recipe, found.model_dump(mode="json"))
+        if changed:
+            raise UserError(
+                f"{path}: was edited after the run began: {'; '.join(changed[:5])}. A run keeps its recipe: put the "
+                f"old value back, or branch off on purpose into a new run: `fastcifar run {path}`"
+            )
+        return found
+
+    @cached_property
+    def recipe_hash(self) -> str:
+        """The SHA-256 of the recipe that the run began with, which its checkpoints carry."""
+        manifest = self.manifest()
+        return str(manifest.files["recipe.toml"][-1]) if manifest and manifest.files.get("recipe.toml") else ""
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -106,46 +236,69 @@ class RunDirectory:
         Raises:
             UserError: the run has not ended, or the file is damaged.
         """
-        path = self.folder / "summary.json"
-        if not path.is_file():
+        from fastcifar.run_records import Summary
+
+        if not self.has_summary:
             raise UserError(f"{self.folder}: has no summary yet; finish it with `fastcifar run --resume {self.folder}`")
-        return _read_json(path)
+        summary = self._json("summary.json", Summary)
+        if summary["format"] == FORMAT and self.manifest() is None:
+            path = self.folder / manifests.NAME
+            raise UserError(f"{path}: is missing, so that no file of this run can be checked; restore it from a copy")
+        return summary
 
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Hardware, versions and git revision of the run."""
-        return _read_json(self.folder / "environment.json")
+        from fastcifar.run_records import Environment
+
+        return self._json("environment.json", Environment)
+
+    def _json(self, name: str, kind: Any) -> dict[str, Any]:
+        from fastcifar.run_records import checked, parse_json
+
+        path = self.folder / name
+        return checked(kind, parse_json(self.read(name, LARGEST_JSON), path), path)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return one object per finished epoch. A last line cut by a crash is left out."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-        try:
-            return [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: is damaged ({error}); train the run again") from None
+        """Return one object per finished epoch.
 
-    @contextmanager
-    def _logits(self) -> "Iterator[np.lib.npyio.NpzFile]":
-        """Open ``logits.npz`` for as long as it is read: a file kept open would be one more thing to close."""
-        import numpy as np
+        Raises:
+            UserError: the file is damaged; the message names the line.
+        """
+        from fastcifar.run_records import EpochRow, checked, parse_json
+
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file() and not self._expects("metrics.jsonl"):
+            return []
+        # What follows the last line's end is a line that an earlier version was writing when it was killed.
+        lines = self.read("metrics.jsonl", LARGEST_JSON).split(b"\n")[:-1]
+        rows = [checked(EpochRow, parse_json(line, path), path, f"line {i}: ") for i, line in enumerate(lines, 1)]
+        if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
+            raise UserError(f"{path}: is damaged: its epochs are not 1, 2, 3, ...; train the run again")
+        return rows
+
+    def _expects(self, name: str) -> bool:
+        """Whether the manifest says that there is such a file."""
+        manifest = self.manifest()
+        return manifest is not None and None not in manifest.files.get(name, [None])
+
+    def _all_logits(self) -> "dict[str, np.ndarray]":
+        """Return the arrays of ``logits.npz``, read once as long as the file does not change."""
+        from fastcifar.logits_file import read_arrays
 
         path = self.folder / "logits.npz"
-        if not path.is_file():
-            raise UserError(f"{path}: is missing; finish the run with `fastcifar run --resume {self.folder}`")
-        try:
-            with np.load(path) as file:
-                yield file
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: is damaged ({error}); train the run again") from None
+        stat = path.stat() if path.is_file() else None
+        identity = (stat.st_ino, stat.st_size, stat.st_mtime_ns) if stat else ()
+        if self._arrays is None or self._arrays[0] != identity:
+            self._arrays = identity, read_arrays(self.read("logits.npz"), path)
+        return self._arrays[1]
 
     def logits_keys(self) -> list[str]:
         """Return the names that `logits` takes."""
-        with self._logits() as file:
-            return list(file.files)
+        return list(self._all_logits())
 
     def logits(self, key: str) -> "np.ndarray":
-        """Return one saved array: float32 (N, classes), or int64 (N,) for labels and indices.
+        """Return one saved array: float32 (N, classes), finite, or int64 (N,) for labels and indices.
 
         Args:
             key: such as ``test/last/ema``, ``holdout/selected/raw``, ``test/labels``.
@@ -153,86 +306,259 @@ class RunDirectory:
         Raises:
             UserError: the run has not saved it; the message lists what it has.
         """
-        with self._logits() as file:
-            if key not in file.files:
-                raise UserError(f"{self.folder}: has no logits {key}; it has {', '.join(file.files)}")
-            return file[key]
+        import numpy as np
+
+        arrays = self._all_logits()
+        if key not in arrays:
+            raise UserError(f"{self.folder}: has no logits {key}; it has {', '.join(arrays)}")
+        if not np.isfinite(arrays[key]).all():
+            raise UserError(f"{self.folder}: its logits {key} are not all finite; leave this run out")
+        return arrays[key].copy()
+
+    def weights(self, which: str) -> "dict[str, Tensor]":
+        """Return saved weights by name, on the CPU.
+
+        Args:
+            which: ``last``, ``best`` or ``selected``.
+
+        Raises:
+            UserError: there are none, or they are damaged.
+        """
+        name = f"weights/{which}.safetensors"
+        if not (self.folder / name).is_file():
+            there = ", ".join(sorted(p.stem for p in (self.folder / "weights").glob("*.safetensors"))) or "none"
+            raise UserError(f"{self.folder / name}: there are no such weights; this run has: {there}")
+        return self._tensors(name)
+
+    def _tensors(self, name: str) -> "dict[str, Tensor]":
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        data = self.read(name)
+        try:
+            return load(data)
+        except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            raise UserError(f"{self.folder / name}: is damaged ({error}); train the run again") from None
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def checkpoints(self) -> list[str]:
+        """Return the names of the complete checkpoints, oldest first."""
+        folder = self.folder / "checkpoints"
+        return sorted(p.name for p in folder.glob("epoch-*") if (p / "state.json").is_file())
+
+    def checkpoint(self, name: str) -> "tuple[dict[str, Tensor], dict[str, Any]]":
+        """Return the tensors and plain values of a checkpoint.
+
+        Raises:
+            UserError: it is damaged, or belongs to another recipe.
+        """
+        from fastcifar.run_records import State
+
+        state = self._json(f"checkpoints/{name}/state.json", State)
+        if state["recipe"] != self.recipe_hash:
+            raise UserError(f"{self.folder / 'checkpoints' / name}: belongs to another recipe than recipe.toml")
+        return self._tensors(f"checkpoints/{name}/state.safetensors"), state
+
+    def checkpoint_files(
+        self, name: str, tensors: "dict[str, Tensor]", state: dict[str, Any]
+    ) -> dict[str, bytes | str]:
+        """Return the names and contents of a checkpoint's files for `commit`.
+
+        Args:
+            name: ``epoch-00012``, or ``epoch-00012-step-00034`` within an epoch; names sort by age.
+            tensors: by name; moved to the CPU here.
+            state: plain values, `State` without the recipe's hash.
+        """
+        from safetensors.torch import save
+
+        data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+        # The plain values last: a checkpoint is complete when they are there.
+        return {
+            f"checkpoints/{name}/state.safetensors": data,
+            f"checkpoints/{name}/state.json": as_json({**state, "recipe": self.recipe_hash}),
+        }
+
+    def outdated(self, name: str, keep: int) -> list[str]:
+        """Return the files of the checkpoints that are too many beside the new one ``name``, for `commit` to remove."""
+        old = [c for c in self.checkpoints() if c != name]
+        return self.files_of(old[: max(0, len(old) + 1 - keep)])
+
+    @staticmethod
+    def files_of(checkpoints: Iterable[str]) -> list[str]:
+        """Return the names of the files of checkpoints."""
+        return [f"checkpoints/{c}/{file}" for c in checkpoints for file in ("state.json", "state.safetensors")]
 
     # -------------------------------------------------------------------------------------------------------- writing
 
     @classmethod
     def create(cls, folder: Path, recipe: "Recipe | CombineRecipe", environment: dict[str, Any]) -> "RunDirectory":
-        """Make a run directory, or the same again where only an unfinished start of this recipe lies."""
-        from fastcifar.config import to_toml
-
+        """Make a run directory, in a new folder or in one without a run; `begin` with the lock taken for its time."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             refuse_disk(folder, error)
-        write_json(folder / "environment.json", environment)
-        # Last, because this file is what makes the folder a run.
-        write_atomic(folder / "recipe.toml", to_toml(recipe))
-        return cls(folder)
+        run = cls(folder)
+        with run.alone():
+            run.begin(recipe, environment)
+        return run
+
+    def begin(self, recipe: "Recipe | CombineRecipe", environment: dict[str, Any]) -> None:
+        """Write the files that make the folder a run; only with the lock, see `alone`.
+
+        Raises:
+            UserError: there is a run already, or the disk cannot be written.
+        """
+        from fastcifar.config import to_toml
+
+        if self.exists(self.folder):
+            raise UserError(
+                f"{self.folder}: holds a run already; go on with it by --resume {self.folder}, or choose another --out"
+            )
+        held = _HELD[self._key()]
+        held.manifest = Manifest(recipe.model_dump(mode="json"))
+        # The recipe last, because this file is what makes the folder a run.
+        self.commit({"environment.json": as_json(environment), "recipe.toml": to_toml(recipe)})
+
+    def _key(self) -> Path:
+        return self.folder.absolute()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other processes from writing to this run; the lock goes with the process, however it ends.
+        """Keep other processes from writing to this run, and remove what a killed one has left behind.
+
+        The lock goes with the process, however it ends. Within a process it may be taken again.
 
         Raises:
-            UserError: another process has it.
+            UserError: another process has it, or the manifest is damaged.
         """
-        from fastcifar.locks import LockedError, locked
-
-        with ExitStack() as stack:
+        key = self._key()
+        if key in _HELD:
+            _HELD[key].depth += 1
             try:
-                stack.enter_context(locked(self.folder / ".lock"))
-            except LockedError:
-                raise UserError(
-                    f"{self.folder}: process {self._owner()} is at work on this run; wait until it ends, or stop it "
-                    "with Ctrl-C or `kill`: nothing is lost"
-                ) from None
+                yield
+            finally:
+                _HELD[key].depth -= 1
+            return
+        with _lock(self.folder):
+            held = _Held(1, self.manifest())
+            try:
+                if held.manifest is not None:
+                    self._tidy(held)
+                _HELD[key] = held
+                yield
+            finally:
+                _HELD.pop(key, None)
+                # Where the disk is full this changes nothing: both hashes of what was written last are allowed then.
+                if held.dirty and held.manifest is not None:
+                    with suppress(UserError):
+                        write_atomic(self.folder / manifests.NAME, held.manifest.dump())
+
+    def _tidy(self, held: _Held) -> None:
+        """Remove temporary files and half checkpoints; find out which of two allowed contents each file has."""
+        manifest = held.manifest
+        assert manifest is not None
+        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp"), *self.folder.glob("*/*/.*.tmp")]:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else _remove(path)
+        for name, allowed in list(manifest.files.items()):
+            if len(allowed) > 1:
+                path = self.folder / name
+                digest = sha256(self._bytes(path, None)) if path.is_file() else None
+                if digest in allowed:
+                    manifest.settle(name, digest)
+                    held.dirty = True
+        for folder in (self.folder / "checkpoints").glob("epoch-*"):
+            if not any(f"checkpoints/{folder.name}/state.json" == name for name in manifest.files):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def commit(self, files: Mapping[str, bytes | str], remove: Iterable[str] = ()) -> None:
+        """Write files, each whole or not at all, with their hashes in the manifest.
+
+        Args:
+            files: contents by name, written in this order.
+            remove: names of files to remove.
+
+        Raises:
+            UserError: the disk is full or cannot be written; nothing half written stays.
+        """
+        with self.alone():
+            held = _HELD[self._key()]
+            if held.manifest is None:
+                raise UserError(f"{self.folder}: has no {manifests.NAME}; an earlier version made it: start a new run")
+            contents = {n: c.encode() if isinstance(c, str) else c for n, c in files.items()}
+            temporaries = {name: _temporary(self.folder / name) for name in contents}
+            try:
+                self._commit(held, contents, temporaries, [n for n in remove if n in held.manifest.files])
             except OSError as error:
-                refuse_disk(self.folder / ".lock", error)
-            # Beside the lock, not in it: on Windows nobody else can read a file that is locked.
-            owner = self.folder / OWNER
-            write_atomic(owner, str(os.getpid()))
-            stack.callback(owner.unlink, missing_ok=True)
-            yield
+                for temporary in temporaries.values():
+                    _remove(temporary)
+                refuse_disk(self.folder / next(iter(files), manifests.NAME), error)
 
-    def _owner(self) -> str:
-        """Return the number of the process that holds the lock, as far as it has said so."""
+    def _commit(
+        self, held: _Held, contents: dict[str, bytes], temporaries: dict[str, Path], remove: list[str]
+    ) -> None:
+        manifest = held.manifest
+        assert manifest is not None
+        for name, data in contents.items():
+            if "/" in name:
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _write_synced(temporaries[name], data)
+        hashes: dict[str, str | None] = {name: sha256(data) for name, data in contents.items()}
+        for name, digest in [*hashes.items(), *((name, None) for name in remove)]:
+            manifest.expect(name, digest)
+        self._write_manifest(manifest)
+        held.dirty = True
+        for name in contents:
+            temporaries[name].replace(self.folder / name)
+            manifest.settle(name, hashes[name])
+        for name in remove:
+            (self.folder / name).unlink(missing_ok=True)
+            manifest.settle(name, None)
+            if name.startswith("checkpoints/"):
+                with suppress(OSError):  # not empty yet
+                    (self.folder / name).parent.rmdir()
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        path = self.folder / manifests.NAME
+        temporary = _temporary(path)
         try:
-            return (self.folder / OWNER).read_text() or "unknown"
+            _write_synced(temporary, manifest.dump())
+            temporary.replace(path)
         except OSError:
-            return "unknown"
+            _remove(temporary)
+            raise
 
-    def keep_epochs(self, epochs: int) -> None:
-        """Drop the metrics of later epochs than the checkpoint that a resume starts from."""
-        kept = [row for row in self.metrics() if row["epoch"] <= epochs]
-        write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+    def check_weights(self) -> None:
+        """Make sure before hours of training that the weights saved so far are intact.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        for path in sorted((self.folder / "weights").glob("*.safetensors")):
+            self.read(f"weights/{path.name}")
+
+    @staticmethod
+    def metrics_file(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
+        """Return the name and content of ``metrics.jsonl`` for `commit`."""
+        return {"metrics.jsonl": "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)}
+
+    def write_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write ``metrics.jsonl``."""
+        self.commit(self.metrics_file(rows))
 
     def append_epoch(self, row: dict[str, Any]) -> None:
         """Add one epoch to ``metrics.jsonl``."""
-        path = self.folder / "metrics.jsonl"
-        try:
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            refuse_disk(path, error)
+        self.write_metrics([*self.metrics(), row])
 
     def write_logits(self, arrays: dict[str, "np.ndarray"]) -> None:
-        """Write ``logits.npz`` atomically."""
-        import io
+        """Write ``logits.npz``."""
+        from fastcifar.logits_file import write_arrays
 
-        import numpy as np
-
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
-        write_atomic(self.folder / "logits.npz", buffer.getvalue())
+        self.commit({"logits.npz": write_arrays(arrays)})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``; its presence says that the run has ended."""
-        write_json(self.folder / "summary.json", {"format": FORMAT, **summary})
+        self.commit({"summary.json": as_json({"format": FORMAT, **summary})})
         self.__dict__.pop("summary", None)
 
     def clear(self) -> None:
@@ -240,8 +566,49 @@ class RunDirectory:
         shutil.rmtree(self.folder)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Take the lock of a run directory.
+
+    Raises:
+        UserError: another process has it.
+    """
+    from fastcifar.locks import LockedError, locked
+
+    owner = folder / OWNER
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / ".lock"))
+        except LockedError:
+            raise UserError(
+                f"{folder}: process {_owner(owner)} is at work on this run; wait until it ends, or stop it "
+                "with Ctrl-C or `kill`: nothing is lost"
+            ) from None
+        except OSError as error:
+            refuse_disk(folder / ".lock", error)
+        # Beside the lock, not in it: on Windows nobody else can read a file that is locked. On a full disk the lock
+        # holds without it.
+        with suppress(OSError):
+            owner.write_text(str(os.getpid()))
+        stack.callback(_remove, owner)
+        yield
+
+
+def _owner(path: Path) -> str:
+    """Return the number of the process that holds the lock, as far as it has said so."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        return path.read_text() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return in words in which keys ``new`` differs from ``old``; keys that ``old`` does not know are left out."""
+    found = []
+    for key, value in old.items():
+        other = new.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            found += differences(value, other, f"{prefix}{key}.")
+        elif value != other:
+            found.append(f"{prefix}{key} is {json.dumps(other)[:100]}, was {json.dumps(value)[:100]}")
+    return found

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import save
 
 from fastcifar.config.schema import Recipe
 from fastcifar.run_directory import RunDirectory
@@ -56,6 +57,20 @@ def make_run(
         "git": "0123456789",
     })  # fmt: skip
     return run
+
+
+def add_weights(run: RunDirectory, which: str, state: dict) -> None:
+    """Add weights to a run, as its training would."""
+    run.commit({f"weights/{which}.safetensors": save({k: v.contiguous() for k, v in state.items()})})
+
+
+def change_recipe(folder: Path, *changes: tuple[str, str]) -> None:
+    """Change texts in a run's recipe, as if the run had been made with the changed one."""
+    run = RunDirectory(folder)
+    text = (folder / "recipe.toml").read_text()
+    for old, new in changes:
+        text = text.replace(old, new, 1)
+    run.commit({"recipe.toml": text})
 
 
 def epoch_row(epoch: int, last: float, weights: str, holdout: bool) -> dict:

@@ -112,11 +112,14 @@ def results_of(recipe: CombineRecipe, members: Mapping[str, RunDirectory], *, tt
 
 def record(done: Done, folder: Path) -> RunDirectory:
     """Write the run directory of a combination: recipe, environment, logits, and last of all the summary."""
-    run = RunDirectory.create(folder, done.recipe, done.environment)
+    run = RunDirectory(folder)
+    if not RunDirectory.exists(folder) or run.recipe != done.recipe:
+        run = RunDirectory.create(folder, done.recipe, done.environment)
     first = next(iter(done.members.values()))
     arrays = {f"test/{which}/raw": r.log_probabilities.astype(np.float32) for which, r in done.results.items()}
-    run.write_logits({**arrays, "test/labels": first.logits("test/labels")})
-    run.write_summary(done.summary())
+    with run.alone():
+        run.write_logits({**arrays, "test/labels": first.logits("test/labels")})
+        run.write_summary(done.summary())
     return run
 
 
@@ -139,9 +142,8 @@ def newest_finished(names: Iterable[str], folders: Iterable[Path]) -> dict[str, 
     """Return the newest finished run of each recipe name, from the first of the folders that has one."""
     found: dict[str, RunDirectory] = {}
     for folder in folders:
-        summaries = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
-        runs = [RunDirectory.open(path.parent) for path in summaries if (path.parent / "recipe.toml").is_file()]
-        newest = {run.recipe.name: run for run in runs if run.summary["status"] == "finished"}
+        runs = [RunDirectory.open(path) for path in folder.glob("*") if RunDirectory.exists(path)]
+        newest = {run.recipe.name: run for run in sorted(runs, key=lambda run: run.ended_at) if run.finished}
         found = {name: newest[name] for name in names if name in newest} | found
     return found
 

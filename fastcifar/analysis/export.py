@@ -1,7 +1,10 @@
 """A trained run for other programs: a torch state dict, or ONNX checked against torch."""
 
 import json
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +47,29 @@ def export_safetensors(trained: Trained, path: Path) -> None:
 
     facts = {"classes": trained.classes, "mean": trained.mean, "std": trained.std, "image_px": trained.image_px}
     state = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    metadata = {key: json.dumps(value) for key, value in facts.items()}
+    with _whole_or_absent(path) as temporary:
+        save_file(state, temporary, metadata=metadata)
+
+
+@contextmanager
+def _whole_or_absent(path: Path) -> Iterator[Path]:
+    """Give a file beside ``path`` to write, which takes its place once it is whole and is removed otherwise.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        save_file(state, path, metadata={key: json.dumps(value) for key, value in facts.items()})
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from None
+        yield temporary
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def export_onnx(trained: Trained, path: Path) -> float:
@@ -72,12 +94,12 @@ def export_onnx(trained: Trained, path: Path) -> float:
         )  # fmt: skip
     if program is None:
         raise UserError(f"{path}: torch could not turn this model into ONNX")
-    program.save(str(path), external_data=False)
-    difference = onnx_difference(runtime, model, path, _random_pixels(trained.image_px, 7))
-    if difference > TOLERANCE:
-        path.unlink()
+    with _whole_or_absent(path) as temporary:
+        program.save(str(temporary), external_data=False)
+        difference = onnx_difference(runtime, model, temporary, _random_pixels(trained.image_px, 7))
+        if difference <= TOLERANCE:
+            return difference
         raise UserError(f"{path}: onnxruntime differs from torch by {difference:.1e} of the largest logit; not written")
-    return difference
 
 
 def _onnxruntime() -> Any:

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastcifar.analysis.content import CIFAR10
@@ -58,14 +56,15 @@ def load_trained(run: RunDirectory, which: str | None = None) -> Trained:
     if isinstance(recipe, CombineRecipe):
         raise UserError(f"{run.folder}: is a combination and has no weights of its own; name one of its members")
     which = which or ("selected" if run.summary.get("selected") else "last")
-    path = run.folder / "weights" / f"{which}.safetensors"
-    if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.safetensors"))) or "none"
-        raise UserError(f"{path}: there are no such weights; this run has: {there}")
+    weights = run.weights(which)
     num_classes = run.logits(f"test/last/{run.summary['weights']}").shape[1]
     image_px = int(run.summary.get("image_px", 32))
     model = build_model(recipe.model, num_classes=num_classes, image_px=image_px, seed=recipe.seed)
-    _load_weights(model, path)
+    try:
+        model.load_state_dict(weights)  # every name accounted for
+    except RuntimeError as error:
+        path = run.folder / "weights" / f"{which}.safetensors"
+        raise UserError(f"{path}: cannot be loaded into the recipe's model: {error}") from None
     return Trained(model.eval(), class_names(run, num_classes), list(recipe.data.mean), list(recipe.data.std), image_px)
 
 
@@ -76,14 +75,6 @@ def class_names(run: RunDirectory, num_classes: int) -> list[str]:
     source = None if isinstance(run.recipe, CombineRecipe) else run.recipe.data.source
     is_cifar10 = source == "cifar10" and num_classes == len(CIFAR10)
     return list(CIFAR10) if is_cifar10 else [str(i) for i in range(num_classes)]
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    """Read weights into a model, every name accounted for."""
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be loaded into the recipe's model: {error}") from None
 
 
 def read_image(path: Path, image_px: int) -> np.ndarray:

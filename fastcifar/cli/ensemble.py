@@ -106,8 +106,9 @@ def refuse_run(out: Path | None) -> None:
         UserError: ``out`` holds one.
     """
     from fastcifar.errors import UserError
+    from fastcifar.run_directory import RunDirectory
 
-    if out is not None and (out / "recipe.toml").exists():
+    if out is not None and RunDirectory.exists(out):
         raise UserError(f"{out}: holds a run already; choose another --out")
 
 

@@ -34,7 +34,7 @@ def ladder(
 
     from fastcifar.console import err, say
     from fastcifar.console import out as print_json
-    from fastcifar.interrupt import interruptible
+    from fastcifar.interrupt import deferred, handled
     from fastcifar.ladder.execute import LadderExecution
     from fastcifar.ladder.rows import choose, ladder_rows, plan
     from fastcifar.ladder.runner import Runner
@@ -45,7 +45,7 @@ def ladder(
     limit_s = None if until is None else seconds(until)
     ledger = Ledger(jobs)
     if not dry_run:
-        with LadderView(err) as view, interruptible("stopped; the same command goes on from here"):
+        with LadderView(err) as view, handled("stopped; the same command goes on from here"), deferred():
             LadderExecution(ledger, Runner(out, data, same_process), out, view, limit_s).ascend()
         say((str(out / "ladder.html"), "bold"))
     rows = ledger.table()

@@ -22,7 +22,7 @@ from fastcifar.cli.report import report
 from fastcifar.cli.run_command import run
 from fastcifar.cli.stack import stack
 from fastcifar.errors import UserError
-from fastcifar.interrupt import Interrupted
+from fastcifar.interrupt import Interrupted, handled
 
 app = typer.Typer(
     name="fastcifar",
@@ -70,13 +70,17 @@ def refuse_empty(words: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the command line; a `UserError` or an interrupt ends it with one message and exit status 2."""
+    """Run the command line; a `UserError` ends it with one message and status 2, a signal with 128 + its number."""
     try:
         refuse_empty(sys.argv[1:])
-        app()
-    except (UserError, Interrupted) as error:
+        with handled("stopped"):
+            app()
+    except UserError as error:
         print(f"fastcifar: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as error:
+        print(f"fastcifar: {error}", file=sys.stderr)
+        sys.exit(error.status)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)

@@ -24,15 +24,19 @@ def run(
     verify: Annotated[bool, typer.Option("--verify", help="Hash every byte of the data first.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option(help="Show no progress.")] = False,
+    check_nan: Annotated[
+        bool, typer.Option("--check-nan", help="Train slowly and name the first layer that is not finite.")
+    ] = False,
 ) -> None:
     """Train, evaluate and record a recipe: `fastcifar run recipes/lenet5.toml`.
 
-    A killed run loses nothing but the epoch it was in: `fastcifar run --resume RUN_DIR` goes on, to the same bits.
+    An interrupted run (Ctrl-C) loses nothing, a killed one the epoch it was in: `fastcifar run --resume RUN_DIR` goes
+    on, to the same bits.
     """
     from fastcifar.config import load_recipe
     from fastcifar.console import err, say
     from fastcifar.console import out as print_json
-    from fastcifar.interrupt import interruptible
+    from fastcifar.interrupt import handled
     from fastcifar.open_run import open_run
 
     loaded = load_recipe(recipe, set_ or []) if recipe else None
@@ -42,11 +46,13 @@ def run(
         raise UserError("--set changes the recipe, but a resumed run keeps its own; start a new run instead")
     if loaded is not None:
         refuse_early(loaded, data, verify)
-    found = open_run(loaded, out, resume)
-    if loaded is None and verify:
-        refuse_early(found.recipe, data, verify)
-    with found.alone(), interruptible(f"stopped; go on with `fastcifar run --resume {found.folder}`"):
-        summary = carry_out(found, data, stop_after, quiet)
+    with (
+        open_run(loaded, out, resume) as found,
+        handled(f"stopped; go on with `fastcifar run --resume {found.folder}`"),
+    ):
+        if loaded is None and verify:
+            refuse_early(found.recipe, data, verify)
+        summary = carry_out(found, data, stop_after, quiet, check_nan)
     if json_:
         print_json({**summary, "run": str(found.folder)})
     elif not quiet:
@@ -67,11 +73,13 @@ def refuse_early(recipe: Any, data: Path | None, verify: bool = False) -> None:
         check_before(recipe, data, verify)
 
 
-def carry_out(run: Any, data: Path | None, stop_after: int | None, quiet: bool) -> dict[str, Any]:
+def carry_out(
+    run: Any, data: Path | None, stop_after: int | None, quiet: bool, check_nan: bool = False
+) -> dict[str, Any]:
     """Train or combine what is left of a run; return its summary, at once where it is finished already."""
     from fastcifar.config import CombineRecipe
 
-    if run.has_summary and run.summary["status"] == "finished":
+    if run.finished:
         return run.summary
     if isinstance(run.recipe, CombineRecipe):
         from fastcifar.analysis.combine import combine_run
@@ -84,7 +92,7 @@ def carry_out(run: Any, data: Path | None, stop_after: int | None, quiet: bool) 
         err.print("importing torch", style="dim")
     from fastcifar.train.run import train
 
-    return train(run.recipe, run, data=data, stop_after=stop_after, quiet=quiet)
+    return train(run.recipe, run, data=data, stop_after=stop_after, quiet=quiet, check_nan=check_nan)
 
 
 def describe(summary: dict[str, Any]) -> str:

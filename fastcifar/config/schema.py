@@ -425,6 +425,8 @@ class EngineConfig(Section):
             in two; ``auto`` for every model that can (wide_resnet, and pyramidnet with ``align`` 1).
         strict: make it an error when the step cannot be carried out as ``mode`` asks for (a model that does not compile
             or cannot be captured), instead of saying so and going on with less.
+        on_nonfinite: ``stop`` ends the run at a loss that is not finite; ``skip`` leaves a step whose loss or gradient
+            is not finite out of it.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -433,6 +435,7 @@ class EngineConfig(Section):
     working_copy: Literal["auto", True, False] = "auto"
     fused_batch_norm: Literal["auto", True, False] = "auto"
     strict: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
 
 class EvalConfig(Section):
@@ -447,11 +450,13 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """How often a checkpoint is written (the last epoch always is) and how many are kept.
 
+    Two are kept, so that a run can go on when the newest one is damaged.
+
     ``resume = "auto"`` goes on with the newest unfinished run of the same recipe, where there is one.
     """
 
     every_epochs: int = Field(1, ge=1, le=MAX_EPOCHS)
-    keep: int = Field(1, ge=1, le=MAX_EPOCHS)
+    keep: int = Field(2, ge=1, le=MAX_EPOCHS)
     resume: Literal["never", "auto"] = "never"
 
 
@@ -507,6 +512,8 @@ class Recipe(Section):
             raise ValueError("engine.fused_batch_norm = true needs a wide_resnet, or a pyramidnet with model.align = 1")
         if self.optimizer.name == "muon" and self.engine.precision == "fp16":
             raise ValueError('optimizer.name = "muon" works with engine.precision = "bf16", "fp32" or "tf32"')
+        if self.optimizer.name == "muon" and self.engine.on_nonfinite == "skip":
+            raise ValueError('engine.on_nonfinite = "skip" works with optimizer.name = "sgd", "adam" or "adamw"')
         if self.augment.where == "loader" and self.data.loader.name not in ("auto", "torchvision"):
             raise ValueError('augment.where = "loader" needs data.loader.name = "torchvision"')
         if self.augment.where == "loader" and any(getattr(op, "fill", "black") == "mean" for op in self.augment.ops):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastcifar.config import CombineRecipe, Recipe, to_toml
 from fastcifar.errors import UserError
+from fastcifar.interrupt import stop_if_requested
 from fastcifar.ladder.execute import OutOfTime, RowFailed
 from fastcifar.ladder.rows import Job
 from fastcifar.run_directory import RunDirectory, write_atomic
@@ -43,6 +44,7 @@ class Runner:
             OutOfTime: the deadline came first.
             UserError: bad data, members that do not match, a full disk.
         """
+        stop_if_requested()
         if isinstance(job.recipe, CombineRecipe):
             combine(job)
         elif self.same_process:
@@ -68,7 +70,7 @@ class Runner:
         """Return the command line that starts or resumes; a recipe travels as a file, so that this very one is run."""
         data = ["--data", str(self.data)] if self.data else []
         command = [sys.executable, "-m", "fastcifar", "run", "--quiet", *data]
-        if (job.folder / "recipe.toml").is_file():
+        if RunDirectory.exists(job.folder):
             return [*command, "--resume", str(job.folder)]
         recipe = self.out / "logs" / f"{job.row.replace('/', '-')}-seed-{job.seed}.toml"
         write_atomic(recipe, to_toml(job.recipe))
@@ -82,9 +84,11 @@ def watch(
 
     Raises:
         OutOfTime: the deadline came first.
+        Interrupted: a signal came.
     """
     said = ""
     while process.poll() is None:
+        stop_if_requested()
         text = epochs_in_words(job)
         if text != said:
             said = text
@@ -131,10 +135,10 @@ def train_here(job: Job, data: Path | None) -> None:
     from fastcifar.train.run import train
 
     assert isinstance(job.recipe, Recipe)
-    begun = (job.folder / "recipe.toml").is_file()
-    run = open_run(None, None, str(job.folder)) if begun else open_run(job.recipe, job.folder, None)
+    begun = RunDirectory.exists(job.folder)
+    opened = open_run(None, None, str(job.folder)) if begun else open_run(job.recipe, job.folder, None)
     try:
-        with run.alone():
+        with opened as run:
             train(job.recipe, run, data=data, quiet=True)
     except UserError:
         raise

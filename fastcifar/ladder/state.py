@@ -29,14 +29,14 @@ def stored_state(job: Job) -> str:
     Raises:
         UserError: the directory holds a run of other settings, or is damaged.
     """
-    if not (job.folder / "recipe.toml").is_file():
+    if not RunDirectory.exists(job.folder):
         return WAITING
     run = RunDirectory.open(job.folder)
     if _settings(run.recipe) != _settings(job.recipe):
         raise UserError(
             f"{job.folder}: holds a run of other settings than {job.row} has now; move it away, or choose another --out"
         )
-    return DONE if run.has_summary and run.summary["status"] == "finished" else CUT
+    return DONE if run.finished else CUT
 
 
 def _settings(recipe: Recipe | CombineRecipe) -> dict[str, Any]:
@@ -63,7 +63,7 @@ _EMPTY: dict[str, Any] = dict.fromkeys(
 
 def _measured(job: Job) -> dict[str, Any]:
     """Return the metrics in a run directory: its summary's, or its metrics' where it has not ended."""
-    if not (job.folder / "recipe.toml").is_file():
+    if not RunDirectory.exists(job.folder):
         return {}
     run = RunDirectory.open(job.folder)
     if run.has_summary:
@@ -81,7 +81,7 @@ def result_row(run: RunDirectory) -> dict[str, Any]:
     """Return a run's results in the form of the ladder's results file; accuracies in percent."""
     summary = run.summary
     accuracies = {which: (summary.get(which) or {}).get("accuracy") for which in ("last", "best", "selected")}
-    ended = time.gmtime((run.folder / "summary.json").stat().st_mtime)
+    ended = time.gmtime(run.ended_at)
     return {
         **accuracies,
         "epochs_done": summary["epochs_done"],

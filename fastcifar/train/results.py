@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastcifar.config.schema import Recipe
+from fastcifar.console import err
+from fastcifar.errors import UserError
+from fastcifar.logits_file import write_arrays
 from fastcifar.run_directory import RunDirectory
-from fastcifar.train import checkpoint
 from fastcifar.train.evaluate import EvaluationSet, Metrics
 from fastcifar.train.step import Step
 
@@ -30,6 +32,7 @@ class Progress:
         timed_images: those of them that fall into ``clocks["training_s"]``.
         last, best, selected: metrics of an epoch, in percent and nats; None before the first evaluation.
         clocks: seconds by name.
+        partial: how far the run is within an epoch, as `fastcifar.run_records.Partial`; None between epochs.
         logits: float32 (N, classes) by ``split/which/weights``.
     """
 
@@ -40,6 +43,7 @@ class Progress:
     best: dict[str, Any] | None = None
     selected: dict[str, Any] | None = None
     clocks: dict[str, float] = field(default_factory=dict)
+    partial: dict[str, Any] | None = None
     logits: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -58,40 +62,142 @@ class Results:
         self.recipe, self.run, self.model, self.step, self.splits = recipe, run, model, step, splits
         self.kinds = ("raw", "ema") if recipe.ema else ("raw",)
         self.reported = self.kinds[-1]
+        self._files: dict[str, bytes | str] = {}  # to be written together, so that they belong together
+        self._position: dict[str, Tensor] = {}  # of the step within an epoch that was interrupted
         self.progress = self._restore()
 
     def _restore(self) -> Progress:
-        found = checkpoint.complete(self.run.folder / "checkpoints")
-        progress = Progress()
-        if found:
-            tensors, state = checkpoint.load(found[-1])
-            progress = Progress(**state, logits={k: v.numpy() for k, v in _under("logits/", tensors).items()})
-            self.step.load_state_dict(_under("step/", tensors))
-        self.run.keep_epochs(progress.epochs_done)
+        """Take up the newest intact checkpoint; name damaged ones, which are of no use any more, and remove them."""
+        names, damaged, progress = self.run.checkpoints(), [], Progress()
+        self.run.check_weights()
+        for name in reversed(names):
+            try:
+                progress = self._load(name)
+                break
+            except UserError as error:
+                damaged.append(name)
+                err.print(str(error), markup=False, soft_wrap=True)
+        if damaged and len(damaged) == len(names):
+            raise UserError(
+                f"{self.run.folder}: no checkpoint is intact; restore the folder from a copy, "
+                f"or train afresh: `fastcifar run {self.run.folder / 'recipe.toml'}`"
+            )
+        if damaged:
+            taken = progress_name(progress)
+            err.print(f"{self.run.folder}: goes on from the one before, {taken}", markup=False, soft_wrap=True)
+        self._forget_later(progress, damaged)
         return progress
 
-    def add(self, row: dict[str, Any], clocks: dict[str, float]) -> None:
+    def _forget_later(self, progress: Progress, damaged: list[str]) -> None:
+        """Drop the metrics of epochs that come after the checkpoint taken, and the damaged checkpoints."""
+        rows = self.run.metrics()
+        later = rows[progress.epochs_done :]
+        if later or damaged:
+            kept = self.run.metrics_file(rows[: progress.epochs_done]) if later else {}
+            self.run.commit(kept, remove=self.run.files_of(damaged))
+
+    def _load(self, name: str) -> Progress:
+        """Return a checkpoint's progress, its state taken up by the step.
+
+        Raises:
+            UserError: it is damaged or belongs to another run.
+        """
+        tensors, state = self.run.checkpoint(name)
+        values = {k: v for k, v in state.items() if k != "recipe"}
+        progress = Progress(**values, logits={k: v.numpy() for k, v in _under("logits/", tensors).items()})
+        place = self.run.folder / "checkpoints" / name
+        if progress_name(progress) != name or progress.epochs_done > self.recipe.train.epochs:
+            raise UserError(f"{place}: is damaged: it says that it is of another epoch")
+        try:
+            self.step.load_state_dict(_under("step/", tensors))
+        except ValueError as error:
+            raise UserError(f"{place}: does not fit the recipe's model: {error}") from None
+        self._position = _under("position/", tensors)
+        return progress
+
+    def begin_epoch(self, clocks: dict[str, float]) -> dict[str, Any]:
+        """Return where the epoch begins: at its start, or after the steps done before an interrupt.
+
+        Args:
+            clocks: seconds so far.
+
+        Returns:
+            The values of `fastcifar.run_records.Partial`.
+        """
+        partial = self.progress.partial
+        if partial is None:
+            return {"steps": 0, "sizes": [], "before": clocks}
+        self.step.go_to(partial["sizes"], self._position)
+        self.progress.partial, self._position = None, {}
+        return partial
+
+    def save_within_epoch(self, partial: dict[str, Any], clocks: dict[str, float]) -> None:
+        """Write a checkpoint between two steps of an epoch, from which a resume goes on to the same bits.
+
+        Args:
+            partial: as from `begin_epoch`, with the steps done since.
+            clocks: seconds so far.
+
+        Raises:
+            UserError: the weights are not finite.
+        """
+        if not partial["steps"]:
+            return
+        self._require_finite(self.progress.epochs_done + 1)
+        sizes, tensors = self.step.position()
+        self.progress.partial = {**partial, "sizes": sizes}
+        self._add_checkpoint(clocks, {f"position/{k}": v for k, v in tensors.items()})
+        self._commit()
+
+    def add(self, row: dict[str, Any], clocks: dict[str, float], save: bool = False) -> None:
         """Take in a finished epoch: evaluate it where that is due, record it, and write a checkpoint where one is due.
 
         Args:
             row: the epoch's metrics; evaluation adds its metrics to it.
             clocks: seconds so far.
+            save: write a checkpoint in any case, for the run is about to stop.
+
+        Raises:
+            UserError: the weights or what they predict are not finite; nothing of the epoch is written then.
         """
         epoch, last = row["epoch"], row["epoch"] == self.recipe.train.epochs
+        self._require_finite(epoch)
         if epoch % self.recipe.eval.every_epochs == 0 or last:
             self._evaluate(row)
-        self.run.append_epoch(row)
         self.progress.epochs_done = epoch
         self.progress.images += row["images"]
         self.progress.timed_images += row["images_per_s"] * row["training_s"]
-        if epoch % self.recipe.checkpoint.every_epochs == 0 or last:
-            self._checkpoint(clocks)
+        self._files |= self.run.metrics_file([*self.run.metrics(), row])
+        if epoch % self.recipe.checkpoint.every_epochs == 0 or last or save:
+            self._add_checkpoint(clocks)
+        self._commit()
+
+    def _commit(self) -> None:
+        """Write what the epoch brought: all of it, or after a crash none."""
+        name = progress_name(self.progress)
+        wrote = any(file.startswith(f"checkpoints/{name}/") for file in self._files)
+        outdated = self.run.outdated(name, self.recipe.checkpoint.keep) if wrote else []
+        self.run.commit(self._files, remove=outdated)
+        self._files = {}
+
+    def _require_finite(self, epoch: int) -> None:
+        """Make sure that no weight, average or statistic is spoiled, before anything of this epoch is kept.
+
+        Raises:
+            UserError: one is.
+        """
+        floating = [t for t in self.step.state_dict().values() if t.is_floating_point()]
+        # One wait for the device; a sum is not finite where an element is not, but may overflow: so look at each.
+        if not bool(torch.stack([torch.isfinite(t).all() for t in floating]).all()):
+            raise UserError(diverged(f"the weights are not finite after epoch {epoch}"))
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 
     def _evaluate(self, row: dict[str, Any]) -> None:
         """Evaluate every kind of weights on test and holdout; keep the metrics of the last, best and selected epoch."""
         results = self._metrics([name for name in self.splits if name != "train"])
+        if not all(np.isfinite(found.loss) for by_kind in results.values() for found in by_kind.values()):
+            raise UserError(diverged(f"the predictions after epoch {row['epoch']} are not finite"))
         for name, by_kind in results.items():
             row[name] = {kind: found.row() for kind, found in by_kind.items()}
         progress, test = self.progress, row["test"][self.reported]
@@ -125,23 +231,19 @@ class Results:
             self._write_weights(which)
 
     def _write_weights(self, which: str) -> None:
-        folder = self.run.folder / "weights"
-        folder.mkdir(exist_ok=True)
         with self.step.weights(self.reported):
             state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
-            save_file(state, folder / f".{which}.tmp")
-        (folder / f".{which}.tmp").replace(folder / f"{which}.safetensors")
+            self._files[f"weights/{which}.safetensors"] = save(state)
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
-    def _checkpoint(self, clocks: dict[str, float]) -> None:
+    def _add_checkpoint(self, clocks: dict[str, float], position: dict[str, Tensor] | None = None) -> None:
         self.progress.clocks = clocks
-        tensors = {f"step/{k}": v for k, v in self.step.state_dict().items()}
+        tensors = {f"step/{k}": v for k, v in self.step.state_dict().items()} | (position or {})
         # Copies: the last epoch's logits may be the best one's too, and safetensors refuses shared memory.
         tensors |= {f"logits/{k}": torch.tensor(v) for k, v in self.progress.logits.items()}
         state = {k: v for k, v in vars(self.progress).items() if k != "logits"}
-        folder = self.run.folder / "checkpoints"
-        checkpoint.save(folder, self.progress.epochs_done, tensors, state, self.recipe.checkpoint.keep)
+        self._files |= self.run.checkpoint_files(progress_name(self.progress), tensors, state)
 
     # --------------------------------------------------------------------------------------------------------- the end
 
@@ -154,13 +256,15 @@ class Results:
         """
         progress, recipe = self.progress, self.recipe
         finished = progress.epochs_done == recipe.train.epochs
-        self._checkpoint(clocks)
+        if progress_name(progress) not in self.run.checkpoints():
+            self._add_checkpoint(clocks)
+            self._commit()
         arrays = dict(progress.logits)
         tta = self._tta(arrays) if finished and recipe.eval.tta != "none" else None
         if finished and "train" in self.splits:
             arrays |= self._train_logits()
         arrays |= {f"{name}/labels": split.labels.cpu().numpy() for name, split in self.splits.items()}
-        self.run.write_logits(arrays | facts.pop("arrays", {}))
+        self._files["logits.npz"] = write_arrays(arrays | facts.pop("arrays", {}))
         self._write_weights("last")
         summary = {
             "name": recipe.name, "stage": recipe.stage, "status": "finished" if finished else "stopped",
@@ -171,8 +275,9 @@ class Results:
             "images_per_s": progress.timed_images / clocks["training_s"] if clocks["training_s"] else None,
             **facts,
         }
+        self._commit()
         self.run.write_summary(summary)
-        return {"format": 1, **summary}
+        return self.run.summary
 
     def _train_logits(self) -> dict[str, np.ndarray]:
         """Return the logits of the training images by key: of the last weights, and of the best and selected ones."""
@@ -187,7 +292,7 @@ class Results:
     def _saved_weights(self, which: str) -> Iterator[None]:
         """Let the model have the weights of an earlier epoch for a while."""
         own = {k: v.clone() for k, v in self.model.state_dict().items()}
-        self.model.load_state_dict(load_file(self.run.folder / "weights" / f"{which}.safetensors"))
+        self.model.load_state_dict(self.run.weights(which))
         try:
             yield
         finally:
@@ -199,6 +304,20 @@ class Results:
         found = self._metrics(["test"], kind)["test"]
         arrays |= {f"test/last/{weights}/tta": f.logits for weights, f in found.items()}
         return {"kind": kind, **found[self.reported].row()}
+
+
+def progress_name(progress: Progress) -> str:
+    """Return the name of the checkpoint of so much progress."""
+    name = f"epoch-{progress.epochs_done:05d}"
+    return f"{name}-step-{progress.partial['steps']:06d}" if progress.partial else name
+
+
+def diverged(what: str) -> str:
+    """Return the message for training that has left the finite numbers."""
+    return (
+        f"{what}: lower optimizer.lr, set train.grad_clip = 1.0, engine.precision = \"fp32\" or "
+        "engine.on_nonfinite = \"skip\"; the last checkpoint is from before it. `--check-nan` finds the first layer"
+    )
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastcifar import interrupt
 from fastcifar.augment.augment import Augment, build_augment
 from fastcifar.augment.mix import build_mix
 from fastcifar.config.schema import DataConfig, EngineConfig, Recipe
@@ -23,17 +24,19 @@ from fastcifar.data.store import Store, resolve_store
 from fastcifar.errors import UserError
 from fastcifar.models import build_model, hooks
 from fastcifar.run_directory import RunDirectory
+from fastcifar.train.check_nan import check_finite
 from fastcifar.train.checks import check_data
 from fastcifar.train.clock import Clock
 from fastcifar.train.display import Display, Steps
 from fastcifar.train.evaluate import EvaluationSet, Evaluator
 from fastcifar.train.precision import PRECISIONS
-from fastcifar.train.results import Results
+from fastcifar.train.results import Results, diverged
 from fastcifar.train.step import Step, build_step
 
 
 def train(
-    recipe: Recipe, run: RunDirectory, *, data: Path | None = None, stop_after: int | None = None, quiet: bool = False
+    recipe: Recipe, run: RunDirectory, *, data: Path | None = None, stop_after: int | None = None, quiet: bool = False,
+    check_nan: bool = False,
 ) -> dict[str, Any]:
     """Train what is left of a run and return its summary.
 
@@ -43,10 +46,13 @@ def train(
         data: where the images are, before every other place.
         stop_after: end after this many of the planned epochs; the run can be resumed.
         quiet: show no progress.
+        check_nan: train eagerly and end at the first layer whose output or gradient is not finite.
 
     Raises:
         UserError: bad data, a missing package or GPU, a full disk, a damaged checkpoint, a loss that is not finite.
     """
+    if check_nan:
+        recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"mode": "eager"})})
     device = pick_device(recipe.engine)
     store = resolve_store(recipe.data, data, progress=Steps(quiet))
     rows = choose_rows(recipe.data, store, recipe.seed)
@@ -64,6 +70,8 @@ def train(
     model = build_model(recipe.model, num_classes=len(store.classes), image_px=image_px, seed=recipe.seed).to(device)
     fit_images(model, store, rows, augment, device)
     step = build_step(recipe, model, augment, mix, steps_per_epoch=len(loader), device=device)
+    if check_nan:
+        check_finite(model, lambda: f"epoch {int(step.cursor.epoch) + 1}, step {int(step.cursor.step) + 1}")
     evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode)
     results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, evaluator))
     done, end = results.progress.epochs_done, min(stop_after or recipe.train.epochs, recipe.train.epochs)
@@ -74,10 +82,7 @@ def train(
         try:
             if done < end:
                 warm_up(step, evaluator, loader, clock, display, done, store.image_shape)
-            for epoch in range(done, end):
-                row = train_epoch(epoch, loader, step, clock, display)
-                results.add(row, clock.seconds())
-                display.epoch(row)
+            train_epochs(range(done, end), loader, step, clock, display, results)
         finally:
             loader.close()
     facts: dict[str, Any] = {
@@ -88,24 +93,47 @@ def train(
     return results.finish(clock.seconds(), {**facts, "arrays": {"holdout/indices": rows.holdout}})
 
 
-def train_epoch(epoch: int, loader: Loader, step: Step, clock: Clock, display: Display) -> dict[str, Any]:
-    """Train one epoch and return its row of metrics.
+def train_epochs(
+    epochs: range, loader: Loader, step: Step, clock: Clock, display: Display, results: Results
+) -> None:
+    """Train epoch after epoch; a signal stops after the step at hand, with a checkpoint.
+
+    Raises:
+        UserError: see `train_epoch`.
+        Interrupted: a signal came before the last epoch's end.
+    """
+    with interrupt.deferred():
+        for epoch in epochs:
+            row = train_epoch(epoch, loader, step, clock, display, results)
+            results.add(row, clock.seconds(), save=interrupt.requested() is not None)
+            display.epoch(row)
+            if epoch + 1 < epochs.stop:
+                interrupt.stop_if_requested()
+
+
+def train_epoch(
+    epoch: int, loader: Loader, step: Step, clock: Clock, display: Display, results: Results
+) -> dict[str, Any]:
+    """Train one epoch, or the rest of one that was interrupted, and return its row of metrics.
 
     Raises:
         UserError: the loss was not finite; the message names the step.
+        Interrupted: a signal came; the checkpoint of the step is written.
     """
-    before = clock.seconds()
     lr = step.begin_epoch(epoch)
+    start = results.begin_epoch(clock.seconds())
+    done, before = start["steps"], start["before"]
     with clock.span("training_s"):
-        for done, batch in enumerate(loader.epoch(epoch), start=1):
+        for batch in batches_from(loader, epoch, done):
             step(batch)
+            done += 1
             display.step(epoch + 1, done)
         result = step.end_epoch()
-    if result["nonfinite_step"] is not None:
-        raise UserError(
-            f"the loss was not finite at step {result['nonfinite_step']} of epoch {epoch + 1}: lower optimizer.lr, "
-            'set train.grad_clip = 1.0 or engine.precision = "fp32"; the last checkpoint is from before it'
-        )
+    if result["nonfinite_step"] is not None and step.recipe.engine.on_nonfinite == "stop":
+        raise UserError(diverged(f"the loss was not finite at step {result['nonfinite_step']} of epoch {epoch + 1}"))
+    if done < len(loader):
+        results.save_within_epoch({"steps": done, "before": before}, clock.seconds())
+        interrupt.stop_if_requested()
     after = clock.seconds()
     training_s = after["training_s"] - before["training_s"]
     return {
@@ -147,6 +175,19 @@ def example_batches(loader: Loader, epoch: int) -> Iterator[Batch]:
     if rest:
         resident = len(batch.images) != len(batch.rows)
         yield Batch(batch.images if resident else batch.images[:rest], *(part[:rest] for part in batch[1:]))
+
+
+def batches_from(loader: Loader, epoch: int, done: int) -> Iterator[Batch]:
+    """Yield the batches of an epoch after the first ``done``, until a signal asks to stop."""
+    try:
+        for batch in islice(loader.epoch(epoch), done, None):
+            yield batch
+            if interrupt.requested() is not None:
+                return
+    except Exception:
+        # A signal to the whole process group ends worker processes too; the steps done so far are good.
+        if interrupt.requested() is None:
+            raise
 
 
 def pick_device(config: EngineConfig) -> torch.device:

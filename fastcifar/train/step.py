@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
+from fastcifar.errors import UserError
 from fastcifar.kernels.philox import Stream, philox
 from fastcifar.kernels.sam import Ascent, ascend, norm_squared
 from fastcifar.kernels.sgd_ema import Averages
@@ -84,6 +85,8 @@ class Step:
         self._saved = torch.zeros_like(self.flat.weights) if self.ascent else None
         freeze = self.recipe.asam is not None and self.recipe.asam.batch_norm == "freeze"
         self._stats = self.flat.stats.clone() if freeze else None
+        self._skip = self.recipe.engine.on_nonfinite == "skip"
+        self._stats_before = self.flat.stats.clone() if self._skip else None
         self.execution = Execution(self)
 
     # ----------------------------------------------------------------------------------------------- one training step
@@ -96,6 +99,8 @@ class Step:
     def execute(self, batch: Batch) -> None:
         """Train on one batch, operation by operation."""
         flat, cursor, saved = self.flat, self.cursor, None
+        if self._stats_before is not None:
+            self._stats_before.copy_(flat.stats)
         images, target = self.inputs(batch)  # uint8 (B, H, W, C) -> bf16 (B, C, H, W)
 
         # The gradient at w.
@@ -119,7 +124,10 @@ class Step:
                 flat.stats.copy_(self._stats)
 
         # The optimizer step: back to w, along the gradient at w + e; the moving averages follow in the same launch.
-        self.optimizer.step(cursor.lr, saved=saved, coefficient=self._coefficient())
+        coefficient = self._coefficient(loss)
+        if self._stats_before is not None and coefficient is not None:
+            flat.stats.copy_(torch.where(torch.isfinite(coefficient), flat.stats, self._stats_before))
+        self.optimizer.step(cursor.lr, saved=saved, coefficient=coefficient)
         if self.scaler is not None:
             self.scaler.advance()
         cursor.advance()
@@ -158,10 +166,14 @@ class Step:
         self.flat.collect_gradients()
         return (losses[0], correct[0]) if accumulate == 1 else (torch.stack(losses).sum(), torch.stack(correct).sum())
 
-    def _coefficient(self) -> Tensor | None:
-        """Return what the optimizer multiplies the gradient by (unscaling, clipping): float32 (1,), or None."""
+    def _coefficient(self, loss: Tensor) -> Tensor | None:
+        """Return what the optimizer multiplies the gradient by (unscaling, clipping): float32 (1,), or None.
+
+        NaN leaves the step out: with ``engine.on_nonfinite = "skip"`` where the loss or the gradient's norm is not
+        finite.
+        """
         clip = self.recipe.train.grad_clip
-        if not clip and self.scaler is None:
+        if not clip and self.scaler is None and not self._skip:
             return None
         partials = norm_squared(self.flat.weights, self.flat.grads)
         self._observe(partials)
@@ -169,6 +181,8 @@ class Step:
         if clip:
             norm = partials.sum().sqrt() * coefficient
             coefficient = coefficient * (clip / (norm + 1e-6)).clamp(max=1.0)
+        if self._skip:
+            coefficient = torch.where(torch.isfinite(partials.sum() + loss), coefficient, torch.nan)
         return coefficient
 
     def _observe(self, partials: Tensor) -> None:
@@ -197,7 +211,7 @@ class Step:
         Returns:
             ``loss`` (mean over samples), ``accuracy`` in percent (both of the first passes, on augmented images),
             ``samples``, and ``nonfinite_step``: the number, from 1, of the epoch's first step whose loss was not
-            finite, or None.
+            finite, or None. With ``engine.on_nonfinite = "skip"`` the mean is over the other steps.
         """
         set_batches_tracked(self.model, self.forward_passes)
         sizes = torch.tensor(self._sizes, dtype=torch.float64)
@@ -205,8 +219,10 @@ class Step:
         correct = self.correct[: len(sizes)].to("cpu", torch.float64)
         bad = (~torch.isfinite(losses)).nonzero()
         samples = int(sizes.sum())
+        if self._skip:
+            sizes, losses = sizes * torch.isfinite(losses), losses.nan_to_num(0.0, 0.0, 0.0)
         return {
-            "loss": float((losses * sizes).sum() / max(samples, 1)),
+            "loss": float((losses * sizes).sum() / max(int(sizes.sum()), 1)),
             "accuracy": float(100 * correct.sum() / max(samples, 1)),
             "samples": samples,
             "nonfinite_step": int(bad[0]) + 1 if len(bad) else None,
@@ -217,6 +233,39 @@ class Step:
         return self.losses[: len(self._sizes)].cpu().clone()
 
     # ------------------------------------------------------------------------------------------------------------ state
+
+    def position(self) -> tuple[list[int], dict[str, Tensor]]:
+        """Return what a bit-identical resume between two steps of an epoch needs beside `state_dict`.
+
+        Returns:
+            The samples of each step so far, and tensors: ``losses`` and ``correct`` (steps,), generator states.
+        """
+        steps = len(self._sizes)
+        tensors = {
+            "losses": self.losses[:steps], "correct": self.correct[:steps],
+            "generator": torch.get_rng_state(),
+        }
+        if self.losses.is_cuda:
+            tensors["cuda_generator"] = torch.cuda.get_rng_state(self.losses.device)
+        return list(self._sizes), tensors
+
+    def go_to(self, sizes: list[int], tensors: dict[str, Tensor]) -> None:
+        """Go on within the epoch that `begin_epoch` has just begun, from a `position`.
+
+        Raises:
+            UserError: the position does not fit this epoch.
+        """
+        steps = len(sizes)
+        if steps > self.cursor.steps_per_epoch or any(len(tensors.get(k, ())) != steps for k in ("losses", "correct")):
+            raise UserError("the checkpoint's place within the epoch does not fit the recipe: it is damaged")
+        self.losses[:steps].copy_(tensors["losses"])
+        self.correct[:steps].copy_(tensors["correct"])
+        self._sizes = list(sizes)
+        for _ in sizes:
+            self.cursor.advance()
+        torch.set_rng_state(tensors["generator"])
+        if "cuda_generator" in tensors and self.losses.is_cuda:
+            torch.cuda.set_rng_state(tensors["cuda_generator"], self.losses.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that a bit-identical resume at an epoch boundary needs: flat names to tensors (not copies)."""
@@ -315,7 +364,8 @@ def build_step(
     forward_passes = torch.zeros(1, dtype=torch.int64, device=device)
     hooks.bind_counter(model, forward_passes, recipe.seed)
     use_fused_batch_norm(model, device.type == "cuda" and recipe.engine.fused_batch_norm is not False)
-    optimizer = build_optimizer(recipe.optimizer, flat, averages, skip=precision.scaled)
+    skip = precision.scaled or recipe.engine.on_nonfinite == "skip"
+    optimizer = build_optimizer(recipe.optimizer, flat, averages, skip=skip)
     if recipe.lookahead:
         optimizer = Lookahead(optimizer, recipe.lookahead, flat, recipe.train.epochs * steps_per_epoch)
     # Outermost, so that nothing moves what is frozen.

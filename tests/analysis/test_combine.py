@@ -141,7 +141,7 @@ def test_another_data_set_is_refused_even_with_equal_labels(tmp_path):
 def test_logits_that_are_not_finite_are_refused(tmp_path):
     members = make_members(tmp_path)
     members["m1"] = change(members["m1"], test__last__raw=np.full((400, 10), np.nan, np.float32))
-    with pytest.raises(UserError, match=r"m1 .*not all finite"):
+    with pytest.raises(UserError, match=r"m1: .*not all finite"):
         collect(members, "test", "last")
 
 

@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastcifar.analysis.export import FromPixels, export_onnx, export_safetensors
+from fastcifar.analysis.export import FromPixels, _whole_or_absent, export_onnx, export_safetensors
 from fastcifar.analysis.predict import Trained
+from fastcifar.errors import UserError
 from fastcifar.models import build_model
 from tests.run_directories import recipe
 
@@ -45,3 +46,14 @@ def test_onnx_gives_torchs_logits_for_any_batch(tmp_path, model):
         with torch.no_grad():
             expected = FromPixels(made)(torch.from_numpy(pixels)).numpy()
         np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_failed_export_leaves_no_file(tmp_path):
+    def fail() -> None:
+        with _whole_or_absent(tmp_path / "a.onnx") as temporary:
+            temporary.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        fail()
+    assert not list(tmp_path.iterdir())

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torchvision.transforms import v2
 
 from fastcifar.analysis.content import CIFAR10
@@ -12,16 +11,14 @@ from fastcifar.analysis.predict import load_trained, predict, predict_files, rea
 from fastcifar.errors import UserError
 from fastcifar.models import build_model
 from fastcifar.run_directory import RunDirectory
-from tests.run_directories import make_members
+from tests.run_directories import add_weights, make_members
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run with the weights of an untrained LeNet-5."""
     run = make_members(tmp_path, test=20)["m0"]
-    (run.folder / "weights").mkdir()
-    state = {k: v.contiguous() for k, v in build_model(run.recipe.model, seed=7).state_dict().items()}
-    save_file(state, run.folder / "weights/last.safetensors")
+    add_weights(run, "last", build_model(run.recipe.model, seed=7).state_dict())
     return run
 
 
@@ -118,6 +115,6 @@ def test_damaged_images_are_refused_wherever_the_damage_is(tmp_path):
 def test_missing_and_foreign_weights_are_refused(run):
     with pytest.raises(UserError, match="this run has: last"):
         load_trained(run, "best")
-    save_file({"other": torch.zeros(2)}, run.folder / "weights/last.safetensors")
+    add_weights(run, "last", {"other": torch.zeros(2)})
     with pytest.raises(UserError, match="cannot be loaded"):
         load_trained(RunDirectory.open(run.folder))

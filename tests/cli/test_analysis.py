@@ -6,13 +6,13 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fastcifar.cli.main import main
 from fastcifar.config import load_recipe
 from fastcifar.models import build_model
 from fastcifar.run_directory import RunDirectory
-from tests.run_directories import accuracy, make_members
+from tests.run_directories import accuracy, add_weights, change_recipe, make_members
 
 
 @pytest.fixture
@@ -35,10 +35,8 @@ def call(monkeypatch, capfd, tmp_path):
 def runs(tmp_path):
     runs = make_members(tmp_path, test=200, holdout=400, train=150)
     for number, run in enumerate(runs.values()):
-        (run.folder / "weights").mkdir()
         for which in ("last", "best", "selected"):
-            state = {k: v.contiguous() for k, v in build_model(run.recipe.model, seed=number).state_dict().items()}
-            save_file(state, run.folder / f"weights/{which}.safetensors")
+            add_weights(run, which, build_model(run.recipe.model, seed=number).state_dict())
     return runs
 
 
@@ -92,8 +90,7 @@ def test_stack_names_its_protocol(call, runs, protocol):
 def test_honest_combinations_run_as_recipes(call, runs, name):
     members = load_recipe(f"beyond/{name}").combine.members
     for member, run in zip(members, runs.values(), strict=True):
-        path = run.folder / "recipe.toml"
-        path.write_text(path.read_text().replace(f'name = "{run.folder.name}"', f'name = "{member}"', 1))
+        change_recipe(run.folder, (f'name = "{run.folder.name}"', f'name = "{member}"'))
     code, out, err = call("run", f"beyond/{name}", "--out", "combined", "--json")
     assert code == 0, err
     summary = json.loads(out)

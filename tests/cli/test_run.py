@@ -102,7 +102,7 @@ def test_a_resumed_run_keeps_its_recipe(tiny):
 def test_two_processes_cannot_train_one_run_and_a_killed_one_leaves_it_free(tiny):
     words = [sys.executable, "-m", "fastcifar", "run", "tiny.toml", "--out", "here", "--set", "train.epochs=5000"]
     child = subprocess.Popen(words, cwd=tiny, stderr=subprocess.DEVNULL)
-    while not list(tiny.glob("here/checkpoints/epoch-*")):
+    while not list(tiny.glob("here/checkpoints/epoch-*/state.json")):
         assert child.poll() is None
         time.sleep(0.05)
     done = fastcifar("run", "--resume", "here", cwd=tiny)
@@ -114,18 +114,68 @@ def test_two_processes_cannot_train_one_run_and_a_killed_one_leaves_it_free(tiny
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_with_the_way_to_go_on(tiny, number):
-    words = [sys.executable, "-m", "fastcifar", "run", "tiny.toml", "--out", "here", "--set", "train.epochs=5000"]
-    child = subprocess.Popen(words, cwd=tiny, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
-    while not list(tiny.glob("here/checkpoints/epoch-*")):
+def start(tiny: Path, *words: str, until: str = "here/checkpoints/epoch-*/state.json") -> subprocess.Popen:
+    """Start a long run in a session of its own and wait until it trains."""
+    command = [sys.executable, "-m", "fastcifar", "run", "tiny.toml", "--out", "here", "--set", "train.epochs=5000"]
+    child = subprocess.Popen([*command, *words], cwd=tiny, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    limit = time.monotonic() + 300
+    while not list(tiny.glob(until)):
         assert child.poll() is None, child.stderr.read()
+        assert time.monotonic() < limit
         time.sleep(0.05)
+    return child
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_with_a_checkpoint_and_the_way_to_go_on(tiny, number):
+    child = start(tiny)
     child.send_signal(number)
-    _, stderr = child.communicate(timeout=60)
-    assert child.returncode == 2
+    _, stderr = child.communicate(timeout=300)
+    assert child.returncode == 128 + number, stderr
     assert "go on with `fastcifar run --resume here`" in stderr
     assert "Traceback" not in stderr
+    assert not list((tiny / "here").rglob("*.tmp"))
+
+
+def test_ctrl_c_with_worker_processes_is_no_error_of_theirs(tiny):
+    child = start(tiny, "--set", "data.loader.name=torchvision")
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the whole group, workers included
+    _, stderr = child.communicate(timeout=300)
+    assert child.returncode == 130, stderr
+    assert "go on with `fastcifar run --resume here`" in stderr
+    assert "DataLoader" not in stderr
+    assert "Traceback" not in stderr
+
+
+ENDLESS = """
+import os, sys, time
+from fastcifar import interrupt
+interrupt.install()
+with interrupt.deferred():
+    print("training", flush=True)
+    time.sleep(300)  # a step that does not end
+"""
+
+
+def test_a_second_signal_ends_at_once_without_a_traceback():
+    child = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "training\n"
+    child.send_signal(signal.SIGTERM)
+    assert "finishing this step" in child.stderr.readline()
+    child.send_signal(signal.SIGTERM)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 143
+    assert "Traceback" not in stderr
+
+
+def test_a_signal_during_the_imports_ends_at_once():
+    code = "import os, signal, sys; from fastcifar import __main__ as m, interrupt; interrupt.install();"
+    hook = "sys.addaudithook(lambda e, a: e == 'import' and a[0] == 'typer' and os.kill(os.getpid(), signal.SIGINT));"
+    done = subprocess.run([sys.executable, "-c", code + hook + "m.main()"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130
+    assert done.stderr == "fastcifar: SIGINT: stopped\n"
 
 
 @pytest.mark.parametrize(

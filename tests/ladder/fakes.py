@@ -1,10 +1,9 @@
 """A ladder whose rows take no time: run directories are real, training is not."""
 
 import hashlib
-import json
 
 from fastcifar.config import CombineRecipe
-from fastcifar.run_directory import RunDirectory, write_atomic, write_json
+from fastcifar.run_directory import RunDirectory
 
 
 class FakeRows:
@@ -26,7 +25,7 @@ class FakeRows:
         epochs = 1 if isinstance(job.recipe, CombineRecipe) else min(job.recipe.train.epochs, 3)
         for epoch in range(len(run.metrics()) + 1, epochs + 1):
             self.before_epoch(job, epoch)
-            run.append_epoch({"epoch": epoch, "test": {"raw": {"accuracy": accuracy(job, epoch)}}})
+            run.append_epoch(epoch_row(epoch, {"raw": {"accuracy": accuracy(job, epoch), "loss": 1.0}}))
             self.trained.append((job.row, job.seed, epoch))
             progress(f"epoch {epoch}")
         self.before_epoch(job, epochs + 1)
@@ -37,6 +36,12 @@ class FakeRows:
         if (job.folder / "recipe.toml").is_file():
             return RunDirectory.open(job.folder)
         return RunDirectory.create(job.folder, job.recipe, {"hardware": "none", "git": "0000000000"})
+
+
+def epoch_row(epoch, test):
+    """Return a line of ``metrics.jsonl``."""
+    seconds = {"seconds": 1.0, "training_s": 1.0, "images_per_s": 100.0}
+    return {"epoch": epoch, "lr": 0.1, "train_loss": 1.0, "train_accuracy": 50.0, "images": 100, "test": test} | seconds
 
 
 def accuracy(job, epoch):
@@ -70,7 +75,4 @@ class Quiet:
 
 def stop_early(run, epochs):
     """Turn a finished fake run into one that was cut after so many epochs."""
-    rows = run.metrics()[:epochs]
-    write_atomic(run.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    (run.folder / "summary.json").unlink()
-    write_json(run.folder / "environment.json", {"hardware": "none"})
+    run.commit(run.metrics_file(run.metrics()[:epochs]), remove=["summary.json"])

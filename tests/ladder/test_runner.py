@@ -18,6 +18,7 @@ from fastcifar.ladder.runner import Runner, epochs_in_words
 from fastcifar.ladder.state import Ledger, stored_state
 from fastcifar.run_directory import RunDirectory
 from tests.command import fastcifar
+from tests.ladder.fakes import epoch_row
 from tests.ladder.test_execute import accuracies, table
 
 EPOCHS = 60  # of a few hundredths of a second each, so that both interrupts come before the last
@@ -76,7 +77,7 @@ def alive(pid):
 def test_progress_names_the_epochs_and_the_accuracy(job):
     run = RunDirectory.create(job.folder, job.recipe, {})
     assert epochs_in_words(job) == "seed 42, epoch 0/20"
-    run.append_epoch({"epoch": 1, "test": {"raw": {"accuracy": 41.0}, "ema": {"accuracy": 42.5}}})
+    run.append_epoch(epoch_row(1, {kind: {"accuracy": a, "loss": 1.0} for kind, a in (("raw", 41.0), ("ema", 42.5))}))
     assert epochs_in_words(job) == "seed 42, epoch 1/20, 42.50%"
 
 
@@ -147,7 +148,7 @@ def test_a_real_row_killed_at_two_moments_ends_as_the_undisturbed_one(tmp_path, 
         wait_for(lambda n=wanted, p=process: lines(metrics) >= n or p.poll() is not None)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=300)
-        assert process.returncode == 2, said
+        assert process.returncode == 130, said
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert accuracies(table(cut)) == accuracies(table(straight))

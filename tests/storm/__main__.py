@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.storm.tally import Tally, report
 
-SUBJECTS: tuple[str, ...] = ("recipes", "stores")
+SUBJECTS: tuple[str, ...] = ("recipes", "stores", "run_directories", "kills_and_signals")
 
 
 def main(arguments: list[str] | None = None) -> int:

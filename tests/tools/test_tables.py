@@ -10,6 +10,7 @@ from fastcifar.errors import UserError
 from fastcifar.ladder.metrics import NOT_MEASURED, difference, mean_of, metrics_of, ours_in_words, read_results
 from fastcifar.ladder.rows import ladder_rows, plan
 from tests.ladder.fakes import FakeRows
+from tests.run_directories import change_recipe
 from tools import tables
 
 ENTRY = {
@@ -110,16 +111,15 @@ def test_adding_runs_replaces_the_same_seed(tmp_path, run_dirs):
 
 
 def test_a_run_of_other_settings_is_refused(tmp_path, run_dirs):
-    recipe = run_dirs[0] / "recipe.toml"
-    recipe.write_text(recipe.read_text().replace("lr = 0.0003", "lr = 0.001"))
+    change_recipe(run_dirs[0], ("lr = 0.0003", "lr = 0.001"))
     with pytest.raises(UserError, match=r"is no result of lenet5.*optimizer\.lr"):
         tables.add(run_dirs, tmp_path / "ladder.json")
 
 
 def test_another_precision_loader_or_evaluation_is_the_same_row(tmp_path, run_dirs):
-    recipe = run_dirs[0] / "recipe.toml"
-    text = recipe.read_text().replace('"bf16"', '"fp32"').replace('tta = "none"', 'tta = "flip"')
-    recipe.write_text(text.replace("workers = 2", "workers = 7"))
+    change_recipe(
+        run_dirs[0], ('"bf16"', '"fp32"'), ('tta = "none"', 'tta = "flip"'), ("workers = 2", "workers = 7")
+    )
     tables.add(run_dirs, tmp_path / "ladder.json")
 
 

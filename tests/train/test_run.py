@@ -1,8 +1,10 @@
 """A run from end to end on drawn images: its record, its result, and every way in which it can stop."""
 
-import json
 import multiprocessing
+import os
 import random
+import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -11,14 +13,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from fastcifar import interrupt, run_directory
 from fastcifar.analysis.predict import load_trained
 from fastcifar.config import Recipe
 from fastcifar.data.store import resolve_store
 from fastcifar.environment import describe
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
-from fastcifar.train import checkpoint
 from fastcifar.train.run import choose_rows, pick_device, train
+from fastcifar.train.step import Step
 from tests.train.tiny import assert_same_run, recipe
 
 
@@ -52,7 +55,7 @@ def test_the_record_is_complete(whole):
     assert run.summary["images"] == 4 * 200
     assert set(run.summary["clocks"]) == {"total_s", "training_s", "compilation_s"}
     assert run.environment["packages"]["torch"] == torch.__version__.split("+")[0]
-    assert len(list((whole / "checkpoints").iterdir())) == 1
+    assert run.checkpoints() == ["epoch-00003", "epoch-00004"]
     assert not list(whole.rglob("*.tmp"))
 
 
@@ -207,31 +210,127 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
 def test_a_full_disk_is_named_and_the_last_checkpoint_survives(tmp_path, monkeypatch):
     run_in(tmp_path / "full", recipe(), stop_after=2)
 
-    def full(*_: object) -> None:
+    def full(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(run_directory, "_write_synced", full)
     with pytest.raises(UserError, match=r"No space left on device\. Free some space"):
         run_in(tmp_path / "full", recipe())
     monkeypatch.undo()
-    assert [p.name for p in checkpoint.complete(tmp_path / "full/checkpoints")] == ["epoch-00002"]
-    assert not list((tmp_path / "full").rglob(".epoch*"))
+    assert RunDirectory.open(tmp_path / "full").checkpoints() == ["epoch-00001", "epoch-00002"]
+    assert not list((tmp_path / "full").rglob("*.tmp"))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(whole, tmp_path, capsys):
+    run_in(tmp_path / "run", recipe(), stop_after=3)
+    flip(tmp_path / "run/checkpoints/epoch-00003/state.safetensors")
+    assert run_in(tmp_path / "run", recipe())["status"] == "finished"
+    assert_same_run(whole, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "epoch-00003/state.safetensors: is damaged" in said
+    assert "goes on from the one before, epoch-00002" in said
+
+
+def test_without_an_intact_checkpoint_nothing_is_trained(tmp_path):
     run_in(tmp_path / "run", recipe(), stop_after=1)
-    state = tmp_path / "run/checkpoints/epoch-00001/state.safetensors"
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"epoch-00001: is damaged .*delete this folder"):
+    (tmp_path / "run/checkpoints/epoch-00001/state.json").write_text("{}")
+    with pytest.raises(UserError, match="no checkpoint is intact"):
         run_in(tmp_path / "run", recipe())
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_damaged_weights_are_not_used(whole, tmp_path, which):
+    shutil.copytree(whole, tmp_path / "copy")
+    flip(tmp_path / f"copy/weights/{which}.safetensors")
+    with pytest.raises(UserError, match=f"{which}.safetensors: is damaged"):
+        load_trained(RunDirectory.open(tmp_path / "copy"), which)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 4
+    path.write_bytes(data)
+
+
+def test_divergence_in_an_epochs_last_step_is_no_success(tmp_path, monkeypatch):
+    calls, step = [], Step.__call__
+
+    def spoil(self: Step, batch: object) -> None:
+        step(self, batch)
+        calls.append(batch)
+        if len(calls) == 21:  # the last of the third epoch
+            self.flat.weights[3] = float("nan")
+
+    monkeypatch.setattr(Step, "__call__", spoil)
+    with pytest.raises(UserError, match="weights are not finite after epoch 3"):
+        run_in(tmp_path / "run", recipe())
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.checkpoints() == ["epoch-00001", "epoch-00002"]
+    assert len(run.metrics()) == 2
+    assert not run.has_summary
+
+
+SKIPPING = {
+    "sgd with SAM, averages and BatchNorm": {**EVERYTHING, "eval": {}},
+    "adam": {},
+}
+
+
+@pytest.mark.parametrize("changes", SKIPPING.values(), ids=SKIPPING)
+def test_a_step_that_is_not_finite_is_left_out(tmp_path, monkeypatch, changes):
+    inputs, before, after = Step.inputs, [], []
+
+    def spoil(self: Step, batch: object) -> tuple:
+        images, target = inputs(self, batch)
+        if len(before) == 2:
+            images = images * float("nan")
+        return images, target
+
+    def look(self: Step, batch: object, execute=Step.execute) -> None:
+        state = {k: v.clone() for k, v in self.state_dict().items() if k.startswith("flat.") and "ema" not in k}
+        before.append(state)
+        execute(self, batch)
+        if len(before) == 2:
+            after.append({k: v.clone() for k, v in self.state_dict().items() if k in state})
+
+    monkeypatch.setattr(Step, "inputs", spoil)
+    monkeypatch.setattr(Step, "execute", look)
+    wanted = recipe(**{**changes, "engine": {"device": "cpu", "on_nonfinite": "skip"}})
+    assert run_in(tmp_path / "run", wanted, stop_after=1)["status"] in ("stopped", "finished")
+    assert len(before) > 2
+    for name, value in before[1].items():
+        assert torch.equal(after[0][name], value), name
+    assert np.isfinite(RunDirectory.open(tmp_path / "run").metrics()[0]["train_loss"])
+
+
+def test_interrupted_within_epochs_it_ends_in_the_same_bits(tmp_path, monkeypatch):
+    wanted = recipe(**EVERYTHING)
+    run_in(tmp_path / "whole", wanted)
+    calls, step = [], Step.__call__
+
+    def stop(self: Step, batch: object) -> None:
+        step(self, batch)
+        calls.append(batch)
+        if len(calls) in (1, 4, 6):  # the first, the last and a middle step of an epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Step, "__call__", stop)
+    interrupts = 0
+    while True:
+        try:
+            with interrupt.handled("go on"):
+                run_in(tmp_path / "cut", wanted)
+            break
+        except interrupt.Interrupted as interrupted:
+            interrupts += 1
+            assert interrupted.status == 143  # noqa: PT017
+    assert interrupts == 3
+    assert len(calls) == 8, "no step is taken twice"
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_named():
     with pytest.raises(UserError, match="no CUDA GPU is available"):
         pick_device(recipe(engine={"device": "cuda"}).engine)
-
-
-def test_metrics_cut_by_a_crash_are_read_up_to_the_cut(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + "\n" + '{"epoch": 2, "lo')
-    assert RunDirectory(tmp_path).metrics() == [{"epoch": 1}]

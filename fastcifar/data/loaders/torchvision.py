@@ -38,8 +38,11 @@ class _Images(Dataset[HostBatch]):
 
 
 def _quiet_worker(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which ends its workers; otherwise each prints a traceback of its own."""
+    """Leave Ctrl-C and the end of a terminal to the main process, which ends its workers; SIGTERM ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):  # Windows has none
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class TorchvisionLoader(StreamingLoader):

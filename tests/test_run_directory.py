@@ -1,0 +1,261 @@
+"""Run directories: made by one process alone, every file hashed, nothing damaged used, nothing half written left."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies
+
+from fastcifar import run_directory
+from fastcifar.errors import UserError
+from fastcifar.manifest import parse
+from fastcifar.open_run import open_run
+from fastcifar.run_directory import RunDirectory
+from tests.run_directories import make_members, recipe
+from tests.storm import run_directories
+from tests.storm.tally import Tally
+
+STARTED_AT_ONCE = """
+import sys, time
+from pathlib import Path
+from fastcifar import environment
+from fastcifar.open_run import open_run
+from tests.run_directories import recipe
+environment.describe = lambda: {"hardware": "a test"}
+wanted = recipe("same", optimizer={"name": "adam", "lr": float(sys.argv[1])})
+while time.time() < float(sys.argv[2]):
+    pass
+with open_run(wanted, None, None) as run:
+    print(run.folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    """A finished run with a holdout, training logits and made-up weights and checkpoint."""
+    made = make_members(tmp_path, (1.0,), holdout=20, train=20, test=30)["m0"]
+    made.commit({"weights/last.safetensors": tensors()})
+    return RunDirectory.open(made.folder)
+
+
+def tensors() -> bytes:
+    import torch
+    from safetensors.torch import save
+
+    return save({"weight": torch.arange(12.0)})
+
+
+def read_everything(run: RunDirectory) -> None:
+    run.recipe, run.summary, run.environment  # noqa: B018
+    run.metrics()
+    for key in run.logits_keys():
+        run.logits(key)
+    run.weights("last")
+
+
+def test_processes_started_at_once_each_have_their_own_folder_and_recipe(tmp_path):
+    rates = [f"{k}e-3" for k in range(1, 7)]
+    begin = str(time.time() + 20 / (os.cpu_count() or 1))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", STARTED_AT_ONCE, rate, begin], cwd=tmp_path, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )
+        for rate in rates
+    ]  # fmt: skip
+    folders = [child.stdout.readline().strip() for child in children]
+    for child in children:
+        child.communicate(timeout=60)
+    assert len(set(folders)) == len(rates)
+    recorded = [tomllib.loads((tmp_path / f / "recipe.toml").read_text())["optimizer"]["lr"] for f in folders]
+    assert recorded == [float(rate) for rate in rates]
+
+
+def test_an_own_folder_is_not_taken_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
+    folders = []
+    for _ in range(3):
+        with open_run(recipe("a"), None, None) as run:
+            folders.append(run.folder.name)
+    assert folders == ["a-seed42-now", "a-seed42-now-2", "a-seed42-now-3"]
+
+
+def test_every_file_is_in_the_manifest(run):
+    there = {p.relative_to(run.folder).as_posix() for p in run.folder.rglob("*") if p.is_file()}
+    assert there - {".lock", "manifest.json"} == set(run.manifest().files)
+    assert all(len(hashes) == 1 for hashes in run.manifest().files.values())
+
+
+def test_a_flipped_bit_in_any_file_is_named(run):
+    chance = random.Random(seed := time.time_ns())
+    for path in sorted(p for p in run.folder.rglob("*") if p.is_file() and p.name != ".lock"):
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            read_everything(found := RunDirectory.open(run.folder))
+            named = path.name == "recipe.toml" and found.recipe == run.recipe  # a flip in white space, say
+        except UserError as error:
+            named = path.name in str(error)
+        assert named, f"{path}, seed {seed}"
+        path.write_bytes(whole)
+    read_everything(RunDirectory.open(run.folder))
+
+
+def test_an_edited_recipe_is_named_by_key_with_the_way_to_branch_off(run):
+    path = run.folder / "recipe.toml"
+    path.write_text(path.read_text().replace("batch_size = 128", "batch_size = 64"))
+    with pytest.raises(UserError, match=r"train\.batch_size is 64, was 128\..*`fastcifar run .*recipe\.toml`"):
+        _ = RunDirectory.open(run.folder).recipe
+
+
+def test_another_layout_of_the_same_recipe_passes(run):
+    path = run.folder / "recipe.toml"
+    path.write_text("# a remark\n" + path.read_text())
+    assert RunDirectory.open(run.folder).recipe == run.recipe
+
+
+def test_a_run_without_its_manifest_is_refused(run):
+    (run.folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json: is missing"):
+        RunDirectory.open(run.folder)
+
+
+def test_metrics_that_were_removed_are_missed(run):
+    (run.folder / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is missing"):
+        RunDirectory.open(run.folder).metrics()
+
+
+@given(seed=strategies.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_no_mutated_run_is_used_without_a_word(seed):
+    tally = Tally("run directories")
+    run_directories.storm(tally, seed, 1)
+    assert not tally.failures
+
+
+@pytest.mark.parametrize("cut", ["before the manifest", "after the manifest", "after the file"])
+def test_a_process_killed_within_a_commit_leaves_an_intact_run(run, monkeypatch, cut):
+    old = run.metrics()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if cut == "before the manifest":
+            patch.setattr(RunDirectory, "_write_manifest", killed)
+        else:
+            patch.setattr(Path, "replace", kill_at(2 if cut == "after the manifest" else 3, Path.replace))
+        patch.setattr(run_directory, "write_atomic", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.commit(run.metrics_file(old[:2]), remove=["summary.json"])
+    found = RunDirectory.open(run.folder)
+    assert found.metrics() == (old[:2] if cut == "after the file" else old)
+    with found.alone():
+        assert not list(run.folder.rglob("*.tmp"))
+        found.write_metrics(old[:1])
+    assert RunDirectory.open(run.folder).metrics() == old[:1]
+
+
+def kill_at(count: int, replace):
+    """Return a ``Path.replace`` that ends the process instead of being called for the last of so many times."""
+    calls = []
+
+    def counted(*words):
+        calls.append(words)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return replace(*words)
+
+    return counted
+
+
+def test_left_overs_go_with_the_next_start_but_not_under_another_process(run):
+    half = run.folder / "checkpoints" / "epoch-00009"
+    half.mkdir(parents=True)
+    (half / "state.safetensors").write_bytes(b"half")
+    for name in (".metrics.jsonl.1.tmp", "weights/.last.safetensors.1.tmp", "checkpoints/.epoch-00001.tmp"):
+        (run.folder / name).write_bytes(b"half")
+    read_everything(RunDirectory.open(run.folder))
+    assert half.exists(), "a reader removes nothing"
+    with run.alone():
+        pass
+    assert not half.exists()
+    assert not list(run.folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", "[]", "valid dictionary"),
+        ("summary.json", '{"format": 2, "status": "finished"}', "Field required"),
+        ("summary.json", "[" * 100_000, "damaged"),
+        ("summary.json", b"\xff\xfe", "damaged"),
+        ("metrics.jsonl", '{"epoch": NaN}\n', "NaN is not a JSON number"),
+        ("metrics.jsonl", '{"epoch": "1"}\n', "line 1: epoch"),
+        ("environment.json", '{"packages": 3}', "packages"),
+        ("logits.npz", b"", "damaged"),
+        ("logits.npz", b"PK\x05\x06" + bytes(18), "nothing in it"),
+    ],
+)
+def test_wrong_kinds_are_named_even_where_the_hash_is_right(run, name, content, message):
+    data = content if isinstance(content, bytes) else content.encode()
+    run.commit({name: data})
+    with pytest.raises(UserError, match=message) as refusal:
+        read_everything(RunDirectory.open(run.folder))
+    assert name in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"test/last/raw": np.array([object()] * 3)}, "object"),
+        ({"test/last/raw": np.zeros(3, np.float32)}, r"\(3,\)"),
+        ({"test/last/raw": np.zeros((3, 2), np.float32), "test/labels": np.zeros(4, np.int64)}, "3 rows for 4 labels"),
+        ({"test/last/raw": np.zeros((3, 2), np.float32), "test/labels": np.full(3, 2)}, "beyond the 2 classes"),
+        ({"holdout/indices": np.array([-1])}, "negative"),
+        ({"test/last/raw": np.full((3, 2), np.nan, np.float32)}, "not all finite"),
+        ({"../x": np.zeros(3)}, "no array of a run"),
+    ],
+)
+def test_wrong_arrays_are_named(run, tmp_path, arrays, message):
+    np.savez(tmp_path / "other.npz", **arrays)
+    run.commit({"logits.npz": (tmp_path / "other.npz").read_bytes()})
+    with pytest.raises(UserError, match=message):
+        read_everything(RunDirectory.open(run.folder))
+
+
+def test_a_compressed_bomb_is_not_unpacked(run, tmp_path):
+    np.savez_compressed(tmp_path / "bomb.npz", **{"test/last/raw": np.zeros((1 << 20, 10), np.float32)})
+    run.commit({"logits.npz": (tmp_path / "bomb.npz").read_bytes()})
+    with pytest.raises(UserError, match="compressed"):
+        RunDirectory.open(run.folder).logits_keys()
+
+
+def test_the_manifest_knows_itself(run):
+    path = run.folder / "manifest.json"
+    content = json.loads(path.read_text())
+    content["files"]["recipe.toml"] = ["0" * 64]
+    with pytest.raises(UserError, match="is damaged"):
+        parse(json.dumps(content).encode(), path)
+
+
+def test_a_folder_removed_during_the_run_is_one_message(run):
+    import shutil
+
+    with run.alone():
+        shutil.rmtree(run.folder)
+        with pytest.raises(UserError, match="its folder is gone"):
+            run.write_metrics([])

@@ -1,0 +1,57 @@
+"""`check_finite` names the layer that a fault was put into."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastcifar.errors import UserError
+from fastcifar.train.check_nan import check_finite
+
+
+class Spoil(torch.autograd.Function):
+    """Finite forward, infinite backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+class Layer(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def model(function) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), Layer(function), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x / 0, r"epoch 1, step 2: the output of 2 \(Layer\) is not finite \(its input is finite\)"),
+        (Spoil.apply, r"epoch 1, step 2: the gradient at the output of 1 \(ReLU\) is not finite"),
+    ],
+)
+def test_the_first_layer_is_named(function, message):
+    made = model(function)
+    check_finite(made, lambda: "epoch 1, step 2")
+    with pytest.raises(UserError, match=message):
+        made(torch.ones(3, 4)).sum().backward()
+
+
+def test_a_spoiled_weight_is_named():
+    made = model(torch.tanh)
+    check_finite(made, lambda: "epoch 1, step 2")
+    made(torch.ones(3, 4)).sum().backward()
+    with torch.no_grad():
+        made[3].weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"the weight of 3 \(Linear\) is not finite \(before this step\)"):
+        made(torch.ones(3, 4))
