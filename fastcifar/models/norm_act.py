@@ -19,6 +19,22 @@ def use_fused_batch_norm(model: nn.Module, on: bool) -> None:
     for module in model.modules():
         if hasattr(module, "fused_batch_norm"):
             module.fused_batch_norm = on  # type: ignore[assignment]
+        if on and isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+            module.running_stats = joined(module)  # type: ignore[assignment]
+
+
+def joined(norm: nn.BatchNorm2d) -> tuple[Tensor, int]:
+    """Return a layer's running statistics as one tensor over their memory, and where in it the variance begins.
+
+    In flat parameters they lie one after the other. Elsewhere they are moved into one tensor first.
+    """
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    at = int(variance.storage_offset() - mean.storage_offset())
+    if mean.untyped_storage().data_ptr() != variance.untyped_storage().data_ptr() or at < len(mean):
+        both, at = torch.cat([mean.detach(), variance.detach()]), len(mean)
+        norm.running_mean, norm.running_var = both[:at], both[at:]
+        mean = norm.running_mean
+    return mean.detach().as_strided((at + len(variance),), (1,), mean.storage_offset()), at
 
 
 def fuses(module: nn.Module, x: Tensor) -> bool:
@@ -53,7 +69,8 @@ def norm_act(
     """
     if norm.momentum is None:
         raise ValueError("a cumulative average of BatchNorm statistics is not offered with fused BatchNorm")
-    tracked = norm.track_running_stats
-    mean, var = (norm.running_mean, norm.running_var) if tracked else (None, None)
+    running, variance_at = cast(tuple[Tensor, int], norm.running_stats) if norm.track_running_stats else (None, 0)
     weight, bias = cast(Tensor, norm.weight), cast(Tensor, norm.bias)
-    return batch_norm(x, weight, bias, mean, var, residual, scales, seed, norm.momentum, norm.eps, relu, drop)
+    return batch_norm(
+        x, weight, bias, running, variance_at, residual, scales, seed, norm.momentum, norm.eps, relu, drop
+    )

@@ -59,7 +59,8 @@ def convolution(
         raise NotImplementedError("the null device has no transposed convolution")
     rest = zip(images.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     shape = (images.shape[0], weight.shape[0], *(_output_size(*each) for each in rest))
-    return images.new_empty(shape).contiguous(memory_format=_format(images, weight))
+    # Made in its format at once: converting it would be a launch that no real convolution has.
+    return torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=_format(images, weight))
 
 
 def convolution_backward(

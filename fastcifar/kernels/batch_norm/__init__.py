@@ -17,13 +17,13 @@ def _dense(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=NHWC)
 
 
-@torch.library.custom_op("fastcifar::batch_norm", mutates_args=("running_mean", "running_var"))
+@torch.library.custom_op("fastcifar::batch_norm", mutates_args=("running",))
 def forward_op(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running: Tensor | None,
+    variance_at: int,
     residual: Tensor | None,
     scales: Tensor | None,
     seed: Tensor | None,
@@ -36,8 +36,10 @@ def forward_op(
     from fastcifar.kernels.batch_norm import triton as kernels
 
     shortcut = None if residual is None else _dense(residual)
+    mean = None if running is None else running[: x.shape[1]]
+    variance = None if running is None else running[variance_at : variance_at + x.shape[1]]
     return kernels.forward(
-        _dense(x), weight, bias, running_mean, running_var, shortcut, scales, seed, momentum, eps, relu, drop
+        _dense(x), weight, bias, mean, variance, shortcut, scales, seed, momentum, eps, relu, drop
     )
 
 
@@ -87,9 +89,9 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *rest: Any) -> Any:
-        running_mean, running_var, scales, seed, momentum, eps, relu, drop = rest
+        running, variance_at, scales, seed, momentum, eps, relu, drop = rest
         y, saved = forward_op(
-            x, weight, bias, running_mean, running_var, residual, scales, seed, momentum, eps, relu, drop
+            x, weight, bias, running, variance_at, residual, scales, seed, momentum, eps, relu, drop
         )
         ctx.save_for_backward(x, saved, weight, bias, scales, seed)
         ctx.relu, ctx.drop = relu, drop
@@ -113,8 +115,8 @@ def batch_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running: Tensor | None,
+    variance_at: int = 0,
     residual: Tensor | None = None,
     scales: Tensor | None = None,
     seed: Tensor | None = None,
@@ -131,8 +133,10 @@ def batch_norm(
         x: (B, C, H, W), channels-last, B * H * W above 1.
         weight: float32 (C,).
         bias: float32 (C,).
-        running_mean: float32 (C,), moved in place by ``momentum`` towards the batch's mean; None for none.
-        running_var: float32 (C,), likewise towards the unbiased variance; given or left out together.
+        running: float32 (n,), the running statistics, moved in place by ``momentum`` towards the batch's: the mean in
+            its first C elements, the unbiased variance in C elements from ``variance_at`` on. None for none. It is one
+            tensor, because Inductor copies all but one of several mutated arguments that share memory.
+        variance_at: C or more, where ``running`` is given.
         residual: (B, R, H, W), R <= C, added last to the first R channels; None for none.
         scales: float32 (2, B), contiguous: each sample's factor of the output and of its gradient (ShakeDrop).
         seed: int64 (1,), that dropout draws from; needed where ``drop`` is above 0. A new one for each pass.
@@ -147,5 +151,5 @@ def batch_norm(
         memory.
     """
     return _BatchNorm.apply(
-        x, weight, bias, residual, running_mean, running_var, scales, seed, momentum, eps, relu, drop
+        x, weight, bias, residual, running, variance_at, scales, seed, momentum, eps, relu, drop
     )
