@@ -57,11 +57,14 @@ class Muon:
         for group in self._groups:
             # Memory order (channels-last) permutes columns, and orthogonalizing does not care about their order.
             steps = orthogonal(torch.stack([_matrix(grads, s) for s in group]))
-            for segment, step in zip(group, steps, strict=True):
-                weight = _matrix(flat.weights, segment)
-                if config.normalize:
-                    weight.mul_(len(weight) ** 0.5 / torch.linalg.vector_norm(weight))
-                weight.sub_(step * lr)
+            weights = [_matrix(flat.weights, s) for s in group]
+            # All matrices of a shape at once: a launch for each operation, not for each operation and matrix.
+            moved = torch.stack(weights)
+            if config.normalize:
+                norms = torch.linalg.vector_norm(moved, dim=(1, 2), keepdim=True)
+                moved.mul_(moved.shape[1] ** 0.5 / norms)
+            moved.sub_(steps * lr)
+            torch._foreach_copy_(weights, list(moved.unbind()))
 
 
 def _others(config: MuonConfig, flat: FlatParameters) -> list[Group]:
@@ -107,5 +110,6 @@ def orthogonal(matrices: Tensor, iterations: int = 3) -> Tensor:
     x = x if wide else x.mT
     for _ in range(iterations):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        # One library call each: b gram + c gram^2, then a x + (that) x.
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(torch.float32)
