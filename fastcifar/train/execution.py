@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 WARM_UP_RUNS = 3  # cuDNN chooses its algorithms, and Triton compiles, in the first; the allocator settles in the next
 Forward = Callable[[Tensor], Tensor]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Execution:
@@ -48,12 +49,13 @@ class Execution:
     """
 
     def __init__(self, step: "Step"):
-        self._step, self._plain_forward, self.warm = step, step.forward, False
+        self._step, self._plain, self.warm = step, (step.forward, step.score), False
         device = step.losses.device
         self.compiled, captured, self.fallback = choose_mode(step.recipe.engine, device)
         self.graph = GraphedStep(step.execute) if captured else None
         if self.compiled:
-            step.forward = compile_model(step.forward)
+            # The loss is a graph of its own: what lies between is a step's to see.
+            step.forward, step.score = compile_model(step.forward), compile_model(step.score)
         if self.fallback and step.recipe.engine.strict:
             raise UserError(f"{self.fallback} (engine.strict)")
 
@@ -94,7 +96,7 @@ class Execution:
         except Exception as error:
             if not self.compiled:
                 raise
-            self.compiled, self._step.forward = False, self._plain_forward
+            self.compiled, (self._step.forward, self._step.score) = False, self._plain
             self._run(batch)  # an error of the model itself, not of the compiler, is raised here
             self._fall_back(f"the model cannot be compiled and runs without compilation: {root_cause(error)}")
 
@@ -150,7 +152,7 @@ def model_forward(model: nn.Module, flat: FlatParameters, working_copy: torch.dt
     return model if working_copy is None else WorkingCopyModel(model, flat, working_copy)
 
 
-def compile_model(forward: Forward) -> Forward:
+def compile_model(forward: Function) -> Function:
     """Let torch.compile make few kernels out of many; it happens at the first call for each shape.
 
     What is compiled is kept on disk, in the folders ``inductor`` and ``triton`` of our cache, unless
@@ -160,7 +162,7 @@ def compile_model(forward: Forward) -> Forward:
         os.environ.setdefault(variable, str(cache_folder() / folder))
     # Whether fp32 may be rounded to tf32 is the recipe's decision, not something to be reminded of.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-    return torch.compile(forward, dynamic=False)
+    return cast(Function, torch.compile(forward, dynamic=False))
 
 
 @contextmanager

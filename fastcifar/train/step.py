@@ -31,7 +31,7 @@ from fastcifar.train.execution import Execution, model_forward
 from fastcifar.train.flat_parameters import FlatParameters
 from fastcifar.train.freeze import build_freeze
 from fastcifar.train.lookahead import Lookahead
-from fastcifar.train.loss import class_weights, cross_entropy, divisors
+from fastcifar.train.loss import Divisors, class_weights, cross_entropy, divisors
 from fastcifar.train.optimizers import Optimizer, build_optimizer
 from fastcifar.train.precision import PRECISIONS, LossScaler, Precision
 from fastcifar.train.schedule import LearningRate, learning_rate
@@ -48,6 +48,7 @@ class Step:
         mix: CutMix or Mixup, (images, labels, epoch, step) -> (images, target), or None.
         flat: weights, gradients and optimizer state in flat buffers.
         forward: what is called as the model: itself, with a working copy of its weights, compiled or not.
+        score: `loss_and_correct`, compiled or not.
         precision: what autocast does.
         rate: (epoch, step) -> learning rate.
         cursor: the epoch, the step in it and the learning rate, on the device.
@@ -80,7 +81,10 @@ class Step:
     correct: Tensor
     _sizes: list[int] = field(default_factory=list)
 
+    score: Callable[..., tuple[Tensor, Tensor]] = field(init=False)
+
     def __post_init__(self) -> None:
+        self.score = self.loss_and_correct
         # Scratch, not state: each step writes them before it reads them.
         self._saved = torch.zeros_like(self.flat.weights) if self.ascent else None
         freeze = self.recipe.asam is not None and self.recipe.asam.batch_norm == "freeze"
@@ -155,16 +159,27 @@ class Step:
             self.forward_passes.add_(1)
             with self.precision.autocasting(x.device.type):
                 logits = self.forward(x)
-            loss = cross_entropy(logits, y, self.recipe.loss, weights=self.class_weights, divide=divide)
+            loss, count = self.score(logits, y, divide)
             objective = loss
             if self.recipe.loss.reduction == "sum":
                 # The mean times what it was divided by, which without class weights is the whole batch's size.
                 objective = loss * len(images)
             (objective if self.scaler is None else objective * self.scaler.scale[0]).backward()
             losses.append(loss.detach())
-            correct.append(right(logits.detach(), y))
+            correct.append(count)
         self.flat.collect_gradients()
         return (losses[0], correct[0]) if accumulate == 1 else (torch.stack(losses).sum(), torch.stack(correct).sum())
+
+    def loss_and_correct(self, logits: Tensor, target: Any, divide: Divisors | None) -> tuple[Tensor, Tensor]:
+        """Return the mean loss, with its gradient, and the number of right answers, both () on the device.
+
+        Args:
+            logits: (B, K).
+            target: int64 (B,) labels, or mixed labels.
+            divide: what the loss is divided by where these are but a part of the batch.
+        """
+        loss = cross_entropy(logits, target, self.recipe.loss, weights=self.class_weights, divide=divide)
+        return loss, right(logits.detach(), target)
 
     def _coefficient(self, loss: Tensor) -> Tensor | None:
         """Return what the optimizer multiplies the gradient by (unscaling, clipping): float32 (1,), or None.
