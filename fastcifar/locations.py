@@ -6,7 +6,7 @@ pyproject.toml). Everything that needs one of them asks here.
 
 import sys
 from importlib import resources
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 
@@ -61,6 +61,7 @@ def install_command(extra: str = "") -> str:
     if clone():  # the set-up installs every extra; its stamp says that it is done already, so the stamp goes first
         return "rm -f .venv/.ready-* && make environment"
     wanted = f"'fastcifar[{extra}]'" if extra else "fastcifar"  # quoted, because brackets are a pattern to most shells
-    if find_spec("pip") is None:  # environments that uv makes have no pip
+    # Environments that uv makes have no pip. Only the path is asked: setuptools hooks into the full search and warns.
+    if PathFinder.find_spec("pip") is None:
         return f"uv pip install --python {sys.executable} {wanted}"
     return f"{sys.executable} -m pip install {wanted}"

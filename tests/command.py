@@ -1,8 +1,10 @@
 """The command line's own entrance in this process: what it prints and how it ends, without a second start of Python."""
 
 import io
+import signal
 import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -28,3 +30,13 @@ def fastcifar(*words: str, cwd: Path) -> Done:
         except SystemExit as end:
             status = int(end.code or 0)
     return Done(status, stdout.getvalue(), stderr.getvalue())
+
+
+@contextmanager
+def hangups_heard() -> Iterator[None]:
+    """Start processes in this block that SIGHUP reaches, even where the tests themselves run under ``nohup``."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)

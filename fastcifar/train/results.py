@@ -188,7 +188,8 @@ class Results:
         """
         floating = [t for t in self.step.state_dict().values() if t.is_floating_point()]
         # One wait for the device; a sum is not finite where an element is not, but may overflow: so look at each.
-        if not bool(torch.stack([torch.isfinite(t).all() for t in floating]).all()):
+        spoiled = torch.stack([torch.isfinite(t).all() for t in floating]).logical_not()
+        if bool(spoiled.any()):  # "none" is zero, as all else that says nothing happened, on the null device too
             raise UserError(diverged(f"the weights are not finite after epoch {epoch}"))
 
     # ------------------------------------------------------------------------------------------------------ evaluation

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import fastcifar
+from tests.command import fastcifar, hangups_heard
 
 TINY = """
 [data]
@@ -99,12 +99,34 @@ def test_a_resumed_run_keeps_its_recipe(tiny):
     assert "a resumed run keeps its own" in done.stderr
 
 
-def test_two_processes_cannot_train_one_run_and_a_killed_one_leaves_it_free(tiny):
-    words = [sys.executable, "-m", "fastcifar", "run", "tiny.toml", "--out", "here", "--set", "train.epochs=5000"]
-    child = subprocess.Popen(words, cwd=tiny, stderr=subprocess.DEVNULL)
-    while not list(tiny.glob("here/checkpoints/epoch-*/state.json")):
-        assert child.poll() is None
-        time.sleep(0.05)
+@pytest.fixture
+def start(tiny):
+    """Return a function that starts a long run in a session of its own and waits until it trains."""
+    children = []
+
+    def start(*words: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "fastcifar", "run", "tiny.toml", "--out", "here", "--set", "train.epochs=5000"]
+        with hangups_heard():
+            child = subprocess.Popen(
+                [*command, *words], cwd=tiny, stderr=subprocess.PIPE, text=True, start_new_session=True
+            )
+        children.append(child)
+        limit = time.monotonic() + 300
+        while not list(tiny.glob("here/checkpoints/epoch-*/state.json")):
+            assert child.poll() is None, child.stderr.read()
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        return child
+
+    yield start
+    for child in children:  # a failed test must not leave one training
+        child.kill()
+        child.wait()
+        child.stderr.close()
+
+
+def test_two_processes_cannot_train_one_run_and_a_killed_one_leaves_it_free(tiny, start):
+    child = start()
     done = fastcifar("run", "--resume", "here", cwd=tiny)
     assert done.returncode == 2
     assert f"here: process {child.pid} is at work on this run" in done.stderr
@@ -114,21 +136,9 @@ def test_two_processes_cannot_train_one_run_and_a_killed_one_leaves_it_free(tiny
     assert done.returncode == 0, done.stderr
 
 
-def start(tiny: Path, *words: str, until: str = "here/checkpoints/epoch-*/state.json") -> subprocess.Popen:
-    """Start a long run in a session of its own and wait until it trains."""
-    command = [sys.executable, "-m", "fastcifar", "run", "tiny.toml", "--out", "here", "--set", "train.epochs=5000"]
-    child = subprocess.Popen([*command, *words], cwd=tiny, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    limit = time.monotonic() + 300
-    while not list(tiny.glob(until)):
-        assert child.poll() is None, child.stderr.read()
-        assert time.monotonic() < limit
-        time.sleep(0.05)
-    return child
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_with_a_checkpoint_and_the_way_to_go_on(tiny, number):
-    child = start(tiny)
+def test_a_signal_stops_with_a_checkpoint_and_the_way_to_go_on(tiny, start, number):
+    child = start()
     child.send_signal(number)
     _, stderr = child.communicate(timeout=300)
     assert child.returncode == 128 + number, stderr
@@ -137,8 +147,8 @@ def test_a_signal_stops_with_a_checkpoint_and_the_way_to_go_on(tiny, number):
     assert not list((tiny / "here").rglob("*.tmp"))
 
 
-def test_ctrl_c_with_worker_processes_is_no_error_of_theirs(tiny):
-    child = start(tiny, "--set", "data.loader.name=torchvision")
+def test_ctrl_c_with_worker_processes_is_no_error_of_theirs(start):
+    child = start("--set", "data.loader.name=torchvision")
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the whole group, workers included
     _, stderr = child.communicate(timeout=300)
     assert child.returncode == 130, stderr

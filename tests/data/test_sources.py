@@ -259,11 +259,11 @@ def test_image_folder_is_checked(rng, tmp_path):
         resolve_store(DataConfig(source="folder"), root)
 
 
-def test_image_folder_of_many_formats_and_spellings(tmp_path):
+def test_image_folder_of_many_formats_and_spellings(rng, tmp_path):
     """PNG, BMP and lossless WebP under any spelling; 16-bit grey is scaled, not clipped; the rest is mentioned."""
     root, grey = tmp_path / "set", np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
-    _image_folder(root, (16, 32, 3))
-    pixels = np.random.default_rng().integers(0, 256, (16, 32, 3), np.uint8)
+    _image_folder(rng, root, (16, 32, 3))
+    pixels = rng.integers(0, 256, (16, 32, 3), np.uint8)
     Image.fromarray(grey).save(root / "train/cat/a.Png")
     Image.fromarray(pixels).save(root / "train/cat/b.WebP", lossless=True)
     Image.fromarray(pixels).save(root / "train/cat/c.bmp")
@@ -284,8 +284,8 @@ def test_image_folder_of_many_formats_and_spellings(tmp_path):
         assert part in said
 
 
-def test_a_class_without_training_images_is_refused(tmp_path):
-    _image_folder(tmp_path / "set")
+def test_a_class_without_training_images_is_refused(rng, tmp_path):
+    _image_folder(rng, tmp_path / "set")
     (tmp_path / "set/train/bird").mkdir()
     with pytest.raises(UserError, match=r"train/bird: a class folder without images"):
         resolve_store(DataConfig(source="folder"), tmp_path / "set")

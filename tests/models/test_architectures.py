@@ -42,12 +42,12 @@ class Weights:
         bias = self(f"{name}.bias")
         return y if bias is None else y + bias
 
-    def bn(self, x: Tensor, name: str) -> Tensor:
+    def bn(self, x: Tensor, name: str, eps: float = 1e-5) -> Tensor:
         mean, var = self.state[f"{name}.running_mean"], self.state[f"{name}.running_var"]
         if self.training:
             mean = x.mean((0, 2, 3))
             var = ((x - mean[:, None, None]) ** 2).mean((0, 2, 3))
-        scaled = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+        scaled = (x - mean[:, None, None]) / (var[:, None, None] + eps).sqrt()
         return scaled * self.state[f"{name}.weight"][:, None, None] + self.state[f"{name}.bias"][:, None, None]
 
 
@@ -147,12 +147,14 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def speednet(w: Weights, x: Tensor, convs: int = 2) -> Tensor:
+    eps = 1e-12  # airbench's, not torch's default
     x = gelu(w.conv(x, "whitening", padding=0))
     for b in range(3):
         name = f"blocks.{b}"
-        x = gelu(w.bn(F.max_pool2d(w.conv(x, f"{name}.convs.0"), 2), f"{name}.norms.0"))
-        x = gelu(w.bn(w.conv(x, f"{name}.convs.1"), f"{name}.norms.1"))
-        x = gelu(w.bn(w.conv(x, f"{name}.convs.2"), f"{name}.norms.2") + x) if convs == 3 else x
+        x = gelu(w.bn(F.max_pool2d(w.conv(x, f"{name}.convs.0"), 2), f"{name}.norms.0", eps))
+        first = x
+        x = gelu(w.bn(w.conv(x, f"{name}.convs.1"), f"{name}.norms.1", eps))
+        x = gelu(w.bn(w.conv(x, f"{name}.convs.2"), f"{name}.norms.2", eps) + first) if convs == 3 else x
     return w.linear(x.flatten(2).max(2).values, "head") / 9
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastcifar.errors import UserError
+from tests.command import hangups_heard
 from tests.storm.tally import Tally
 from tests.train.tiny import assert_same_run
 
@@ -82,10 +83,11 @@ def disturb(
 ) -> tuple[int, str]:
     """Run for a random time, or with a random limit of bytes per file; return the status and what was said."""
     limit = None if kind else _limit(int(10 ** chance.uniform(0, 6)))
-    child = subprocess.Popen(
-        command(folder, name), cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        preexec_fn=limit, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-    )  # fmt: skip
+    with hangups_heard():
+        child = subprocess.Popen(
+            command(folder, name), cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            preexec_fn=limit, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        )  # fmt: skip
     if kind:
         try:
             child.wait(chance.uniform(0, whole_s))

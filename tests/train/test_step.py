@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from fastcifar.config.schema import EngineConfig
 from fastcifar.errors import UserError
@@ -187,8 +188,8 @@ def test_modes_and_their_reasons() -> None:
 
 
 def test_class_weights_are_checked() -> None:
-    with pytest.raises(UserError, match="3 weights for 10 classes"):
-        make_step(recipe(loss={"class_weights": [1.0, 1.0, 1.0]}))
+    with pytest.raises(ValidationError, match="3 weights for 10 classes"):
+        recipe(loss={"class_weights": [1.0, 1.0, 1.0]})
 
 
 def test_torch_seed_depends_on_seed_and_epoch() -> None:

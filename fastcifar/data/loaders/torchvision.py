@@ -38,11 +38,14 @@ class _Images(Dataset[HostBatch]):
 
 
 def _quiet_worker(worker: int) -> None:
-    """Leave Ctrl-C and the end of a terminal to the main process, which ends its workers; SIGTERM ends this one."""
+    """Leave Ctrl-C and the end of a terminal to the main process, which ends its workers.
+
+    SIGTERM is torch's: its handler in a worker ends with status 0 where the main process has sent the signal. Death by
+    the signal itself would be an error to the handler that torch has in the main process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):  # Windows has none
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class TorchvisionLoader(StreamingLoader):
