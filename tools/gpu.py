@@ -52,7 +52,7 @@ PIECES = (
     Piece("tests", benchmarks=("launches",), tests=True),  # first: are the launches those of the ledger?
     Piece("suite-quick", benchmarks=("all",), quick=True),
     Piece("ladder-cheap", rows=("lenet5", "lenet5-kaiming", "deep", "deep-*"), seeds=3),
-    Piece("suite-step", benchmarks=("ceilings", "optimizer", "augment", "step")),
+    Piece("suite-step", benchmarks=("ceilings", "optimizer", "kernels", "augment", "step")),
     Piece("suite-rest", benchmarks=("loaders", "models")),
     Piece("step-times", benchmarks=("step-times",)),
     Piece("wrn-200", rows=("wrn-200",)),
