@@ -7,6 +7,7 @@ A benchmark is a file ``benchmarks/NAME.py`` that ends with ``main("NAME", run)`
 import argparse
 import datetime
 import json
+import os
 import statistics
 import sys
 import time
@@ -99,16 +100,27 @@ def main(name: str, run: Callable[[bool], list[Row]]) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few repeats: seconds instead of minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     arguments = parser.parse_args()
+    be_strict()
     try:
         rows = run(arguments.quick)
     except UserError as error:
         sys.exit(f"benchmarks/{name}.py: {error}")
-    environment = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **describe()}
-    report = {"benchmark": name, "quick": arguments.quick, "environment": environment, "results": rows}
+    report = report_of(name, arguments.quick, rows)
     show(report)
     if arguments.json:
         json.dump(report, sys.stdout, indent=1)
         print()
+
+
+def be_strict() -> None:
+    """Make any fallback of a step an error (as ``engine.strict``): a benchmark measures what it says, or nothing."""
+    os.environ.setdefault("FASTCIFAR_STRICT", "1")
+
+
+def report_of(name: str, quick: bool, rows: list[Row]) -> dict[str, Any]:
+    """Return a benchmark's report, as it is printed and kept: with today's date and this environment."""
+    environment = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **describe()}
+    return {"benchmark": name, "quick": quick, "environment": environment, "results": rows}
 
 
 def show(report: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from common import Row, describe, result, show
+from common import Row, be_strict, describe, report_of, result, show
 from fastcifar.config import load_recipe, to_toml
 from fastcifar.errors import UserError
 from fastcifar.run_directory import write_json
@@ -242,6 +242,14 @@ def compare(recipe: str, ledger: Entry, real: Entry) -> list[str]:
     return lines
 
 
+def against_null(entries: dict[str, Entry]) -> list[str]:
+    """Return, in words, how a GPU's entries differ from those of the null device; they are findings, not failures."""
+    held = read_ledger().get(NULL, {})
+    both = [name for name in entries if name in held]
+    lines = [line for name in both for line in compare(name, held[name], entries[name])]
+    return lines or [f"the GPU launches what the ledger says, for {', '.join(both) or 'no recipe (none is in both)'}"]
+
+
 # --------------------------------------------------------------------------------------------------------------- main
 
 
@@ -269,18 +277,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one cheap recipe, and the ledger is left alone")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     arguments = parser.parse_args()
+    be_strict()
     try:
         entries = carry_out(arguments.recipes, arguments.quick)
     except UserError as error:
         sys.exit(f"benchmarks/launches.py: {error}")
-    environment = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **describe()}
-    report = {
-        "benchmark": "launches",
-        "quick": arguments.quick,
-        "environment": environment,
-        "results": rows_of(entries),
-    }
+    report = report_of("launches", arguments.quick, rows_of(entries))
     show(report)
+    if torch.cuda.is_available():
+        print("\n".join(against_null(entries)), file=sys.stderr)
     if arguments.json:
         json.dump(report, sys.stdout, indent=1)
         print()

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,17 @@ FOLDER = ROOT / "runs" / ("gpu-rehearsal" if REHEARSAL else "gpu")
 DATA = ROOT / "gpu-pack" / "ready"
 GRACE_S = 30.0
 UNFINISHED = 3
+INTERRUPTED = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+"""Statuses of a command that a signal stopped: what it had done is kept, and it wants to be run again."""
+RESUMABLE = ("launches", "step-times")
+"""Benchmarks that keep each recipe's result at once, so that another start goes on."""
+TRIES = 20
+"""How often a piece is started at most, so that one without progress does not keep a machine for ever."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One portion of the work; ``benchmarks``, ``rows`` (with ``seeds``) or ``tests``."""
+    """One part of the work; ``benchmarks`` (and then ``tests``), or ``rows`` (with ``seeds``)."""
 
     name: str
     tests: bool = False
@@ -42,10 +49,10 @@ class Piece:
 
 
 PIECES = (
-    Piece("tests", tests=True),
+    Piece("tests", benchmarks=("launches",), tests=True),  # first: are the launches those of the ledger?
     Piece("suite-quick", benchmarks=("all",), quick=True),
     Piece("ladder-cheap", rows=("lenet5", "lenet5-kaiming", "deep", "deep-*"), seeds=3),
-    Piece("suite-step", benchmarks=("ceilings", "optimizer", "augment", "step")),
+    Piece("suite-step", benchmarks=("ceilings", "optimizer", "kernels", "augment", "step")),
     Piece("suite-rest", benchmarks=("loaders", "models")),
     Piece("step-times", benchmarks=("step-times",)),
     Piece("launches", benchmarks=("launches",)),
@@ -72,6 +79,8 @@ def main() -> None:
         for number, piece in enumerate(PIECES, 1):
             print(f"{number:3} {piece.name:20} {'done' if mark(piece).exists() else ''}")
         return
+    # Whatever ends this process ends its command first, with time to save.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     prepare()
     if arguments.piece:
         status = attempt(chosen(arguments.piece), arguments.minutes)
@@ -105,9 +114,9 @@ def all_pieces(minutes: float) -> int:
     """Run every piece that is not done, each until it is done; go past one that fails, and report it at the end."""
     failed = []
     for piece in PIECES:
-        status = UNFINISHED
-        while status == UNFINISHED and not mark(piece).exists():
-            status = attempt(piece, minutes)
+        status, tries = UNFINISHED, 0
+        while status == UNFINISHED and not mark(piece).exists() and (piece.rows or tries < TRIES):
+            status, tries = attempt(piece, minutes), tries + 1
         if not mark(piece).exists():
             failed.append(piece.name)
     if failed:
@@ -130,7 +139,7 @@ def attempt(piece: Piece, minutes: float) -> int:
                 done.touch()
             elif statuses[-1] == 0:
                 statuses[-1] = UNFINISHED
-            elif statuses[-1] == UNFINISHED and not piece.rows and left_s > 55 * minutes:
+            elif statuses[-1] == UNFINISHED and not resumable(piece, command) and left_s > 55 * minutes:
                 statuses[-1] = 1  # it had nearly all the time there is, so another try would end the same
     status = next((s for s in statuses if s not in (0, UNFINISHED)), UNFINISHED if UNFINISHED in statuses else 0)
     if status == 0:
@@ -140,15 +149,19 @@ def attempt(piece: Piece, minutes: float) -> int:
     return status
 
 
+def resumable(piece: Piece, command: list[str]) -> bool:
+    """Return whether a command that had all the time there is goes on at its next start."""
+    return bool(piece.rows) or any(name in command for name in RESUMABLE)
+
+
 def commands(piece: Piece, minutes: float) -> list[list[str]]:
     """Return the piece's commands; in a rehearsal with the smallest settings."""
-    if piece.tests:
-        return [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]]
     command = [sys.executable, "-m", "fastcifar"]
-    if piece.benchmarks:
+    if piece.benchmarks or piece.tests:
         quick = ["--quick"] if piece.quick or REHEARSAL else []
         to = ["--out", str(FOLDER / "results.json")] if REHEARSAL else []
-        return [[*command, "bench", name, *quick, *to] for name in every(piece.benchmarks)]
+        tests = [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]] if piece.tests else []
+        return [*([*command, "bench", name, *quick, *to] for name in every(piece.benchmarks)), *tests]
     return [[*command, "ladder", *ladder_options(piece), "--until", f"{60 * minutes - GRACE_S:.0f}s"]]
 
 
@@ -160,7 +173,7 @@ def every(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def ladder_options(piece: Piece) -> list[str]:
-    """Return which rows to run and where; a rehearsal takes each row's small twin on drawn images, one seed."""
+    """Return which rows to run and where; a rehearsal takes each row's smoke config on synthetic images, one seed."""
     rows = [f"smoke/{row.removeprefix('beyond/')}" if REHEARSAL else row for row in piece.rows]
     rows = ["smoke/pyramid" if row == "smoke/pyramid-aligned" else row for row in rows]
     only = [word for row in rows for word in ("--only", row)]
@@ -175,30 +188,44 @@ def ladder_done(piece: Piece) -> bool:
 
 
 def limited(command: list[str], limit_s: float, log: Path) -> int:
-    """Run a command, its output on the screen and in a log; interrupt it at the limit, which counts as unfinished."""
+    """Run a command, its output on the screen and in a log; interrupt it at the limit.
+
+    Returns:
+        Its exit status, or `UNFINISHED` where it was interrupted, by this limit or by anyone else.
+    """
     if limit_s < 1:
         return UNFINISHED
     environment = {**os.environ}
+    if "pytest" not in command:  # the tests try out what falls back
+        environment.setdefault("FASTCIFAR_STRICT", "1")
     if (DATA / "cifar-10-batches-bin").is_dir():
         environment.setdefault("FASTCIFAR_DATA", str(DATA))
     print(f"$ {' '.join(command)}", file=sys.stderr)
-    with subprocess.Popen(["tee", "-a", str(log)], stdin=subprocess.PIPE) as tee:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=tee.stdin, stderr=subprocess.STDOUT)
+    with subprocess.Popen(["tee", "-a", str(log)], stdin=subprocess.PIPE, start_new_session=True) as tee:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=tee.stdin, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            return process.wait(limit_s)
+            status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
+            status = UNFINISHED
+        finally:  # also where this process is interrupted
             stop(process)
-            return UNFINISHED
+    return UNFINISHED if status in INTERRUPTED or -status in (signal.SIGINT, signal.SIGTERM) else status
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a process, so that it can end well, and kill it when it does not."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    """Interrupt a command and what it has started, so that it can end well, and kill what is left of its group.
+
+    A group of its own, because ``fastcifar bench`` ends at once and its benchmark would go on, on the GPU.
+    """
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def mark(piece: Piece) -> Path:
@@ -221,4 +248,8 @@ def collect(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("gpu: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

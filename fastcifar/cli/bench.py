@@ -13,7 +13,10 @@ from fastcifar.console import err, out
 from fastcifar.errors import UserError, nearest
 from fastcifar.locations import benchmarks_folder, new_results_folder
 
-NAMES = ("ceilings", "loaders", "augment", "optimizer", "step", "models", "step-times", "time-to-accuracy", "launches")
+NAMES = (
+    "ceilings", "loaders", "augment", "optimizer", "kernels", "step", "models", "step-times", "time-to-accuracy",
+    "launches",
+)  # fmt: skip
 OWN_FILES = {"launches": "launches.json"}
 """Benchmarks that keep their results themselves, and where."""
 
@@ -37,6 +40,8 @@ def bench(
             failed.append(name)
             continue
         reports.append(report)
+        if not report["results"]:  # it has said why
+            continue
         path = to or new_results_folder() / OWN_FILES.get(name, results_name(report["environment"]))
         if to or name not in OWN_FILES:
             merge(path, report)

@@ -16,7 +16,8 @@ def plan(
     recipe: Annotated[str | None, typer.Argument(help="A recipe file, or the name of a shipped one.")] = None,
     ladder: Annotated[bool, typer.Option(help="Every row of the ladder, with its predicted time.")] = False,
     gpu: Annotated[
-        str | None, typer.Option(help="Predict for this hardware, such as h200, from its results. Default: this one.")
+        str | None,
+        typer.Option(help="Predict for this hardware, such as h200: from its results; h100 and h200 without any, too."),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key. Repeatable.")] = None,
     data: Annotated[Path | None, typer.Option(help="The data, as for `fastcifar run`.")] = None,
@@ -25,6 +26,8 @@ def plan(
     """Say what would run: parameters, GMACs, steps, data, backend, memory, time. Nothing is trained or written.
 
     Times come from step times that `fastcifar bench step-times` measured; without them they are "not measured yet".
+    For H100 and H200, seconds an epoch are predicted besides, from the launches in the ledger, the model's bytes and
+    FLOPs, and data-sheet peaks at an assumed efficiency: predicted, never measured.
     """
     from fastcifar.config import load_recipe
     from fastcifar.console import err, out
@@ -81,7 +84,17 @@ def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str
         },
         "memory_mib": memory,
         "time": {"hardware": hardware, "total_s": prediction.total_s if prediction else None},
+        "predicted": predicted(recipe, hardware),
     }  # fmt: skip
+
+
+def predicted(recipe: "Recipe", hardware: str) -> dict[str, Any] | None:
+    """Return the predicted epoch on a card that we have the data sheet of, or None for other hardware."""
+    from fastcifar.locations import results_folders
+    from fastcifar.models.gpu_prediction import card_of, predict_epoch, read_ledger
+
+    card = card_of(hardware)
+    return predict_epoch(recipe, card, read_ledger(results_folders())).told() if card else None
 
 
 def find_data(recipe: "Recipe", data: Path | None) -> tuple[dict[str, Any], "Store | None", int]:
@@ -152,6 +165,25 @@ def lines(told: dict[str, Any]) -> list[str]:
         f"memory   about {memory['total']:,.0f} MiB: {memory['weights_and_state']:,.0f} weights and their state, "
         f"{memory['activations']:,.0f} activations (eager), {memory['images']:,.0f} images where they are resident",
         f"time     {time}",
+        *predicted_lines(told["predicted"]),
+    ]
+
+
+def predicted_lines(told: dict[str, Any] | None) -> list[str]:
+    """Return a predicted epoch in words, with its parts and all that is assumed; nothing where there is none."""
+    if told is None:
+        return []
+    assumed, kernels = told["assumptions"], told["kernels_per_step"]
+    card = assumed["card"]
+    parts = ", ".join(f"{part} {told[f'{part}_s']:.3g}" for part in ("library", "generated", "own", "launches"))
+    count = "" if kernels is None else f", {kernels:,.0f} kernels a step"
+    peaks = ", ".join(f"{name} {peak:,.5g}" for name, peak in card["tflops"].items())
+    return [
+        f"epoch    {told['epoch_s']:.3g} s on {card['name']} ({told['status']}): {parts}, "
+        f"evaluation {told['evaluation_s']:.3g}",
+        f"from     {told['source']}{count}",
+        f"assumed  {assumed['arithmetic']:.0%} of the peak in TFLOP/s ({peaks}), {assumed['memory']:.0%} of "
+        f"{card['gbs']:,.0f} GB/s ({card['source']}), {1e6 * assumed['kernel_s']:.2g} us a kernel in a CUDA graph",
     ]
 
 
@@ -173,7 +205,10 @@ def measured(gpu: str | None) -> tuple[str, dict[str, float]]:
 
 
 def ladder_table(hardware: str, times: dict[str, float]) -> dict[str, Any]:
-    """Return each row's epochs, steps, milliseconds a step and predicted seconds; None where it was not measured."""
+    """Return each row's epochs, steps, milliseconds a step and predicted seconds; None where it was not measured.
+
+    ``predicted_epoch_s`` is of no measurement; ``basis`` is "ledger", or "floor" where no launches are known.
+    """
     from fastcifar.config import Recipe
     from fastcifar.ladder.rows import catalogue, ladder_rows
     from fastcifar.models import budget
@@ -183,11 +218,12 @@ def ladder_table(hardware: str, times: dict[str, float]) -> dict[str, Any]:
         recipe = catalogue()[name]
         if not isinstance(recipe, Recipe):
             continue
-        found = budget.predict(recipe, times)
+        found, epoch = budget.predict(recipe, times), predicted(recipe, hardware)
         rows.append({
             "recipe": name, "epochs": recipe.train.epochs,
             "steps": recipe.train.epochs * budget.steps_per_epoch(recipe, budget.images_to_train(recipe)),
             "step_ms": 1e3 * found.step_s if found else None, "total_s": found.total_s if found else None,
+            "predicted_epoch_s": epoch["epoch_s"] if epoch else None, "basis": epoch["basis"] if epoch else None,
         })  # fmt: skip
     known = [row["total_s"] for row in rows if row["total_s"] is not None]
     return {"hardware": hardware, "rows": rows, "measured_rows": len(known), "total_s": sum(known) or None}
@@ -201,11 +237,15 @@ def ladder_view(table: dict[str, Any]) -> Any:
 
     title = f"{table['hardware']}: {table['measured_rows']} of {len(table['rows'])} rows measured"
     total = duration(table["total_s"]) if table["total_s"] else NOT_MEASURED
-    view = Table(title=title, caption=f"measured rows together: {total}", title_justify="left")
-    for column in ("recipe", "epochs", "steps", "ms a step", "predicted"):
+    unmeasured = any(row["basis"] for row in table["rows"])
+    note = "\ns an epoch: predicted, never measured; * the cost model's floor, without launches" if unmeasured else ""
+    caption = f"measured rows together: {total}{note}"
+    view = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for column in ("recipe", "epochs", "steps", "ms a step", "predicted", *(["s an epoch"] if unmeasured else [])):
         view.add_column(column, justify="left" if column == "recipe" else "right")
     for row in table["rows"]:
         step = NOT_MEASURED if row["step_ms"] is None else f"{row['step_ms']:.2f}"
         time = NOT_MEASURED if row["total_s"] is None else duration(row["total_s"])
-        view.add_row(row["recipe"], str(row["epochs"]), f"{row['steps']:,}", step, time)
+        epoch = [f"{row['predicted_epoch_s']:.3g}{'*' * (row['basis'] == 'floor')}"] if unmeasured else []
+        view.add_row(row["recipe"], str(row["epochs"]), f"{row['steps']:,}", step, time, *epoch)
     return view

@@ -424,7 +424,8 @@ class EngineConfig(Section):
         fused_batch_norm: in training on a GPU, normalize, activate, drop and add a shortcut in two launches, and return
             in two; ``auto`` for every model that can (wide_resnet, and pyramidnet with ``align`` 1).
         strict: make it an error when the step cannot be carried out as ``mode`` asks for (a model that does not compile
-            or cannot be captured), instead of saying so and going on with less.
+            or cannot be captured), instead of saying so and going on with less. FASTCIFAR_STRICT=1 in the environment
+            does so for every recipe.
         on_nonfinite: ``stop`` ends the run at a loss that is not finite; ``skip`` leaves a step whose loss or gradient
             is not finite out of it.
     """

@@ -29,6 +29,7 @@ from fastcifar.train.checks import check_data
 from fastcifar.train.clock import Clock
 from fastcifar.train.display import Display, Steps
 from fastcifar.train.evaluate import EvaluationSet, Evaluator
+from fastcifar.train.execution import is_strict
 from fastcifar.train.precision import PRECISIONS
 from fastcifar.train.results import Results, diverged
 from fastcifar.train.step import Step, build_step
@@ -163,6 +164,8 @@ def warm_up(
         step.execution.warm_up(islice(example_batches(loader, epoch), 1 if eager else None))
         if not eager:
             evaluator.warm_up(image_shape, {"none", step.recipe.eval.tta})
+    if evaluator.fallback and is_strict(step.recipe.engine):
+        raise UserError(f"{evaluator.fallback} (engine.strict)")
     for fallback in filter(None, (step.execution.fallback, evaluator.fallback)):
         display.say(fallback)
 

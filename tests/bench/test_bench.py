@@ -92,6 +92,13 @@ def test_a_failed_benchmark_does_not_stop_the_others(suite, capfd):
     assert bench.read_results(suite / "results.json")["benchmarks"][0]["benchmark"] == "step"
 
 
+def test_what_measured_nothing_is_not_kept(suite, capfd):
+    (suite / "step.py").write_text(f"print({json.dumps(json.dumps(report('step', 1.0) | {'results': []}))})")
+    bench.bench(["step"], json_=True)
+    assert json.loads(capfd.readouterr().out)["failed"] == []
+    assert not (suite / "results").exists()
+
+
 def test_ceilings_run_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "fastcifar", "bench", "ceilings", "--quick", "--json"]
     command += ["--out", str(tmp_path / "results.json")]

@@ -122,7 +122,7 @@ def test_usual_models_are_not_estimated():
 
 
 def test_the_ladder_has_every_training_row():
-    table = plan.ladder_table("h200", {})
+    table = plan.ladder_table("no such card", {})
     assert len(table["rows"]) == 32
     assert table["measured_rows"] == 0
     assert all(row["total_s"] is None for row in table["rows"])
@@ -143,3 +143,27 @@ def test_json_is_one_object(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["hardware"] == "nothing-like-it"
+
+
+def test_a_card_with_a_data_sheet_gets_a_prediction_that_says_what_it_is(monkeypatch):
+    recipe = load_recipe("lenet5")
+    found = plan.describe(recipe, None, "h200", {})
+    assert found["predicted"]["basis"] == "ledger"
+    assert found["predicted"]["assumptions"]["card"]["gbs"] == 4800
+    text = "\n".join(plan.lines(found))
+    assert "H200 SXM (predicted, never measured)" in text
+    assert "data sheet" in text
+    assert plan.describe(recipe, None, "x", {})["predicted"] is None
+
+
+def test_the_ladder_marks_what_is_only_a_floor(monkeypatch):
+    from fastcifar.models import gpu_prediction
+    from fastcifar.models.cost import Cost, Operation
+
+    cost = Cost(1, 1, [Operation("convolution", 1, 1)])
+    monkeypatch.setattr(gpu_prediction, "known_cost", lambda config: cost)
+    table = plan.ladder_table("h100", {})
+    bases = {row["recipe"]: row["basis"] for row in table["rows"]}
+    assert bases["lenet5"] == bases["wrn-200"] == "ledger"
+    assert bases["deep"] == "floor"
+    assert "never measured" in plan.ladder_view(table).caption

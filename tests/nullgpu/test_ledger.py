@@ -130,3 +130,15 @@ def test_a_gpu_is_compared_by_origin() -> None:
     assert launches.compare("lenet5", entry, entry) == []
     other = entry | {"step": {"launches": {"generated": 3, "own": 1, "aten": 4, "copy": 9}, "library": {}}}
     assert launches.compare("lenet5", entry, other) == ["lenet5: generated: 2 launches in the ledger, 3 on the GPU"]
+
+
+def test_a_gpu_is_held_against_the_null_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = launches.entry_of("lenet5", report())
+    monkeypatch.setattr(launches, "read_ledger", lambda: {launches.NULL: {"lenet5": entry}})
+    assert launches.against_null({"lenet5": entry, "wrn-200": entry}) == [
+        "the GPU launches what the ledger says, for lenet5"
+    ]
+    other = entry | {"mode": "eager"}
+    assert launches.against_null({"lenet5": other}) == [
+        f'lenet5: mode "{entry["mode"]}" in the ledger, "eager" on the GPU'
+    ]

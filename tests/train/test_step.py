@@ -187,6 +187,12 @@ def test_modes_and_their_reasons() -> None:
         make_step(recipe(engine={"mode": "graph", "strict": True}))
 
 
+def test_the_environment_makes_every_recipe_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCIFAR_STRICT", "1")
+    with pytest.raises(UserError, match=r"needs a CUDA device.*engine\.strict"):
+        make_step(recipe(engine={"mode": "graph", "precision": "fp32"}))
+
+
 def test_class_weights_are_checked() -> None:
     with pytest.raises(ValidationError, match="3 weights for 10 classes"):
         recipe(loss={"class_weights": [1.0, 1.0, 1.0]})

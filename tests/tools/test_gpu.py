@@ -1,0 +1,96 @@
+"""`make gpu`: the first piece, and what becomes of a command that is interrupted."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tools.test_gpu_pack import script
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """The script, with its folder under tmp_path and little patience."""
+    module = script("gpu")
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(module, "GRACE_S", 60.0)
+    return module
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_the_first_command_compares_the_launches_with_the_ledger(gpu):
+    first, tests = gpu.commands(gpu.PIECES[0], 9.0)
+    assert first[-2:] == ["bench", "launches"]
+    assert "pytest" in tests
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("pass", 0),
+        ("raise SystemExit(1)", 1),
+        ("raise SystemExit(130)", 3),
+        ("raise SystemExit(143)", 3),
+        ("raise SystemExit(129)", 3),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", 3),
+    ],
+)
+def test_statuses(gpu, tmp_path, code, status):
+    assert gpu.limited(python(code), 120, tmp_path / "log") == status
+
+
+def test_at_the_limit_a_command_can_save_and_leaves_nothing_running(gpu, tmp_path):
+    """The command ends as ``fastcifar bench`` does, at once and without its child, which would hold the log open."""
+    child = f"import os, time; open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    code = (
+        "import os, signal, subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', 'import signal; signal.signal(2, 1); ' + {child!r}])\n"
+        f"def saved(*_): open({str(tmp_path / 'saved')!r}, 'w').close(); os._exit(130)\n"
+        "signal.signal(signal.SIGINT, saved)\n"
+        "while True: signal.pause()\n"
+    ).replace("signal.signal(2, 1)", "signal.signal(2, signal.SIG_IGN)")
+    assert gpu.limited(python(code), 5, tmp_path / "log") == gpu.UNFINISHED
+    assert (tmp_path / "saved").exists()
+    assert gone(int((tmp_path / "child").read_text()))
+
+
+def gone(process: int) -> bool:
+    """Return whether a process has ended, within a minute; one that nobody has waited for has ended too."""
+    for _ in range(600):
+        stat = Path(f"/proc/{process}/stat")
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_an_interrupted_piece_is_run_again_and_a_failed_one_is_not(gpu, monkeypatch):
+    statuses = {"a": [3, 3, 0], "b": [1], "c": [0]}
+    monkeypatch.setattr(gpu, "PIECES", tuple(gpu.Piece(name, benchmarks=(name,)) for name in statuses))
+    monkeypatch.setattr(gpu, "commands", lambda piece, minutes: [[piece.name]])
+    monkeypatch.setattr(gpu, "limited", lambda command, left_s, log: statuses[command[0]].pop(0))
+    monkeypatch.setattr(gpu, "RESUMABLE", ("a",))
+    assert gpu.all_pieces(9.0) == 1
+    assert statuses == {"a": [], "b": [], "c": []}
+    assert [gpu.mark(piece).exists() for piece in gpu.PIECES] == [True, False, True]
+
+
+def test_a_piece_without_progress_is_given_up(gpu, monkeypatch):
+    tried = []
+    monkeypatch.setattr(gpu, "PIECES", (gpu.Piece("a", benchmarks=("step-times",)),))
+    monkeypatch.setattr(gpu, "limited", lambda command, left_s, log: tried.append(command) or gpu.UNFINISHED)
+    assert gpu.all_pieces(9.0) == 1
+    assert len(tried) == gpu.TRIES
+
+
+def test_fallbacks_are_errors_except_in_the_tests(gpu, tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTCIFAR_STRICT", raising=False)
+    code = "import os; raise SystemExit(40 + int(os.environ.get('FASTCIFAR_STRICT', 0)))"
+    assert gpu.limited(python(code), 120, tmp_path / "log") == 41
+    assert gpu.limited([*python(code), "pytest"], 120, tmp_path / "log") == 40
+    assert "FASTCIFAR_STRICT" not in os.environ
