@@ -10,6 +10,7 @@ import numpy as np
 
 from fastcifar.analysis import ensemble
 from fastcifar.analysis.members import Scores, available, collect, source_of
+from fastcifar.analysis.statistics import accuracy
 from fastcifar.config.schema import CombineConfig, CombineRecipe
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
@@ -227,10 +228,9 @@ def _stack(config: CombineConfig, members: Mapping[str, RunDirectory], tta: bool
 
 def _combined(log_probabilities: np.ndarray, test: Scores, protocol: str, details: dict[str, Any]) -> Combined:
     chosen = log_probabilities[np.arange(len(test.labels)), test.labels]
-    right = log_probabilities.argmax(-1) == test.labels
     metrics = {
         "epoch": details.get("meta_epoch", 0),
-        "accuracy": 100 * float(right.mean()),
+        "accuracy": accuracy(log_probabilities, test.labels),
         "loss": -float(chosen.mean()),
         "protocol": protocol,
     }

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastcifar.analysis.ensemble import stratified_folds
 from fastcifar.analysis.members import Scores
+from fastcifar.analysis.statistics import accuracy
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 PUBLISHED = "published: fitted on the members' training images, epoch chosen on the test set"
@@ -40,11 +41,6 @@ class Stacked:
 def features(logits: np.ndarray) -> np.ndarray:
     """Return the members' logits side by side: float32 (N, M * K) from (M, N, K), the first member's first."""
     return np.ascontiguousarray(logits.transpose(1, 0, 2).reshape(logits.shape[1], -1), dtype=np.float32)
-
-
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the accuracy in percent of logits (N, K) against labels int64 (N,)."""
-    return 100 * float((logits.argmax(-1) == labels).mean())
 
 
 def stack_published(train: Scores, test: Scores, meta: str, seed: int) -> Stacked:

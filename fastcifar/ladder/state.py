@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastcifar.analysis.statistics import Difference, Mean, difference
 from fastcifar.config import CombineRecipe, Recipe
 from fastcifar.errors import UserError
-from fastcifar.ladder.metrics import Difference, Mean, Metrics, difference, metrics_of
+from fastcifar.ladder.metrics import Metrics, metrics_of
 from fastcifar.ladder.rows import Job, catalogue
 from fastcifar.run_directory import RunDirectory
 
@@ -235,7 +236,7 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def _mean_json(value: Mean | None) -> dict[str, Any] | None:
-    return {"mean": value.mean, "standard_error": value.error, "n": value.n} if value else None
+    return value.row() if value else None
 
 
 def _difference_json(value: Difference | None) -> dict[str, Any] | None:
