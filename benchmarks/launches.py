@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     arguments = parser.parse_args()
     try:
-        entries = carry_out(arguments.recipes, arguments.quick)
+        entries = execute(arguments.recipes, arguments.quick)
     except UserError as error:
         sys.exit(f"benchmarks/launches.py: {error}")
     environment = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **describe()}
@@ -286,7 +286,7 @@ def main() -> None:
         print()
 
 
-def carry_out(names: list[str], quick: bool) -> dict[str, Entry]:
+def execute(names: list[str], quick: bool) -> dict[str, Entry]:
     """Measure and return the device's entries by recipe; each is in the ledger as soon as it is known.
 
     A recipe whose step fails does not keep the others from being measured.

@@ -1,7 +1,7 @@
 """How long one step, one image's evaluation and the compilation of each kind of step in the recipes take.
 
 `fastcifar plan --ladder` predicts the time of a run from these. Each kind is measured with the first recipe that has
-it, on drawn images that are resident on the device. Without a GPU, kinds of more than a few seconds a step are left
+it, on synthetic images that are resident on the device. Without a GPU, kinds of more than a few seconds a step are left
 out, as is everything but two cheap kinds with ``--quick``.
 """
 
@@ -41,7 +41,7 @@ def kinds(quick: bool) -> list[Recipe]:
 
 
 class Kind:
-    """One kind of step, built on drawn images that are resident on the device."""
+    """One kind of step, built on synthetic images that are resident on the device."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.device = recipe, device()

@@ -31,7 +31,7 @@ UNFINISHED = 3
 
 @dataclass(frozen=True)
 class Piece:
-    """One portion of the work; ``benchmarks``, ``rows`` (with ``seeds``) or ``tests``."""
+    """One piece of the work; ``benchmarks``, ``rows`` (with ``seeds``) or ``tests``."""
 
     name: str
     tests: bool = False
@@ -159,7 +159,7 @@ def every(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def ladder_options(piece: Piece) -> list[str]:
-    """Return which rows to run and where; a rehearsal takes each row's small twin on drawn images, one seed."""
+    """Return which rows to run and where; a rehearsal takes each row's smoke config on synthetic images, one seed."""
     rows = [f"smoke/{row.removeprefix('beyond/')}" if REHEARSAL else row for row in piece.rows]
     rows = ["smoke/pyramid" if row == "smoke/pyramid-aligned" else row for row in rows]
     only = [word for row in rows for word in ("--only", row)]

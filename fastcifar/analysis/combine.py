@@ -1,4 +1,4 @@
-"""Carry out a combination recipe and record it as a run directory, so that tables and reports treat it as a run."""
+"""Execute a combination recipe and record it as a run directory, so that tables and reports treat it as a run."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -59,7 +59,7 @@ def run_combine(
 
 @dataclass(frozen=True)
 class Done:
-    """A combination that has been carried out.
+    """A combination that has been executed.
 
     Attributes:
         recipe: what was wanted.
@@ -125,7 +125,7 @@ def record(done: Done, folder: Path) -> RunDirectory:
 
 
 def combine_run(run: RunDirectory) -> dict[str, Any]:
-    """Carry out the combination recipe of a run directory and return the summary.
+    """Execute the combination recipe of a run directory and return the summary.
 
     The members are the newest finished runs of the named recipes, looked for beside the directory, then in ``runs/``.
 

@@ -1,7 +1,7 @@
 """Stacking (Wolpert, 1992): a meta-model on the members' logits, as published and honestly.
 
 ``published``: fitted on the logits of the very images that the members were trained on, its epoch chosen on the
-test set. The members know those images by heart, and the test set has been looked at once an epoch: the figure is
+test set. The members know those images by heart, and the test set has been looked at once an epoch: the accuracy is
 no estimate of new images. It is here to be compared with, under its name: the published ladder's last row, of the
 article "CIFAR-10 분류 모델 97.78% 달성하기", was obtained so.
 

@@ -1,4 +1,4 @@
-"""What the ladder consists of, and in which order its rows are run: members before combinations, cheap before dear."""
+"""What the ladder consists of, and in which order its rows are run: members before combinations, cheapest first."""
 
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -45,7 +45,7 @@ def ladder_rows() -> list[str]:
 def choose(only: Sequence[str]) -> list[str]:
     """Return the shipped recipes that any of the patterns matches.
 
-    A pattern without a slash speaks of the top level: ``*`` is the ladder, ``smoke/*`` are the twins.
+    A pattern without a slash speaks of the top level: ``*`` is the ladder, ``smoke/*`` are the smoke configs.
 
     Raises:
         UserError: a pattern matches nothing.
@@ -82,7 +82,7 @@ class Job:
     cost: float
 
 
-def plan(rows: Sequence[str], seeds: int, out: Path) -> list[Job]:
+def jobs_for(rows: Sequence[str], seeds: int, out: Path) -> list[Job]:
     """Return the jobs of these rows and of the rows that they combine, in the order to run them.
 
     Args:
@@ -95,8 +95,8 @@ def plan(rows: Sequence[str], seeds: int, out: Path) -> list[Job]:
     costs = {job.folder: job.cost for job in jobs}
 
     def order(job: Job) -> tuple[float, bool, int, int]:
-        dearest = max([job.cost, *(costs[member] for member in job.members.values())])
-        return dearest, bool(job.members), wanted.index(job.row), job.seed
+        most = max([job.cost, *(costs[member] for member in job.members.values())])
+        return most, bool(job.members), wanted.index(job.row), job.seed
 
     return sorted(jobs, key=order)
 

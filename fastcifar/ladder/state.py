@@ -18,7 +18,7 @@ DONE, RUNNING, CUT, FAILED, BLOCKED, WAITING = "done", "running", "cut", "failed
 
 @dataclass(frozen=True)
 class Note:
-    """What this ascend knows about a job beyond its directory: it runs, it failed, or it waits for a failed one."""
+    """What this execution knows about a job beyond its directory: it runs, it failed, or it waits for a failed one."""
 
     state: str
     message: str = ""
@@ -103,7 +103,7 @@ class Row:
 
     Attributes:
         name, title, stage: of the recipe.
-        state: of its least happy seed.
+        state: the worst status of its seeds.
         message: what went wrong, or how far the running seed is.
         published_best, published_last: in percent, where published.
         metrics: over the seeds that have results, None where none has.
@@ -151,7 +151,7 @@ class Row:
         return sum(known) if known else None
 
 
-# The least happy state of a row's seeds is the row's.
+# The worst status of a row's seeds is the row's.
 _WORST_FIRST = (RUNNING, FAILED, BLOCKED, CUT, WAITING, DONE)
 
 
@@ -160,7 +160,7 @@ class Ledger:
 
     Attributes:
         jobs: in the order to run them.
-        notes: by run directory, what only this ascend knows.
+        notes: by run directory, what only this execution of the ladder knows.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:

@@ -28,7 +28,7 @@ MODULES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 
 @pytest.fixture(scope="module")
 def store(request) -> Store:
-    """Real images where there are any, else drawn ones."""
+    """Real images where there are any, else synthetic ones."""
     return request.getfixturevalue("real_store" if os.environ.get("FASTCIFAR_DATA") else "synthetic_store")
 
 

@@ -9,7 +9,7 @@ from scipy.stats import t
 
 from fastcifar.errors import UserError
 from fastcifar.ladder.records import FILES, NAME, read_records, record_of, result_rows
-from fastcifar.ladder.rows import plan
+from fastcifar.ladder.rows import jobs_for
 from fastcifar.locations import records_folder
 from fastcifar.run_directory import RunDirectory
 from tests.ladder.fakes import FakeRows
@@ -22,7 +22,7 @@ COMMITTED = read_records()
 @pytest.fixture
 def run_dirs(tmp_path):
     """Return run directories of lenet5 with two seeds."""
-    jobs = plan(["lenet5"], 2, tmp_path / "runs")
+    jobs = jobs_for(["lenet5"], 2, tmp_path / "runs")
     for job in jobs:
         FakeRows()(job, None, lambda text: None)
     return [job.folder for job in jobs]

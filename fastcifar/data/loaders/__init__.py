@@ -45,7 +45,7 @@ def build_loader(
         device: where images go.
         rank: which part of each epoch, 0..world-1.
         world: how many parts.
-        augment: the augmentations; with ``where = "loader"`` the torchvision backend carries them out.
+        augment: the augmentations; with ``where = "loader"`` the torchvision backend executes them.
 
     Raises:
         UserError: a backend's package is missing, or the images are of a kind that it cannot hold.

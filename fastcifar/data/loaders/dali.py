@@ -163,8 +163,8 @@ class Shards:
 
     def source(self, order: np.ndarray, batch_size: int) -> Callable[[], list[np.ndarray]]:
         """Return what DALI calls for each batch of an order, int64 (N,)."""
-        portions = iter([order[k : k + batch_size] for k in range(0, len(order), batch_size)])
-        return lambda: self.read(next(portions))
+        batches = iter([order[k : k + batch_size] for k in range(0, len(order), batch_size)])
+        return lambda: self.read(next(batches))
 
 
 class NativeIndex:
