@@ -2,8 +2,8 @@
 
 Sides: a Python loop over tensors (as public SAM implementations do it), ``torch._foreach_*``, and
 ``torch.optim.SGD(fused=True)`` with a foreach ascent step and average. Bytes are counted, not estimated: by operator
-for everything made of torch calls, by buffer for the Triton kernels. On a GPU every side is also captured as a CUDA graph,
-so that launch overhead is out of the comparison, and the share of the measured copy bandwidth is given.
+for everything made of torch calls, by buffer for the Triton kernels. On a GPU every side is also captured as a CUDA
+graph, so that launch overhead is out of the comparison, and the share of the measured copy bandwidth is given.
 """
 
 import statistics
