@@ -70,8 +70,8 @@ def out_of_date(root: Path = ROOT) -> dict[Path, str]:
 def generated(root: Path) -> Iterator[tuple[Path, str]]:
     """Yield each file that has generated parts, with the text that it should have."""
     results = result_rows(read_records(root / "records"))
-    blocks = {"ladder": ladder_table(results), "beyond": beyond_table(results), "speed": speed_table(root)}
-    blocks |= benchmark_tables(root)
+    blocks = {"measured": measured_so_far(results), "ladder": ladder_table(results), "beyond": beyond_table(results)}
+    blocks |= {"speed": speed_table(root), **benchmark_tables(root)}
     for page in (root / "README.md", root / "benchmarks" / "README.md"):
         if page.is_file():
             yield page, fill(page.read_text(encoding="utf-8"), blocks, page)
@@ -110,6 +110,21 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def measured_so_far(results: list[dict[str, Any]]) -> str:
+    """Return in a sentence how much of the ladder has been trained to the end, on what, and how it compares."""
+    rows = ladder_rows()
+    found = {name: recorded(catalogue()[name].name, results) for name in rows}
+    complete = {name: metrics for name, metrics in found.items() if metrics and metrics.complete}
+    if not complete:
+        return f"Of these {len(rows)} rows none has been trained to the end here yet."
+    where = "; ".join(dict.fromkeys(metrics.hardware for metrics in complete.values()))
+    published = {name: catalogue()[name].published for name in complete}
+    ps = [tested(metrics, published[n].model_dump())[0] for n, metrics in complete.items() if published[n]]
+    known = sorted(p for p in ps if p is not None)
+    spread = f" The p-values against the published accuracies are {known[0]:.2f} to {known[-1]:.2f}." if known else ""
+    return f"Of these {len(rows)} rows {len(complete)} have been trained to the end here so far, on {where}.{spread}"
 
 
 def ladder_table(results: list[dict[str, Any]]) -> str:
