@@ -9,11 +9,11 @@ BIN := .venv/bin
 .PHONY: help environment run test nullgpu storm lint doctor bench tables gpu gpu-pack clean
 
 help:
-	@echo "make run       make .venv, then train the smoke recipe on drawn data (no download)"
+	@echo "make run       make .venv, then train the smoke recipe on synthetic images (no download)"
 	@echo "make test      make .venv, then ruff, mypy and pytest (WORKERS=$(WORKERS) processes)"
 	@echo "make nullgpu   every recipe's GPU path on a device that computes nothing: minutes, no GPU"
 	@echo "make storm     thousands of damaged inputs against everything that is read, and one table"
-	@echo "make doctor    say what works here, what is missing and its cure"
+	@echo "make doctor    say what works here, what is missing and its fix"
 	@echo "make bench     run all benchmarks and put the results into benchmarks/results/"
 	@echo "make tables    write the tables of README.md and benchmarks/README.md from those results"
 	@echo "make gpu       on a machine with a GPU: tests, benchmarks and the ladder, in pieces (PIECE=K for one)"

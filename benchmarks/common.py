@@ -31,7 +31,7 @@ def alternate(sides: dict[str, Callable[[], float]], n: int, warmup: int = 1) ->
     """Run the sides in turn (A B A B ...), so that a machine that slows down slows all of them.
 
     Args:
-        sides: name -> a call that does one timed portion and returns its own measure (images/s, seconds, ...).
+        sides: name -> a call that does one timed part and returns its own measure (images/s, seconds, ...).
         n: measured rounds.
         warmup: rounds before them whose measures are dropped (compilation, caches, clocks).
 

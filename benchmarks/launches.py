@@ -279,7 +279,7 @@ def main() -> None:
     arguments = parser.parse_args()
     be_strict()
     try:
-        entries = carry_out(arguments.recipes, arguments.quick)
+        entries = execute(arguments.recipes, arguments.quick)
     except UserError as error:
         sys.exit(f"benchmarks/launches.py: {error}")
     report = report_of("launches", arguments.quick, rows_of(entries))
@@ -291,7 +291,7 @@ def main() -> None:
         print()
 
 
-def carry_out(names: list[str], quick: bool) -> dict[str, Entry]:
+def execute(names: list[str], quick: bool) -> dict[str, Entry]:
     """Measure and return the device's entries by recipe; each is in the ledger as soon as it is known.
 
     A recipe whose step fails does not keep the others from being measured.

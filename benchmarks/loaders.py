@@ -5,7 +5,7 @@ The plain one is our reimplementation of the DataLoader in github.com/windopper/
 The first epoch (making the loader, compiling) and the peak memory are measured in a process of their own for each
 loader; the steady state alternates between all of them in one process. No augmentation anywhere.
 
-Without CIFAR-10 (``FASTCIFAR_DATA`` or ``./data``) the drawn images are read, which says little about speed; so does
+Without CIFAR-10 (``FASTCIFAR_DATA`` or ``./data``) synthetic images are read, which says little about speed; so does
 ``--quick``, which leaves the first epochs and the memory out too.
 """
 

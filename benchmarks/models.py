@@ -22,7 +22,7 @@ from fastcifar.models import bind_counter, build_model
 
 QUICK = ("lenet5", "deep_baseline_bn", "speednet")
 BATCH = {"cpu": 16, "cuda": 512}
-PORTION_S = 0.5
+PART_S = 0.5
 """The least time that one measure takes."""
 
 
@@ -57,9 +57,9 @@ def measure(name: str, n: int, where_type: str) -> dict[str, Any]:
     before = peak_bytes(where)
     work = forward_backward(name, batch, where)
     work()
-    repeats = max(1, round(PORTION_S / timed(work, where)))
-    portions = [timed(lambda: [work() for _ in range(repeats)], where) for _ in range(n)]
-    return {"rates": [batch * repeats / seconds for seconds in portions], "bytes": peak_bytes(where) - before}
+    repeats = max(1, round(PART_S / timed(work, where)))
+    parts = [timed(lambda: [work() for _ in range(repeats)], where) for _ in range(n)]
+    return {"rates": [batch * repeats / seconds for seconds in parts], "bytes": peak_bytes(where) - before}
 
 
 def run(quick: bool) -> list[Row]:

@@ -1,9 +1,9 @@
 """ASAM + SGD + EMA on one model's parameters: the flat parameters' three operations against what torch offers.
 
 Sides: a Python loop over tensors (as public SAM implementations do it), ``torch._foreach_*``, and
-``torch.optim.SGD(fused=True)`` with a foreach ascend and average. Bytes are counted, not estimated: by operator for
-everything made of torch calls, by buffer for the Triton kernels. On a GPU every side is also captured as a CUDA graph,
-so that launch overhead is out of the comparison, and the share of the measured copy bandwidth is given.
+``torch.optim.SGD(fused=True)`` with a foreach ascent step and average. Bytes are counted, not estimated: by operator
+for everything made of torch calls, by buffer for the Triton kernels. On a GPU every side is also captured as a CUDA
+graph, so that launch overhead is out of the comparison, and the share of the measured copy bandwidth is given.
 """
 
 import statistics
@@ -66,7 +66,7 @@ def _skipped(func: Any) -> int:
 
 
 class Side:
-    """One way to do it; a subclass ascends and descends by gradients that `refill` puts in place."""
+    """One way to take the SAM ascent step and the optimizer step, by gradients that `refill` puts in place."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = list(model.parameters())
@@ -84,13 +84,13 @@ class Side:
         """Do both."""
         with torch.no_grad():
             self.ascend()
-            self.descend()
+            self.optimizer_step()
 
     def ascend(self) -> None:
         """Save w, go to w + e, clear the gradient."""
         raise NotImplementedError
 
-    def descend(self) -> None:
+    def optimizer_step(self) -> None:
         """Go back to w, update, average, clear the gradient."""
         raise NotImplementedError
 
@@ -127,7 +127,7 @@ class FlatSide(Side):
         partials = norm_squared(flat.weights, flat.grads, self.ascent)
         ascend(flat.weights, flat.grads, self.saved, partials, self.ascent)
 
-    def descend(self) -> None:
+    def optimizer_step(self) -> None:
         """Go back to w, update, average."""
         self.backward(self.second)
         self.flat.collect_gradients()
@@ -151,7 +151,7 @@ class LoopSide(Side):
             p.add_(p * p * p.grad * factor)
             p.grad.zero_()  # type: ignore[union-attr]
 
-    def descend(self) -> None:
+    def optimizer_step(self) -> None:
         """Go back to w, update, average, clear the gradient."""
         for p, saved, v in zip(self.parameters, self.saved, self.momenta, strict=True):
             p.copy_(saved)
@@ -164,7 +164,7 @@ class LoopSide(Side):
 
 
 class ForeachSide(Side):
-    """``torch._foreach_*`` for the ascend and the average; torch.optim.SGD, foreach or fused, for the update."""
+    """``torch._foreach_*`` for the ascent step and the average; torch.optim.SGD, foreach or fused, for the update."""
 
     def __init__(self, model: nn.Module, fused: bool) -> None:
         super().__init__(model)
@@ -186,7 +186,7 @@ class ForeachSide(Side):
         torch._foreach_add_(self.parameters, grads)
         torch._foreach_zero_(grads)
 
-    def descend(self) -> None:
+    def optimizer_step(self) -> None:
         """Go back to w, update, average, clear the gradient."""
         torch._foreach_copy_(self.parameters, self.saved)
         self.optimizer.step()

@@ -51,7 +51,7 @@ class Asam:
     """ASAM tensor by tensor: e = rho w^2 g / (|| |w| g || + 1e-12), one norm over all tensors."""
 
     def __init__(self, model: nn.Module, rho: float) -> None:
-        self.model, self.rho, self.ascends = model, rho, {}
+        self.model, self.rho, self.steps = model, rho, {}
 
     @torch.no_grad()
     def ascend(self) -> None:
@@ -61,14 +61,14 @@ class Asam:
         for p in self.model.parameters():
             e = p.pow(2) * p.grad * (self.rho / norm)
             p.add_(e)
-            self.ascends[p] = e
+            self.steps[p] = e
         self.model.zero_grad()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Go back to w."""
         for p in self.model.parameters():
-            p.sub_(self.ascends[p])
+            p.sub_(self.steps[p])
 
 
 class Ema:

@@ -1,6 +1,6 @@
 """The training step against two plain loops, by mode, and by its parts.
 
-Each kind of step is the one of a shipped recipe, on drawn images that are resident. The bare loop trains lenet5 on
+Each kind of step is the one of a shipped recipe, on synthetic images that are resident. The bare loop trains lenet5 on
 tensors that are normalized beforehand and lie in memory: nothing but indexing, forward, backward and Adam. The other,
 ``published.py``, is our reimplementation of the training loop of github.com/windopper/cifar (commit 70ec89d):
 DataLoader with four workers, PIL transforms, fp32, ASAM and averages per tensor.
@@ -31,7 +31,7 @@ from published import PublishedLoop
 IMAGES, BATCH = 50_000, 128
 
 
-def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
+def synthetic(count: int) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(0)
     return generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), generator.integers(0, 10, count)
 
@@ -185,7 +185,7 @@ def _recipe(name: str) -> Recipe:
 
 def run(quick: bool) -> list[Row]:
     warnings.filterwarnings("ignore", message="This DataLoader will create 4 worker")
-    images, labels = drawn(5_000 if quick else IMAGES)
+    images, labels = synthetic(5_000 if quick else IMAGES)
     rows = against_bare(images, labels, 3 if quick else 9, 10 if quick else 60)
     if device().type == "cuda":
         names = ["wrn-200"] if quick else ["deep-bn", "wrn-sgd", "wrn-200", "pyramid200"]

@@ -2,7 +2,7 @@
 
 As the records count: training alone (data on the device, compilation and evaluation apart), over n runs whose mean
 accuracy must reach the target. The first step of a run, which compiles, is counted as an average one. ``--quick``
-trains the smoke recipe on drawn images instead, to show that the way works.
+trains the smoke recipe on synthetic images instead, to show that the way works.
 """
 
 import statistics

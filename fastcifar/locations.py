@@ -1,7 +1,7 @@
 """Where the files that ship with fastcifar are, and what a reader there can type to install what is missing.
 
-In a clone, recipes and benchmarks are top-level folders; a wheel holds the same folders inside the package (see
-pyproject.toml). Everything that needs one of them asks here.
+In a clone, recipes, records and benchmarks are top-level folders; a wheel holds the same folders inside the package
+(see pyproject.toml). Everything that needs one of them asks here.
 """
 
 import sys
@@ -36,6 +36,11 @@ def recipes_folder() -> Path:
 def benchmarks_folder() -> Path:
     """Return the folder of the benchmarks, with the shipped results in its ``results/``."""
     return (clone() or package()) / "benchmarks"
+
+
+def records_folder() -> Path:
+    """Return the folder of the records; in a wheel it holds each ``record.json`` without logs and recipes."""
+    return (clone() or package()) / "records"
 
 
 def new_results_folder() -> Path:

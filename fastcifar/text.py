@@ -1,4 +1,6 @@
-"""Metrics as people read them."""
+"""Metrics and names as people read them."""
+
+import re
 
 
 def duration(seconds: float) -> str:
@@ -9,3 +11,8 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def slug(hardware: str) -> str:
+    """Return a short name of hardware in lower-case letters, digits and hyphens, such as ``amd-epyc-2-cores``."""
+    return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")

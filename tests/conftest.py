@@ -117,7 +117,7 @@ def real_store(cache: Path):
 
 @pytest.fixture(scope="session")
 def synthetic_store(cache: Path):
-    """The drawn images as a raw store: 2,000 to train on, 1,000 to test."""
+    """The synthetic images as a raw store: 2,000 to train on, 1,000 to test."""
     from fastcifar.config.schema import DataConfig
     from fastcifar.data.store import resolve_store
 

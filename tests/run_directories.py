@@ -1,4 +1,4 @@
-"""Makes run directories with given or drawn logits, as a training would."""
+"""Makes run directories with given or random logits, as a training would."""
 
 from pathlib import Path
 

@@ -1,38 +1,28 @@
 """Generated text: tables in README.md and benchmarks/README.md and the ``# ours:`` line of every recipe.
 
-- ``python -m tools.tables`` writes them from ``benchmarks/results/*.json``.
+- ``python -m tools.tables`` writes them from ``records/`` and ``benchmarks/results/*.json``.
 - ``python -m tools.tables --check`` ends with status 1 and a list where any is out of date.
-- ``python -m tools.tables add RUN_DIR...`` takes results of ladder runs into ``benchmarks/results/ladder.json``.
+
+`tools.records` adds records.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastcifar.analysis.statistics import difference
 from fastcifar.config import CombineRecipe, Recipe
 from fastcifar.errors import UserError, nearest
-from fastcifar.ladder.metrics import (
-    NOT_MEASURED,
-    RESULTS,
-    Metrics,
-    difference,
-    ours_in_words,
-    read_results,
-    recorded,
-)
+from fastcifar.ladder.metrics import NOT_MEASURED, Metrics, ours_in_words, recorded
+from fastcifar.ladder.records import read_records, result_rows, tested
 from fastcifar.ladder.rows import catalogue, ladder_rows
-from fastcifar.ladder.state import result_row
-from fastcifar.run_directory import RunDirectory, write_atomic, write_json
+from fastcifar.run_directory import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
-# What may differ from the shipped recipe without making a run one of other settings: how it is carried out, not what.
-CARRYING_OUT = {"name", "title", "stage", "published", "target", "seed", "engine", "eval", "checkpoint"}
-RESULT_KEYS = ["last", "best", "selected", "epochs_done", "epochs", "hardware", "date", "training_s", "images_per_s"]
-RESULT_KEYS += ["git", "complete"]
 # Two sides of the benchmarks, as benchmarks/common.py labels them.
 THEIR_LOOP = "our reimplementation of windopper/cifar's training loop"
 THEIR_LOADER = "our reimplementation of windopper/cifar's DataLoader"
@@ -52,16 +42,11 @@ HEADLINES = [
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Carry out the command line and return the exit status."""
+    """Execute the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.tables", description="Write the generated text.")
     parser.add_argument("--check", action="store_true", help="only say what is out of date")
-    commands = parser.add_subparsers(dest="command")
-    adding = commands.add_parser("add", help="take the results of ladder runs into benchmarks/results/ladder.json")
-    adding.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     given = parser.parse_args(arguments)
     try:
-        if given.command == "add":
-            add(given.runs)
         stale = out_of_date()
         if given.check:
             for path in stale:
@@ -84,9 +69,9 @@ def out_of_date(root: Path = ROOT) -> dict[Path, str]:
 
 def generated(root: Path) -> Iterator[tuple[Path, str]]:
     """Yield each file that has generated parts, with the text that it should have."""
-    results = read_results(root / "benchmarks" / "results" / RESULTS.name)
-    blocks = {"ladder": ladder_table(results), "beyond": beyond_table(results), "speed": speed_table(root)}
-    blocks |= benchmark_tables(root)
+    results = result_rows(read_records(root / "records"))
+    blocks = {"measured": measured_so_far(results), "ladder": ladder_table(results), "beyond": beyond_table(results)}
+    blocks |= {"speed": speed_table(root), **benchmark_tables(root)}
     for page in (root / "README.md", root / "benchmarks" / "README.md"):
         if page.is_file():
             yield page, fill(page.read_text(encoding="utf-8"), blocks, page)
@@ -127,62 +112,109 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
+def measured_so_far(results: list[dict[str, Any]]) -> str:
+    """Return in a sentence how much of the ladder has been trained to the end, on what, and how it compares."""
+    rows = ladder_rows()
+    found = {name: recorded(catalogue()[name].name, results) for name in rows}
+    complete = {name: metrics for name, metrics in found.items() if metrics and metrics.complete}
+    if not complete:
+        return f"Of these {len(rows)} rows none has been trained to the end here yet."
+    where = "; ".join(dict.fromkeys(metrics.hardware for metrics in complete.values()))
+    published = {name: catalogue()[name].published for name in complete}
+    ps = [tested(metrics, published[n].model_dump())[0] for n, metrics in complete.items() if published[n]]
+    known = sorted(p for p in ps if p is not None)
+    spread = f" The p-values against the published accuracies are {known[0]:.2f} to {known[-1]:.2f}." if known else ""
+    return f"Of these {len(rows)} rows {len(complete)} have been trained to the end here so far, on {where}.{spread}"
+
+
 def ladder_table(results: list[dict[str, Any]]) -> str:
-    """Return the table of the ladder's rows: published and own accuracies in percent."""
-    header = ("row", "what it is", "epochs", "published best (last)", "ours best (last)", "difference", "measured")
-    return markdown(header, [_ladder_cells(name, results) for name in ladder_rows()])
+    """Return the ladder: a table of the measured rows, in percent, then one line per stage of the others."""
+    header = ("row", "what it is", "epochs", "published best (last)", "ours best (last)", "difference", "p", "measured")
+    return _measured_first(header, ladder_rows(), results, _ladder_cells)
 
 
-def _ladder_cells(name: str, results: list[dict[str, Any]]) -> list[str]:
+def beyond_table(results: list[dict[str, Any]]) -> str:
+    """Return the same for the recipes beyond the ladder."""
+    header = ("recipe", "what it is", "epochs", "target", "ours best (last)", "measured")
+    return _measured_first(header, [n for n in catalogue() if n.startswith("beyond/")], results, _beyond_cells)
+
+
+def _measured_first(
+    header: Sequence[str], names: Sequence[str], results: list[dict[str, Any]],
+    cells: Callable[[str, Metrics], list[str]],
+) -> str:
+    found = {name: recorded(catalogue()[name].name, results) for name in names}
+    complete = {name: metrics for name, metrics in found.items() if metrics and metrics.complete}
+    parts = [markdown(header, [cells(name, metrics) for name, metrics in complete.items()])] if complete else []
+    others = {name: metrics for name, metrics in found.items() if name not in complete}
+    return "\n\n".join([*parts, *_unmeasured_lines(others)])
+
+
+def _unmeasured_lines(found: dict[str, Metrics | None]) -> list[str]:
+    """Return, as one paragraph of Markdown, a line per stage of rows that have not been trained to the end."""
+    by_stage: dict[str, list[str]] = {}
+    for name, metrics in found.items():
+        by_stage.setdefault(catalogue()[name].stage, []).append(_unmeasured(name, metrics))
+    lines = [f"- {stage.lstrip('0123456789 ').capitalize()}: {', '.join(rows)}" for stage, rows in by_stage.items()]
+    head = f"{NOT_MEASURED.capitalize()}, with what was published or is the target:\n"
+    return ["\n".join([head, *lines])] if lines else []
+
+
+def _unmeasured(name: str, metrics: Metrics | None) -> str:
+    goal = _goal(catalogue()[name])
+    link = f"[`{name.removeprefix('beyond/')}`](recipes/{name}.toml)" + ("" if goal == "none" else f" {goal}")
+    if metrics is None:
+        return link
+    return f"{link} (ours {metrics.last} last after {metrics.epochs_done} of {metrics.epochs} epochs)"
+
+
+def _goal(recipe: Recipe | CombineRecipe) -> str:
+    """Return the published best (last), else the target, else ``none``."""
+    published, target = recipe.published, getattr(recipe, "target", None)
+    if published:
+        return f"{published.best:.2f}" + (f" ({published.last:.2f})" if published.last else "")
+    return f"{target:.2f}" if target else "none"
+
+
+def _ladder_cells(name: str, metrics: Metrics) -> list[str]:
     recipe = catalogue()[name]
-    published, metrics = recipe.published, recorded(recipe.name, results)
-    best = published.best if published else None
-    goal = f"{best:.2f}" + (f" ({published.last:.2f})" if published and published.last else "")
+    published = recipe.published
+    p, test = tested(metrics, published.model_dump() if published else None)
     return [
         f"[`{name}`](recipes/{name}.toml)",
         recipe.title,
         _epochs(recipe),
-        goal,
+        _goal(recipe),
         best_and_last(metrics),
-        str((difference(metrics.best, best) if metrics and metrics.complete else None) or NOT_MEASURED),
+        str(difference(metrics.best, published.best if published else None) or "none"),
+        test if p is None else f"{p:.3f}",
         measured(metrics),
     ]
 
 
-def beyond_table(results: list[dict[str, Any]]) -> str:
-    """Return the table of the recipes beyond the ladder."""
-    rows = [(name, recipe) for name, recipe in catalogue().items() if name.startswith("beyond/")]
-    cells = [
-        [
-            f"[`{name}`](recipes/{name}.toml)",
-            recipe.title,
-            _epochs(recipe),
-            f"{recipe.target:.2f}" if isinstance(recipe, Recipe) and recipe.target else "none",
-            best_and_last(recorded(recipe.name, results)),
-            measured(recorded(recipe.name, results)),
-        ]
-        for name, recipe in rows
+def _beyond_cells(name: str, metrics: Metrics) -> list[str]:
+    recipe = catalogue()[name]
+    return [
+        f"[`{name}`](recipes/{name}.toml)",
+        recipe.title,
+        _epochs(recipe),
+        _goal(recipe),
+        best_and_last(metrics),
+        measured(metrics),
     ]
-    return markdown(("recipe", "what it is", "epochs", "target", "ours best (last)", "measured"), cells)
 
 
 def _epochs(recipe: Recipe | CombineRecipe) -> str:
     return f"{len(recipe.combine.members)} models" if isinstance(recipe, CombineRecipe) else str(recipe.train.epochs)
 
 
-def best_and_last(metrics: Metrics | None) -> str:
+def best_and_last(metrics: Metrics) -> str:
     """Return ``best (last)``, each with its standard error where there are several seeds."""
-    if metrics is None:
-        return NOT_MEASURED
-    if not metrics.complete:
-        return f"{NOT_MEASURED} ({metrics.last} last after {metrics.epochs_done} of {metrics.epochs} epochs)"
     return f"{metrics.best or 'none'} ({metrics.last})"
 
 
-def measured(metrics: Metrics | None) -> str:
+def measured(metrics: Metrics) -> str:
     """Return how many seeds ran, on what, and when."""
-    if metrics is None:
-        return NOT_MEASURED
     seeds = "1 seed" if metrics.n == 1 else f"{metrics.n} seeds"
     return f"{seeds}, {metrics.hardware}, {metrics.date}"
 
@@ -206,7 +238,7 @@ def _reports(folder: Path) -> Iterator[dict[str, Any]]:
     from fastcifar.cli.bench import read_results as read_benchmarks
 
     for path in sorted(folder.glob("*.json")):
-        if path.name not in (RESULTS.name, *OWN_FILES.values()):
+        if path.name not in OWN_FILES.values():
             yield from (report for report in read_benchmarks(path)["benchmarks"] if not report.get("quick"))
 
 
@@ -303,55 +335,6 @@ def _ratio(row: dict[str, Any]) -> str:
     if row["ratio"] is None:
         return "no comparison"
     return f"{_times(row)} {row['baseline']}"
-
-
-# ---------------------------------------------------------------------------------------------------------------- add
-
-
-def add(folders: Sequence[Path], path: Path = RESULTS) -> None:
-    """Take the results of runs into the results file; a run of the same row and seed takes the older one's place.
-
-    Raises:
-        UserError: not an ended run, not of a shipped recipe, or of other settings than that recipe has.
-    """
-    added = [entry_of(RunDirectory.open(folder)) for folder in folders]
-    keys = {(row["id"], row["seed"]) for row in added}
-    kept = [row for row in read_results(path) if (row["id"], row["seed"]) not in keys]
-    order = [recipe.name for recipe in catalogue().values()]
-    rows = sorted([*kept, *added], key=lambda row: (order.index(row["id"]), row["seed"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"rows": rows})
-
-
-def entry_of(run: RunDirectory) -> dict[str, Any]:
-    """Return a run's entry of the results file; accuracies in percent.
-
-    Raises:
-        UserError: as `add`.
-    """
-    shipped = {r.name: r for name, r in catalogue().items() if not name.startswith("smoke/")}
-    name = run.recipe.name
-    if name not in shipped:
-        raise UserError(f'{run.folder}: is a run of "{name}", which is no row{nearest(name, shipped)}')
-    # The loader decides how images arrive, not which.
-    changed = [key for key in differences(run.recipe, shipped[name]) if key != "data.loader"]
-    if changed:
-        raise UserError(f"{run.folder}: is no result of {name}, for it differs from the recipe in {', '.join(changed)}")
-    row = result_row(run)
-    return {"id": name, "seed": run.summary["seed"], **{key: row[key] for key in RESULT_KEYS}}
-
-
-def differences(one: Recipe | CombineRecipe, other: Recipe | CombineRecipe) -> list[str]:
-    """Return the key paths in which two recipes differ in what is trained, two levels deep."""
-    a, b = one.model_dump(exclude=CARRYING_OUT), other.model_dump(exclude=CARRYING_OUT)
-    found = []
-    for key in {**a, **b}:
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            found += [f"{key}.{inner}" for inner in {**x, **y} if x.get(inner) != y.get(inner)]
-        elif x != y:
-            found.append(key)
-    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Carry out a combination recipe and record it as a run directory, so that tables and reports treat it as a run."""
+"""Execute a combination recipe and record it as a run directory, so that tables and reports treat it as a run."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -10,6 +10,7 @@ import numpy as np
 
 from fastcifar.analysis import ensemble
 from fastcifar.analysis.members import Scores, available, collect, source_of
+from fastcifar.analysis.statistics import accuracy
 from fastcifar.config.schema import CombineConfig, CombineRecipe
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
@@ -58,7 +59,7 @@ def run_combine(
 
 @dataclass(frozen=True)
 class Done:
-    """A combination that has been carried out.
+    """A combination that has been executed.
 
     Attributes:
         recipe: what was wanted.
@@ -124,7 +125,7 @@ def record(done: Done, folder: Path) -> RunDirectory:
 
 
 def combine_run(run: RunDirectory) -> dict[str, Any]:
-    """Carry out the combination recipe of a run directory and return the summary.
+    """Execute the combination recipe of a run directory and return the summary.
 
     The members are the newest finished runs of the named recipes, looked for beside the directory, then in ``runs/``.
 
@@ -227,10 +228,9 @@ def _stack(config: CombineConfig, members: Mapping[str, RunDirectory], tta: bool
 
 def _combined(log_probabilities: np.ndarray, test: Scores, protocol: str, details: dict[str, Any]) -> Combined:
     chosen = log_probabilities[np.arange(len(test.labels)), test.labels]
-    right = log_probabilities.argmax(-1) == test.labels
     metrics = {
         "epoch": details.get("meta_epoch", 0),
-        "accuracy": 100 * float(right.mean()),
+        "accuracy": accuracy(log_probabilities, test.labels),
         "loss": -float(chosen.mean()),
         "protocol": protocol,
     }

@@ -10,6 +10,7 @@ from fastcifar.analysis.confusion import confusion_matrix, largest_confusions, p
 from fastcifar.analysis.ensemble import softmax
 from fastcifar.analysis.label_errors import find_label_errors
 from fastcifar.analysis.members import WHICH
+from fastcifar.analysis.statistics import binomial_error
 from fastcifar.analysis.top_loss import describe, top_loss
 from fastcifar.config.schema import CombineRecipe, DataConfig
 from fastcifar.data.split import subset_rows
@@ -141,15 +142,9 @@ def results(run: RunDirectory) -> dict[str, Any]:
     metrics = {}
     for which in (*WHICH, "tta"):
         entry = summary.get(which)
-        metrics[which] = {**entry, "standard_error": standard_error(entry["accuracy"], samples)} if entry else None
+        metrics[which] = {**entry, "standard_error": binomial_error(entry["accuracy"], samples)} if entry else None
     kept = ("status", "epochs", "epochs_done", "weights", "clocks", "images_per_s", "seed", "loader", "git", "members")
     return {**metrics, "test_images": samples, **{key: summary.get(key) for key in kept}}
-
-
-def standard_error(accuracy: float, samples: int) -> float:
-    """Return the binomial standard error, in points, of an accuracy in percent on so many images."""
-    share = accuracy / 100
-    return 100 * float(np.sqrt(share * (1 - share) / samples))
 
 
 def _confusion(matrix: np.ndarray) -> dict[str, Any]:

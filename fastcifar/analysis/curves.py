@@ -84,16 +84,16 @@ def _matplotlib() -> tuple[Any, Any]:
     return Figure, rc_context
 
 
-def _series(metrics: Sequence[dict[str, Any]], weights: str, figure: str) -> list[Series]:
+def _series(metrics: Sequence[dict[str, Any]], weights: str, metric: str) -> list[Series]:
     """Return the curves of ``loss`` or ``accuracy``: training, then each split that was evaluated."""
-    series = [("train", TRAIN, _epochs(metrics), [row[f"train_{figure}"] for row in metrics])]
+    series = [("train", TRAIN, _epochs(metrics), [row[f"train_{metric}"] for row in metrics])]
     for split, colour in (("holdout", HOLDOUT), ("test", TEST)):
         rows = [row for row in metrics if weights in row.get(split, {})]
         if rows:
-            series.append((split, colour, _epochs(rows), [row[split][weights][figure] for row in rows]))
+            series.append((split, colour, _epochs(rows), [row[split][weights][metric] for row in rows]))
     rows = [row for row in metrics if weights != "raw" and "raw" in row.get("test", {})]
     if rows:
-        series.append(("test, raw weights", RAW, _epochs(rows), [row["test"]["raw"][figure] for row in rows]))
+        series.append(("test, raw weights", RAW, _epochs(rows), [row["test"]["raw"][metric] for row in rows]))
     return series
 
 

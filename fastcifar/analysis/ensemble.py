@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastcifar.analysis.statistics import accuracy, negative_log_likelihood
 from fastcifar.errors import UserError
 
 SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -67,12 +68,6 @@ def soft_vote(probabilities: np.ndarray, weights: Sequence[float] | np.ndarray |
         weights: one per member; None for the plain mean.
     """
     return np.tensordot(normalized_weights(weights, len(probabilities)), probabilities, axes=1)
-
-
-def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean of -log p(label), in nats; probabilities (N, K), labels int64 (N,)."""
-    chosen = probabilities[np.arange(len(labels)), labels]
-    return float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean())
 
 
 @dataclass(frozen=True)
@@ -139,8 +134,7 @@ def fit_weights(probabilities: np.ndarray, labels: np.ndarray, seed: int = 0) ->
     best = int(np.argmin(losses))
     shrinkage = SHRINKAGES[best]
     weights = _shrink(maximum_likelihood_weights(probabilities, labels), shrinkage)
-    right = held_out[shrinkage].argmax(-1) == labels
-    return FittedWeights(weights, shrinkage, losses[best], 100 * float(right.mean()), losses[-1])
+    return FittedWeights(weights, shrinkage, losses[best], accuracy(held_out[shrinkage], labels), losses[-1])
 
 
 def _fold_probabilities(probabilities: np.ndarray, labels: np.ndarray, seed: int) -> dict[float, np.ndarray]:

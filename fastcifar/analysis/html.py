@@ -67,7 +67,7 @@ def _for_page(run: RunDirectory, values: dict[str, Any], images: Images, identit
 
 
 def _how(results: dict[str, Any], which: str) -> str:
-    """Say in a few words how a figure came about."""
+    """Say in a few words how a metric came about."""
     entry = results[which]
     if not entry:
         return ""

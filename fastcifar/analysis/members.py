@@ -65,7 +65,7 @@ def collect(members: Mapping[str, RunDirectory], split: str, which: str, tta: bo
         tta: read the logits under test-time augmentation.
 
     Raises:
-        UserError: a member lacks these logits (the message has the cure), or two members differ in classes, images
+        UserError: a member lacks these logits (the message has the fix), or two members differ in classes, images
             or labels (the message names them).
     """
     names = list(members)

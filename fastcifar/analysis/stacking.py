@@ -1,7 +1,7 @@
 """Stacking (Wolpert, 1992): a meta-model on the members' logits, as published and honestly.
 
 ``published``: fitted on the logits of the very images that the members were trained on, its epoch chosen on the
-test set. The members know those images by heart, and the test set has been looked at once an epoch: the figure is
+test set. The members know those images by heart, and the test set has been looked at once an epoch: the accuracy is
 no estimate of new images. It is here to be compared with, under its name: the published ladder's last row, of the
 article "CIFAR-10 분류 모델 97.78% 달성하기", was obtained so.
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from fastcifar.analysis.ensemble import stratified_folds
 from fastcifar.analysis.members import Scores
+from fastcifar.analysis.statistics import accuracy
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 PUBLISHED = "published: fitted on the members' training images, epoch chosen on the test set"
@@ -40,11 +41,6 @@ class Stacked:
 def features(logits: np.ndarray) -> np.ndarray:
     """Return the members' logits side by side: float32 (N, M * K) from (M, N, K), the first member's first."""
     return np.ascontiguousarray(logits.transpose(1, 0, 2).reshape(logits.shape[1], -1), dtype=np.float32)
-
-
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the accuracy in percent of logits (N, K) against labels int64 (N,)."""
-    return 100 * float((logits.argmax(-1) == labels).mean())
 
 
 def stack_published(train: Scores, test: Scores, meta: str, seed: int) -> Stacked:

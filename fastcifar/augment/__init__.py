@@ -1,1 +1,1 @@
-"""Augmentation: one plan, a kernel each for CPU and GPU, and mixing. Import from its modules."""
+"""Augmentation: decisions made once, a kernel each for CPU and GPU, and mixing. Import from its modules."""

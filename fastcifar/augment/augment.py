@@ -136,7 +136,7 @@ def check_rows(rows: Tensor, count: int) -> None:
 class GpuAugment(Augment):
     """A recipe's augmentations on the GPU; `build_augment` makes it.
 
-    Nothing here waits for the device, and with an epoch tensor a call can be captured in a CUDA graph.
+    There is no host-device synchronization here, and with an epoch tensor a call can be captured in a CUDA graph.
     """
 
     def __init__(

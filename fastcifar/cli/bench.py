@@ -1,7 +1,6 @@
 """``fastcifar bench``: run the benchmarks and keep their results in one file per day and hardware."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from fastcifar.console import err, out
 from fastcifar.errors import UserError, nearest
 from fastcifar.locations import benchmarks_folder, new_results_folder
+from fastcifar.text import slug
 
 NAMES = (
     "ceilings", "loaders", "augment", "optimizer", "kernels", "step", "models", "step-times", "time-to-accuracy",
@@ -83,8 +83,8 @@ def results_name(environment: dict[str, Any]) -> str:
 
 
 def hardware(environment: dict[str, Any]) -> str:
-    """Return a short name of the hardware in lower case letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", environment["hardware"].lower()).strip("-")
+    """Return a short name of the hardware in lower-case letters, digits and hyphens."""
+    return slug(environment["hardware"])
 
 
 def merge(path: Path, report: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def show(rows: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> None:
     for heading in ("recipe", "seeds", "last", "best on test", "selected", "training"):
         table.add_column(heading, justify="left" if heading == "recipe" else "right")
     for row in rows:
-        metrics = [figure(row[which]) for which in ("last", "best", "selected")]
+        metrics = [mean_in_words(row[which]) for which in ("last", "best", "selected")]
         table.add_row(row["name"], str(len(row["runs"])), *metrics, duration(row["training_s"]))
     err.print(table)
     err.print("\nMcNemar's exact test, last epoch: images that only the one run has right", style="dim")
@@ -52,7 +52,7 @@ def show(rows: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> None:
         )
 
 
-def figure(entry: dict[str, Any] | None) -> str:
+def mean_in_words(entry: dict[str, Any] | None) -> str:
     """Return ``97.12 +- 0.08``, or without error for one run, or ``not measured yet``."""
     if entry is None:
         return "not measured yet"

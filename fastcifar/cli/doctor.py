@@ -1,4 +1,4 @@
-"""``fastcifar doctor``: what works here, what is missing, and the exact cure."""
+"""``fastcifar doctor``: what works here, what is missing, and the exact fix."""
 
 import shutil
 import subprocess
@@ -42,7 +42,7 @@ def doctor(
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object to stdout")] = False,
     data: Annotated[Path | None, typer.Option(help="where the data is, as for `fastcifar run`")] = None,
 ) -> None:
-    """Say what works here, what is missing or broken, and the exact cure. Optional things may be missing."""
+    """Say what works here, what is missing or broken, and the exact fix. Optional things may be missing."""
     checks = diagnose(data)
     if json_:
         out({"checks": checks})
@@ -50,7 +50,7 @@ def doctor(
 
 
 def diagnose(data: Path | None = None) -> list[Check]:
-    """Return one ``{"name", "status", "detail", "cure"}`` per thing; status is works, missing or broken."""
+    """Return one ``{"name", "status", "detail", "fix"}`` per thing; status is works, missing or broken."""
     running = {name: _start(code) for name, code in PROBES.items()}
     found = {name: _finish(process) for name, process in running.items()}
     packages = [_package(name, *result) for name, result in found.items()]
@@ -62,12 +62,12 @@ def show(checks: list[Check]) -> None:
     for check in checks:
         style = STYLES[check["status"]]
         say((f"{check['status']:8}", style), f"{check['name']:10}{check['detail']}")
-        if check["cure"]:
-            err.print(f"        {'':10}cure: {check['cure']}", markup=False, soft_wrap=True)
+        if check["fix"]:
+            err.print(f"        {'':10}fix: {check['fix']}", markup=False, soft_wrap=True)
 
 
-def _check(name: str, status: str, detail: str, cure: str = "") -> Check:
-    return {"name": name, "status": status, "detail": detail, "cure": cure}
+def _check(name: str, status: str, detail: str, fix: str = "") -> Check:
+    return {"name": name, "status": status, "detail": detail, "fix": fix}
 
 
 def _start(code: str) -> subprocess.Popen[str]:

@@ -41,7 +41,7 @@ def ensemble(
         raise UserError("--fit-weights fits the weights of a soft vote; leave out --weights and --vote hard")
     members = open_members(runs)
     how = "weighted" if fit_weights or (given and vote == Vote.SOFT) else vote.value
-    carry_out(members, {"how": how, "weights": given}, out, tta, json_)
+    execute(members, {"how": how, "weights": given}, out, tta, json_)
 
 
 def parse_weights(text: str | None) -> list[float] | None:
@@ -60,7 +60,7 @@ def parse_weights(text: str | None) -> list[float] | None:
         raise UserError(f"--weights {text}: expected numbers with commas between, such as 0.5,0.25,0.25") from None
 
 
-def carry_out(
+def execute(
     members: "dict[str, RunDirectory]", options: dict[str, Any], out: Path | None, tta: bool, json_: bool
 ) -> None:
     """Combine members, write the run directory where one is wanted, and print the result.

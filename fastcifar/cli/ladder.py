@@ -1,4 +1,4 @@
-"""``fastcifar ladder``: ascend the whole ladder of recipes, as far as it has not been climbed yet."""
+"""``fastcifar ladder``: execute the ladder of recipes, as far as it has not been measured yet."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ def ladder(
 ) -> None:
     """Run every row of the ladder that is missing, resume what was cut, and keep one table of it all.
 
-    Members come before their combinations and cheap rows before dear ones. A row that fails is reported and the rest
+    Members come before their combinations and the cheapest rows first. A row that fails is reported and the rest
     goes on. Writes ladder.json and ladder.html into the folder; the same command goes on where it was stopped.
     """
     from rich.console import Console
@@ -36,17 +36,17 @@ def ladder(
     from fastcifar.console import out as print_json
     from fastcifar.interrupt import deferred, handled
     from fastcifar.ladder.execute import LadderExecution
-    from fastcifar.ladder.rows import choose, ladder_rows, plan
+    from fastcifar.ladder.rows import choose, jobs_for, ladder_rows
     from fastcifar.ladder.runner import Runner
     from fastcifar.ladder.state import Ledger, content
     from fastcifar.ladder.view import WIDE, LadderView, render
 
-    jobs = plan(choose(only) if only else ladder_rows(), seeds, out)
+    jobs = jobs_for(choose(only) if only else ladder_rows(), seeds, out)
     limit_s = None if until is None else seconds(until)
     ledger = Ledger(jobs)
     if not dry_run:
         with LadderView(err) as view, handled("stopped; the same command goes on from here"), deferred():
-            LadderExecution(ledger, Runner(out, data, same_process), out, view, limit_s).ascend()
+            LadderExecution(ledger, Runner(out, data, same_process), out, view, limit_s).execute()
         say((str(out / "ladder.html"), "bold"))
     rows = ledger.table()
     if json_:

@@ -105,7 +105,7 @@ def find_data(recipe: "Recipe", data: Path | None) -> tuple[dict[str, Any], "Sto
 
     source = kind_of(recipe.data.source, data)
     if source == "synthetic":
-        return {"source": source, "found": True, "where": "drawn by fastcifar, nothing to get"}, None, CIFAR_TRAIN
+        return {"source": source, "found": True, "where": "made by fastcifar, nothing to get"}, None, CIFAR_TRAIN
     try:
         found = locate(source, data)
     except UserError as error:

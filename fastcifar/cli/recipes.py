@@ -50,11 +50,11 @@ def list_recipes(match: str = "") -> list[dict[str, Any]]:
     Raises:
         UserError: nothing matches.
     """
-    from fastcifar.ladder.metrics import read_results
+    from fastcifar.ladder.records import read_records, result_rows
     from fastcifar.ladder.rows import catalogue, choose
 
     names = choose([match]) if match else [name for name in catalogue() if not name.startswith("smoke/")]
-    results = read_results()
+    results = result_rows(read_records())
     return [_row(name, results) for name in names]
 
 

@@ -52,7 +52,7 @@ def run(
     ):
         if loaded is None and verify:
             refuse_early(found.recipe, data, verify)
-        summary = carry_out(found, data, stop_after, quiet, check_nan)
+        summary = execute(found, data, stop_after, quiet, check_nan)
     if json_:
         print_json({**summary, "run": str(found.folder)})
     elif not quiet:
@@ -73,7 +73,7 @@ def refuse_early(recipe: Any, data: Path | None, verify: bool = False) -> None:
         check_before(recipe, data, verify)
 
 
-def carry_out(
+def execute(
     run: Any, data: Path | None, stop_after: int | None, quiet: bool, check_nan: bool = False
 ) -> dict[str, Any]:
     """Train or combine what is left of a run; return its summary, at once where it is finished already."""
@@ -96,7 +96,7 @@ def carry_out(
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """Return a summary in a few lines for people, each figure with how its epoch was chosen."""
+    """Return a summary in a few lines for people, each metric with how its epoch was chosen."""
     lines = []
     last, best, selected, published = (summary.get(k) for k in ("last", "best", "selected", "published"))
     trained = bool(summary["epochs"])  # a combination has no epochs of its own

@@ -37,10 +37,10 @@ def stack(
 
     The default needs runs with a holdout (data.holdout = 5000). `--protocol published` needs runs with
     eval.train_logits = true: it fits on logits of the very images that the members were trained on and chooses the
-    epoch on the test set. That figure is for comparison with published ones; it is no estimate for new images.
+    epoch on the test set. That accuracy is for comparison with published ones; it is no estimate for new images.
     """
     from fastcifar.analysis.members import open_members
-    from fastcifar.cli.ensemble import carry_out
+    from fastcifar.cli.ensemble import execute
 
     options = {"how": "stacking", "meta": meta.value, "protocol": protocol.value, "meta_seed": seed}
-    carry_out(open_members(runs), options, out, tta, json_)
+    execute(open_members(runs), options, out, tta, json_)

@@ -75,7 +75,7 @@ class LoaderConfig(Section):
 class DataConfig(Section):
     """Which images. ``holdout`` training images are set aside to choose epochs and weights on, after ``subset``.
 
-    ``cifar10-or-synthetic``, for smoke tests only, takes drawn images where no place for data is named or made.
+    ``cifar10-or-synthetic``, for smoke tests only, takes synthetic images where no place for data is named or made.
     ``subset`` and ``test_subset`` keep only the first images of each class (0 keeps all), for smoke tests. All three
     count images in total, each class in proportion (shares that are not whole by the largest remainder): of ten equal
     classes, ``subset = 100`` keeps ten each. A subset smaller than the number of classes is an error.
@@ -412,7 +412,7 @@ class TrainConfig(Section):
 
 
 class EngineConfig(Section):
-    """How a step is carried out; the result is the same within rounding.
+    """How a step is executed; the result is the same within rounding.
 
     Attributes:
         device: ``auto`` takes a GPU where there is one.
@@ -423,7 +423,7 @@ class EngineConfig(Section):
             fewer bytes. ``auto`` on a GPU, unless ``train.accumulate`` is above 1.
         fused_batch_norm: in training on a GPU, normalize, activate, drop and add a shortcut in two launches, and return
             in two; ``auto`` for every model that can (wide_resnet, and pyramidnet with ``align`` 1).
-        strict: make it an error when the step cannot be carried out as ``mode`` asks for (a model that does not compile
+        strict: make it an error when the step cannot be executed as ``mode`` asks for (a model that does not compile
             or cannot be captured), instead of saying so and going on with less. FASTCIFAR_STRICT=1 in the environment
             does so for every recipe.
         on_nonfinite: ``stop`` ends the run at a loss that is not finite; ``skip`` leaves a step whose loss or gradient
@@ -440,7 +440,7 @@ class EngineConfig(Section):
 
 
 class EvalConfig(Section):
-    """When and how to evaluate. ``tta``: test-time augmentation, reported beside the plain figure."""
+    """When and how to evaluate. ``tta``: test-time augmentation, reported beside the plain metrics."""
 
     every_epochs: int = Field(1, ge=1, le=MAX_EPOCHS)
     batch_size: int = Field(1000, ge=1, le=MAX_BATCH)

@@ -1,4 +1,4 @@
-"""Where images come from: CIFAR-10 and CIFAR-100 releases, image folders, and drawn (synthetic) images."""
+"""Where images come from: CIFAR-10 and CIFAR-100 releases, image folders, and synthetic images."""
 
 import hashlib
 import os
@@ -57,7 +57,7 @@ class Source:
 
     @classmethod
     def synthetic(cls) -> "Source":
-        """Return the source of drawn images."""
+        """Return the source of synthetic images."""
         return cls("synthetic", Path(), None, hashlib.sha256(f"synthetic {SYNTHETIC_VERSION}".encode()).hexdigest())
 
 
@@ -141,7 +141,7 @@ def read_source(source: Source, progress: Progress) -> DataSet:
     about = {"kind": source.kind, "path": source.path.name, "fingerprint": source.fingerprint}
     if source.kind == "synthetic":
         splits, classes = draw(SYNTHETIC_COUNTS)
-        return DataSet(splits, classes, {**about, "version": SYNTHETIC_VERSION}, ["drawn images, not photographs"])
+        return DataSet(splits, classes, {**about, "version": SYNTHETIC_VERSION}, ["synthetic images, not photographs"])
     if source.release is None:
         return _read_folder(source.path, about, progress)
     with _release_folder(source.path, source.release, progress) as folder:

@@ -1,7 +1,7 @@
 """The data set on disk: a folder of one format with a manifest that knows every byte of it.
 
 A store is made once, from a source (`fastcifar.data.sources`) or from another store, and appears whole or not at
-all: it is written under a temporary name, synchronised and renamed.
+all: it is written under a temporary name, synchronized and renamed.
 """
 
 import fcntl
@@ -315,7 +315,7 @@ def _describe(path: Path) -> FileEntry:
 
 @contextmanager
 def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``out``; on success synchronise it and give it the name ``out``."""
+    """Yield a temporary folder beside ``out``; on success synchronize it and give it the name ``out``."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)

@@ -1,4 +1,4 @@
-"""Ten drawn classes: what smoke recipes and tests train on, made in a moment, without a download.
+"""Ten synthetic classes: what smoke recipes and tests train on, made in a moment, without a download.
 
 Every image is one shape in a random place, size and colour on a background of another colour with a gradient and
 noise. The numbers come from `fastcifar.kernels.philox`, so the images are the same on every machine.

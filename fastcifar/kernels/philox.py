@@ -39,7 +39,7 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 
 def philox(seed: int, index: Tensor, epoch: int | Tensor, block: int | Tensor, stream: int) -> list[Tensor]:
-    """Return four tensors of random words, elementwise over broadcast counters, without a host synchronisation.
+    """Return four tensors of random words, elementwise over broadcast counters, without a host-device synchronization.
 
     Args:
         seed: 0..2**64-1.

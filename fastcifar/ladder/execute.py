@@ -14,19 +14,19 @@ from fastcifar.run_directory import write_json
 
 
 class RowFailed(Exception):
-    """A row could not be carried out; the message says why. The rest of the ladder goes on."""
+    """A row could not be executed; the message says why. The rest of the ladder goes on."""
 
 
 class OutOfTime(Exception):
     """The time that ``--until`` gave is over; the row was stopped and can be resumed."""
 
 
-# Carries out a job until it is finished, or stops it at the deadline (in terms of ``time.monotonic``).
+# Executes a job until it is finished, or stops it at the deadline (in terms of ``time.monotonic``).
 RunRow = Callable[[Job, float | None, Callable[[str], None]], None]
 
 
 class View(Protocol):
-    """What shows the table while the ladder is climbed."""
+    """What shows the table while the ladder is executed."""
 
     def update(self, rows: Sequence[Row]) -> None:
         """Take in a changed table."""
@@ -36,11 +36,11 @@ class View(Protocol):
 
 
 class LadderExecution:
-    """One go at the ladder.
+    """One execution of the ladder: what is missing runs, what was cut is resumed, what fails is passed over.
 
     Args:
         ledger: the jobs, in the order to run them.
-        run_row: carries out one job; raises `RowFailed`, `UserError` or `OutOfTime`.
+        run_row: executes one job; raises `RowFailed`, `UserError` or `OutOfTime`.
         out: where ``ladder.json`` and ``ladder.html`` go.
         view: what to show progress on.
         until_s: stop after so many seconds; None for no limit.
@@ -53,7 +53,7 @@ class LadderExecution:
         self.others = found_in(out)
         self.deadline = None if until_s is None else time.monotonic() + until_s
 
-    def ascend(self) -> None:
+    def execute(self) -> None:
         """Run every job that is not done. Whatever ends it, the table on disk is that of the run directories."""
         try:
             with alone_in(self.out):
@@ -65,7 +65,7 @@ class LadderExecution:
             self._publish()
 
     def _take(self, job: Job) -> None:
-        """Carry out one job unless it is done or cannot be."""
+        """Execute one job unless it is done or cannot be."""
         try:
             if stored_state(job) == DONE:
                 return
@@ -105,7 +105,7 @@ class LadderExecution:
         self.view.say(f"{job.row}, seed {job.seed}: failed: {message}")
 
     def _publish(self) -> None:
-        """Write ``ladder.json`` and ``ladder.html``, with the rows and seeds of earlier ascends, and show the table."""
+        """Write ``ladder.json`` and ``ladder.html``, with the rows and seeds of earlier times, and show the table."""
         from fastcifar.ladder.page import write_html
 
         rows = self.ledger.table(self.others)

@@ -4,76 +4,14 @@ The published ladder is the article "CIFAR-10 분류 모델 97.78% 달성하기"
 (commit 70ec89d).
 """
 
-import json
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from fastcifar.errors import UserError
-from fastcifar.locations import benchmarks_folder
+from fastcifar.analysis.statistics import Mean, mean_of
 
 NOT_MEASURED = "not measured yet"
-TEST_IMAGES = 10_000
-RESULTS = benchmarks_folder() / "results" / "ladder.json"
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over seeds.
-
-    Attributes:
-        mean: in percent.
-        error: its standard error in points; from the seeds' spread, None for a single seed.
-        n: seeds.
-    """
-
-    mean: float
-    error: float | None
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" if self.error is None else f"{self.mean:.2f} ± {self.error:.2f}"
-
-
-def mean_of(values: Iterable[float | None]) -> Mean | None:
-    """Return the mean of the values that are there, or None."""
-    known = [v for v in values if v is not None]
-    if not known:
-        return None
-    error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
-    return Mean(statistics.fmean(known), error, len(known))
-
-
-def binomial_error(accuracy: float, images: int = TEST_IMAGES) -> float:
-    """Return the standard error, in points, of one run's accuracy (percent) on so many test images."""
-    share = accuracy / 100
-    return 100 * math.sqrt(share * (1 - share) / images)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Ours minus the published figure, in points, with the standard error of that difference."""
-
-    points: float
-    error: float
-
-    def __str__(self) -> str:
-        return f"{self.points:+.2f} ± {self.error:.2f}"
-
-
-def difference(ours: Mean | None, published: float | None) -> Difference | None:
-    """Compare a mean with a published figure of one run.
-
-    The error joins ours (over seeds, or binomial for a single one) and the published run's binomial one; what the
-    published run would vary by from seed to seed is not known.
-    """
-    if ours is None or published is None:
-        return None
-    own = ours.error if ours.error is not None else binomial_error(ours.mean)
-    return Difference(ours.mean - published, math.hypot(own, binomial_error(published)))
 
 
 @dataclass(frozen=True)
@@ -82,6 +20,7 @@ class Metrics:
 
     Attributes:
         last, best, selected: accuracies in percent over the seeds that got as far as any.
+        best_by_seed: the best of each of them.
         n: those seeds.
         epochs_done, epochs: how far they got.
         complete: whether that is the end.
@@ -93,6 +32,7 @@ class Metrics:
     last: Mean | None
     best: Mean | None
     selected: Mean | None
+    best_by_seed: tuple[float, ...]
     n: int
     epochs_done: int
     epochs: int
@@ -114,6 +54,7 @@ def metrics_of(rows: Sequence[dict[str, Any]]) -> Metrics | None:
         last=mean_of(row["last"] for row in used),
         best=mean_of(row["best"] for row in used),
         selected=mean_of(row["selected"] for row in used),
+        best_by_seed=tuple(row["best"] for row in used if row["best"] is not None),
         n=len(used),
         epochs_done=furthest[1],
         epochs=used[0]["epochs"],
@@ -133,20 +74,6 @@ def _average(how: Any, values: list[float | None]) -> float | None:
 
 def _joined(values: Iterable[Any]) -> str:
     return "; ".join(dict.fromkeys(str(v) for v in values if v))
-
-
-def read_results(path: Path = RESULTS) -> list[dict[str, Any]]:
-    """Return the recorded results, one object per row and seed; none where there is no file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    if not path.is_file():
-        return []
-    try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not a list of ladder results: {error}") from None
 
 
 def recorded(name: str, results: list[dict[str, Any]]) -> Metrics | None:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from fastcifar.ladder.metrics import NOT_MEASURED, Mean
+from fastcifar.analysis.statistics import Mean
+from fastcifar.ladder.metrics import NOT_MEASURED
 from fastcifar.ladder.state import Row
 from fastcifar.run_directory import write_atomic
 from fastcifar.text import duration

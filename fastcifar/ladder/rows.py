@@ -1,4 +1,4 @@
-"""What the ladder consists of, and in which order its rows are run: members before combinations, cheap before dear."""
+"""What the ladder consists of, and in which order its rows are run: members before combinations, cheapest first."""
 
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -11,10 +11,6 @@ from fastcifar.config import CombineRecipe, Recipe, load_recipe, shipped_by_name
 from fastcifar.config.load import find_bases
 from fastcifar.errors import UserError, nearest
 
-# Billions of multiply-accumulates per image and forward pass. Only to put rows in order, so an estimate will do.
-GMACS = {"lenet5": 0.0007, "deep_baseline": 0.0975, "deep_baseline_bn": 0.0975}
-GMACS |= {"residual5": 1.0882, "residual15": 0.7064}
-IMAGES = 50_000
 SMOKE = "smoke"
 
 
@@ -45,7 +41,7 @@ def ladder_rows() -> list[str]:
 def choose(only: Sequence[str]) -> list[str]:
     """Return the shipped recipes that any of the patterns matches.
 
-    A pattern without a slash speaks of the top level: ``*`` is the ladder, ``smoke/*`` are the twins.
+    A pattern without a slash speaks of the top level: ``*`` is the ladder, ``smoke/*`` are the smoke configs.
 
     Raises:
         UserError: a pattern matches nothing.
@@ -71,7 +67,7 @@ class Job:
         recipe: resolved, with that seed.
         folder: its run directory.
         members: for a combination, the members' run directories by recipe name.
-        cost: estimated work, in arbitrary units.
+        cost: multiply-accumulates of its forward passes; 0 for a combination.
     """
 
     row: str
@@ -79,10 +75,10 @@ class Job:
     recipe: Recipe | CombineRecipe
     folder: Path
     members: dict[str, Path]
-    cost: float
+    cost: int
 
 
-def plan(rows: Sequence[str], seeds: int, out: Path) -> list[Job]:
+def jobs_for(rows: Sequence[str], seeds: int, out: Path) -> list[Job]:
     """Return the jobs of these rows and of the rows that they combine, in the order to run them.
 
     Args:
@@ -94,9 +90,9 @@ def plan(rows: Sequence[str], seeds: int, out: Path) -> list[Job]:
     jobs = [_job(row, i, out) for row in wanted for i in range(seeds)]
     costs = {job.folder: job.cost for job in jobs}
 
-    def order(job: Job) -> tuple[float, bool, int, int]:
-        dearest = max([job.cost, *(costs[member] for member in job.members.values())])
-        return dearest, bool(job.members), wanted.index(job.row), job.seed
+    def order(job: Job) -> tuple[int, bool, int, int]:
+        most = max([job.cost, *(costs[member] for member in job.members.values())])
+        return most, bool(job.members), wanted.index(job.row), job.seed
 
     return sorted(jobs, key=order)
 
@@ -134,7 +130,7 @@ def _job(row: str, number: int, out: Path) -> Job:
         files = {member: _file_of(member) for member in recipe.combine.members}
         seed = _first_seed(recipe) + number
         members = {member: run_folder(out, file, seed) for member, file in files.items()}
-        return Job(row, seed, recipe, run_folder(out, row, seed), members, 0.0)
+        return Job(row, seed, recipe, run_folder(out, row, seed), members, 0)
     seeded = recipe.model_copy(update={"seed": recipe.seed + number})
     return Job(row, seeded.seed, seeded, run_folder(out, row, seeded.seed), {}, cost(recipe))
 
@@ -151,15 +147,10 @@ def run_folder(out: Path, row: str, seed: int) -> Path:
     return out / row / f"seed-{seed}"
 
 
-def cost(recipe: Recipe) -> float:
-    """Return an estimate of a run's work: multiply-accumulates of all its passes, in billions."""
-    model = recipe.model
-    images = recipe.data.subset or IMAGES
-    passes = 2 if recipe.asam else 1
-    if model.name == "wide_resnet":
-        gmacs = 1.5481 * (model.depth - 4) / 12 * (model.widen / 8) ** 2
-    elif model.name == "pyramidnet":
-        gmacs = 1.803 * (model.depth - 2) / 108 * (model.alpha / 150) ** 2
-    else:
-        gmacs = GMACS.get(model.name, 0.3)
-    return gmacs * passes * images * recipe.train.epochs
+def cost(recipe: Recipe) -> int:
+    """Return a run's work: multiply-accumulates of all its forward passes. It puts rows in order, nothing else."""
+    from fastcifar.models.budget import images_to_train
+    from fastcifar.models.cost import forward_macs
+
+    passes = 2 if recipe.asam else 1  # what goes backward is in proportion
+    return forward_macs(recipe.model) * passes * images_to_train(recipe) * recipe.train.epochs

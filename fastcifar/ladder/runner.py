@@ -1,4 +1,4 @@
-"""Carry out one row: in a process of its own, which may crash without harm, or in this one, which saves the start."""
+"""Execute one row: in a process of its own, which may crash without harm, or in this one, which saves the start."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ GRACE_S = 60.0
 
 @dataclass(frozen=True)
 class Runner:
-    """Carries out jobs; callable as the ladder wants it.
+    """Executes jobs; callable as the ladder wants it.
 
     Attributes:
         out: the ladder's folder; logs go to ``logs/`` in it.

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastcifar.analysis.statistics import Difference, Mean, difference
 from fastcifar.config import CombineRecipe, Recipe
 from fastcifar.errors import UserError
-from fastcifar.ladder.metrics import Difference, Mean, Metrics, difference, metrics_of
+from fastcifar.ladder.metrics import Metrics, metrics_of
 from fastcifar.ladder.rows import Job, catalogue
 from fastcifar.run_directory import RunDirectory
 
@@ -17,7 +18,7 @@ DONE, RUNNING, CUT, FAILED, BLOCKED, WAITING = "done", "running", "cut", "failed
 
 @dataclass(frozen=True)
 class Note:
-    """What this ascend knows about a job beyond its directory: it runs, it failed, or it waits for a failed one."""
+    """What this execution knows about a job beyond its directory: it runs, it failed, or it waits for a failed one."""
 
     state: str
     message: str = ""
@@ -102,7 +103,7 @@ class Row:
 
     Attributes:
         name, title, stage: of the recipe.
-        state: of its least happy seed.
+        state: the worst status of its seeds.
         message: what went wrong, or how far the running seed is.
         published_best, published_last: in percent, where published.
         metrics: over the seeds that have results, None where none has.
@@ -150,7 +151,7 @@ class Row:
         return sum(known) if known else None
 
 
-# The least happy state of a row's seeds is the row's.
+# The worst status of a row's seeds is the row's.
 _WORST_FIRST = (RUNNING, FAILED, BLOCKED, CUT, WAITING, DONE)
 
 
@@ -159,7 +160,7 @@ class Ledger:
 
     Attributes:
         jobs: in the order to run them.
-        notes: by run directory, what only this ascend knows.
+        notes: by run directory, what only this execution of the ladder knows.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -235,7 +236,7 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def _mean_json(value: Mean | None) -> dict[str, Any] | None:
-    return {"mean": value.mean, "standard_error": value.error, "n": value.n} if value else None
+    return value.row() if value else None
 
 
 def _difference_json(value: Difference | None) -> dict[str, Any] | None:

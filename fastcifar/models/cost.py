@@ -1,5 +1,8 @@
 """What a model costs, found by running it on the meta device: parameters, arithmetic, memory traffic, floor times.
 
+The one place that counts. `fastcifar.models.budget` multiplies by the steps of a recipe, `fastcifar.models.memory` adds
+what the training device has to hold, and the ladder sorts its rows by `forward_macs`.
+
 The traffic is that of a good compiler: convolutions, linear layers, poolings and BatchNorms read and write memory;
 everything elementwise (ReLU, GELU, dropout, additions, ShakeDrop, padding) is part of a neighbour and costs nothing.
 Forward and backward, in values per value of the operation's input and output:
@@ -18,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 from fastcifar.config.schema import ModelBase
 from fastcifar.models import bind_counter, build_model
@@ -55,13 +58,16 @@ class Cost:
 
     Attributes:
         parameters: trained values.
-        macs: multiplications with addition of one forward pass, by `torch.utils.flop_counter`.
         operations: see `Operation`.
     """
 
     parameters: int
-    macs: int
     operations: list[Operation] = field(repr=False)
+
+    @property
+    def macs(self) -> int:
+        """Multiplications with addition of one forward pass, by the formulas of `torch.utils.flop_counter`."""
+        return self.flops // (2 * (1 + BACKWARD_FLOPS))
 
     @property
     def flops(self) -> int:
@@ -139,18 +145,41 @@ def cost_of(model: nn.Module, image_px: int = 32) -> Cost:
         model: any model of `fastcifar.models`.
         image_px: side of the square input.
     """
-    parameters = sum(p.numel() for p in model.parameters())
-    model = model.to("meta").train()
-    bind_counter(model, torch.zeros(1, dtype=torch.int64, device="meta"), seed=0)
-    image = torch.zeros(1, 3, image_px, image_px, device="meta")
+    model = model.to("meta")
     counter = OperationCounter()
-    with torch.no_grad(), FlopCounterMode(display=False) as forward, counter:
-        model(image)
-    return Cost(parameters, forward.get_total_flops() // 2, counter.operations)
+    with torch.no_grad(), counter:
+        ready(model)(torch.zeros(1, 3, image_px, image_px, device="meta"))
+    return Cost(count_parameters(model), counter.operations)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trained values."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def meta_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32) -> nn.Module:
+    """Return the model of a recipe's config on the meta device, where neither its weights nor a pass take memory."""
+    with torch.device("meta"):
+        return build_model(config, num_classes=num_classes, image_px=image_px, seed=0)
+
+
+def ready(model: nn.Module) -> nn.Module:
+    """Put a model on the meta device into training mode, with a counter for its random layers, and return it."""
+    bind_counter(model, torch.zeros(1, dtype=torch.int64, device="meta"), seed=0)
+    return model.train()
 
 
 def cost_of_config(config: ModelBase, *, num_classes: int = 10, image_px: int = 32) -> Cost:
     """Return what the model of a recipe's config costs; no memory is taken for its weights."""
-    with torch.device("meta"):
-        model = build_model(config, num_classes=num_classes, image_px=image_px, seed=0)
-    return cost_of(model, image_px)
+    return cost_of(meta_model(config, num_classes=num_classes, image_px=image_px), image_px)
+
+
+_MACS: dict[str, int] = {}  # by config: many rows of the ladder share a model
+
+
+def forward_macs(config: ModelBase) -> int:
+    """Return `Cost.macs` of a config, counted once per process."""
+    key = config.model_dump_json(exclude={"init"})
+    if key not in _MACS:
+        _MACS[key] = cost_of_config(config).macs
+    return _MACS[key]

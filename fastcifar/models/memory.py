@@ -6,7 +6,7 @@ import torch
 
 from fastcifar.config.schema import PyramidNetConfig, Recipe, SpeedNetConfig, WideResNetConfig
 from fastcifar.errors import UserError
-from fastcifar.models import bind_counter, build_model
+from fastcifar.models.cost import count_parameters, meta_model, ready
 
 # The estimate is of eager mode, which keeps more activations than a compiled model: twice the memory is no proof yet.
 ACTIVATIONS_MARGIN = 2
@@ -23,9 +23,7 @@ def refuse_what_cannot_fit(recipe: Recipe, device: torch.device) -> None:
     """
     if not is_large(recipe):
         return
-    with torch.device("meta"):
-        model = build_model(recipe.model, seed=0)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(meta_model(recipe.model))
     check_memory(recipe.name, memory_mib(recipe, parameters, 0), device)
 
 
@@ -88,10 +86,7 @@ def memory_mib(recipe: Recipe, parameters: int, images: int) -> dict[str, float]
 def saved_bytes(recipe: Recipe) -> int:
     """Return the bytes that autograd keeps of one image's forward pass in eager mode, found on the meta device."""
     half = recipe.engine.precision in ("bf16", "fp16")
-    with torch.device("meta"):
-        model = build_model(recipe.model, seed=0)
-    model = model.to(torch.bfloat16 if half else torch.float32).train()
-    bind_counter(model, torch.zeros(1, dtype=torch.int64, device="meta"), seed=0)
+    model = ready(meta_model(recipe.model).to(torch.bfloat16 if half else torch.float32))
     own = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from fastcifar.config.operations import check_size
 from fastcifar.config.schema import Recipe
-from fastcifar.data.loaders.base import Plan
+from fastcifar.data.loaders.base import EpochOrder
 from fastcifar.data.store import Store, resolve_store
 from fastcifar.data.store import verify as verify_store
 from fastcifar.errors import UserError
@@ -56,7 +56,7 @@ def check_data(recipe: Recipe, store: Store, rows: "Rows") -> None:
 def _check_counts(recipe: Recipe, rows: "Rows") -> None:
     """Refuse an epoch without a single step, and an empty test set."""
     size, count = recipe.train.batch_size, len(rows.train)
-    if not Plan(rows.train, recipe.seed, size, recipe.train.drop_last).batches:
+    if not EpochOrder(rows.train, recipe.seed, size, recipe.train.drop_last).batches:
         raise UserError(
             f"train.drop_last: {count:,} training images make no whole batch of train.batch_size = {size:,}; "
             f"set train.drop_last = false, or train.batch_size to {max(count, 1):,} or less"

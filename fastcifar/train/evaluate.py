@@ -1,4 +1,4 @@
-"""Evaluation: logits of a whole split; every figure is computed from them."""
+"""Evaluation: logits of a whole split; every metric is computed from them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

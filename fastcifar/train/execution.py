@@ -1,4 +1,4 @@
-"""How a step is carried out: eagerly, with a compiled model, or as a captured CUDA graph; the results are the same.
+"""How a step is executed: eagerly, with a compiled model, or as a captured CUDA graph; the results are the same.
 
 `Execution` decides when the first batch of each shape arrives (`warm_up`), before the training clock runs:
 
@@ -40,7 +40,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Execution:
-    """Carries out a step's `execute`; see the module's text.
+    """Executes a step's `execute`; see the module's text.
 
     Attributes:
         compiled: whether the model is compiled.

@@ -11,8 +11,8 @@ from fastcifar.train.optimizers import Optimizer
 class Lookahead:
     """Takes an optimizer's step and, every so many steps, sets weights and statistics to a slow average of themselves.
 
-    See `LookaheadConfig`. The momentum stays. Nothing here waits for the device: between two averages, everything moves
-    by a share of 0, which leaves its bits alone.
+    See `LookaheadConfig`. The momentum stays. There is no host-device synchronization here: between two averages,
+    everything moves by a share of 0, which leaves its bits alone.
 
     Args:
         optimizer: what takes the whole step.

@@ -29,7 +29,7 @@ def cross_entropy(
         config: label smoothing; its class weights come in as ``weights``.
         weights: float (K,), made once by `class_weights`; None where the recipe has none.
         divide: what the sums over the samples are divided by, when they are not this batch's own `divisors`: a
-            batch that goes through the model in portions hands each portion the whole batch's.
+            batch that goes through the model in micro-batches hands each of them the whole batch's.
 
     Returns:
         Scalar, float32 (or float64).

@@ -47,6 +47,27 @@ class Progress:
     logits: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RunSetting:
+    """What a run ran with beyond its recipe, as the summary tells it.
+
+    Attributes:
+        loader: the backend that handed over the images, such as ``resident``.
+        mode: how the steps were executed: ``eager``, ``compile``, ``graph`` or ``compile+graph``.
+        fallback: why that is less than the recipe asks for; None where it is not.
+        classes: their names, by number.
+        image_px: side of the square images.
+        holdout: int64 (n,), the rows of the training split that were set aside; n may be 0.
+    """
+
+    loader: str
+    mode: str
+    fallback: str | None
+    classes: list[str]
+    image_px: int
+    holdout: np.ndarray
+
+
 class Results:
     """Evaluates, remembers, writes checkpoints and the end of a run.
 
@@ -248,12 +269,12 @@ class Results:
 
     # --------------------------------------------------------------------------------------------------------- the end
 
-    def finish(self, clocks: dict[str, float], facts: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, clocks: dict[str, float], setting: RunSetting) -> dict[str, Any]:
         """Write logits, weights and summary of a run that has come to its end or stops here; return the summary.
 
         Args:
             clocks: seconds by name.
-            facts: more entries for the summary (loader, environment, ...).
+            setting: what the run ran with, for the summary.
         """
         progress, recipe = self.progress, self.recipe
         finished = progress.epochs_done == recipe.train.epochs
@@ -265,7 +286,7 @@ class Results:
         if finished and "train" in self.splits:
             arrays |= self._train_logits()
         arrays |= {f"{name}/labels": split.labels.cpu().numpy() for name, split in self.splits.items()}
-        self._files["logits.npz"] = write_arrays(arrays | facts.pop("arrays", {}))
+        self._files["logits.npz"] = write_arrays(arrays | {"holdout/indices": setting.holdout})
         self._write_weights("last")
         summary = {
             "name": recipe.name, "stage": recipe.stage, "status": "finished" if finished else "stopped",
@@ -274,7 +295,9 @@ class Results:
             "tta": tta, "published": recipe.published.model_dump() if recipe.published else None,
             "clocks": {k: round(v, 3) for k, v in clocks.items()}, "images": progress.images,
             "images_per_s": progress.timed_images / clocks["training_s"] if clocks["training_s"] else None,
-            **facts,
+            "loader": setting.loader, "mode": setting.mode, "fallback": setting.fallback,
+            "classes": setting.classes, "image_px": setting.image_px,
+            "environment": self.run.environment, "git": self.run.environment.get("git"),
         }
         self._commit()
         self.run.write_summary(summary)

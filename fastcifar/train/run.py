@@ -31,7 +31,7 @@ from fastcifar.train.display import Display, Steps
 from fastcifar.train.evaluate import EvaluationSet, Evaluator
 from fastcifar.train.execution import is_strict
 from fastcifar.train.precision import PRECISIONS
-from fastcifar.train.results import Results, diverged
+from fastcifar.train.results import Results, RunSetting, diverged
 from fastcifar.train.step import Step, build_step
 
 
@@ -86,12 +86,10 @@ def train(
             train_epochs(range(done, end), loader, step, clock, display, results)
         finally:
             loader.close()
-    facts: dict[str, Any] = {
-        "loader": loader.name, "mode": step.execution.mode, "fallback": step.execution.fallback,
-        "classes": store.classes, "image_px": image_px,
-        "environment": run.environment, "git": run.environment.get("git"),
-    }
-    return results.finish(clock.seconds(), {**facts, "arrays": {"holdout/indices": rows.holdout}})
+    setting = RunSetting(
+        loader.name, step.execution.mode, step.execution.fallback, store.classes, image_px, rows.holdout
+    )
+    return results.finish(clock.seconds(), setting)
 
 
 def train_epochs(

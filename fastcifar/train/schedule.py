@@ -13,23 +13,23 @@ def learning_rate(config: ScheduleConfig, lr: float, epochs: int, steps_per_epoc
 
     Per epoch, ``cosine`` equals ``torch.optim.lr_scheduler.CosineAnnealingLR(T_max=epochs, eta_min=final * lr)``
     stepped once an epoch (Loshchilov & Hutter, 2017): its last epoch is one notch above ``final``. The warm-up's
-    last portion (epoch or step) already has the full rate, unless ``warmup_from`` says where it begins.
+    last interval (epoch or step) already has the full rate, unless ``warmup_from`` says where it begins.
 
     Args:
-        config: shape, portion and warm-up.
+        config: shape, interval and warm-up.
         lr: peak learning rate, above 0.
         epochs: length of the run.
         steps_per_epoch: updates in an epoch; only used where ``config.per == "step"``.
     """
-    portion = 1.0 if config.per == "epoch" else 1.0 / steps_per_epoch
+    interval = 1.0 if config.per == "epoch" else 1.0 / steps_per_epoch
 
     def rate(epoch: int, step: int) -> float:
-        position = float(epoch) if config.per == "epoch" else epoch + step * portion
+        position = float(epoch) if config.per == "epoch" else epoch + step * interval
         if position < config.warmup_epochs:
             if config.warmup_from is not None:
                 return lr * (config.warmup_from + (1 - config.warmup_from) * position / config.warmup_epochs)
-            return lr * min(1.0, (position + portion) / config.warmup_epochs)
-        return lr * _factor(config, (position - config.warmup_epochs) / max(epochs - config.warmup_epochs, portion))
+            return lr * min(1.0, (position + interval) / config.warmup_epochs)
+        return lr * _factor(config, (position - config.warmup_epochs) / max(epochs - config.warmup_epochs, interval))
 
     return rate
 

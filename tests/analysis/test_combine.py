@@ -84,19 +84,19 @@ def test_published_stacking_is_labelled_as_what_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "cure"),
+    ("options", "fix"),
     [
         ({"how": "stacking"}, "data.holdout = 5000"),
         ({"how": "weighted"}, "data.holdout = 5000"),
         ({"how": "stacking", "protocol": "published"}, "eval.train_logits = true"),
     ],
 )
-def test_what_a_member_lacks_is_said_with_the_cure(tmp_path, options, cure):
+def test_what_a_member_lacks_is_said_with_the_cure(tmp_path, options, fix):
     members = make_members(tmp_path)
     options = {"members": list(members), **options}
     with pytest.raises(UserError, match="m0") as error:
         run_combine(CombineRecipe.model_validate({"name": "c", "combine": options}), members, tmp_path / "out")
-    assert cure in str(error.value)
+    assert fix in str(error.value)
 
 
 def change(run, **arrays):
@@ -157,8 +157,8 @@ def test_runs_are_named_by_recipe_or_folder(tmp_path):
     folders = [run.folder for run in members.values()]
     assert list(open_members(folders)) == ["m0", "m1", "m2"]
     arrays = {key: members["m0"].logits(key) for key in members["m0"].logits_keys()}
-    twin = make_run(tmp_path / "twin", arrays, recipe("m0"))
-    assert list(open_members([folders[0], twin.folder])) == ["m0", "twin"]
+    same = make_run(tmp_path / "same", arrays, recipe("m0"))
+    assert list(open_members([folders[0], same.folder])) == ["m0", "same"]
     with pytest.raises(UserError, match="given twice"):
         open_members([folders[0], folders[0]])
     with pytest.raises(UserError, match="at least two"):

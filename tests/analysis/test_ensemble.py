@@ -9,6 +9,7 @@ from sklearn.metrics import log_loss
 from sklearn.preprocessing import LabelEncoder
 
 from fastcifar.analysis import ensemble
+from fastcifar.analysis.statistics import negative_log_likelihood
 from fastcifar.errors import UserError
 from tests.run_directories import logits_for
 
@@ -81,7 +82,7 @@ def test_softmax_is_scipys():
 
 def test_negative_log_likelihood_is_scikit_learns_log_loss(probabilities):
     labels = np.random.default_rng(2).integers(probabilities.shape[-1], size=2000)
-    ours = ensemble.negative_log_likelihood(probabilities[0], labels)
+    ours = negative_log_likelihood(probabilities[0], labels)
     assert ours == pytest.approx(log_loss(labels, probabilities[0], labels=range(probabilities.shape[-1])))
 
 
@@ -107,10 +108,10 @@ def test_fitted_weights_satisfy_the_conditions_of_a_minimum_on_the_simplex(membe
 def test_no_grid_point_is_more_likely_than_the_fitted_weights(members):
     probabilities, labels = members
     fitted = ensemble.maximum_likelihood_weights(probabilities, labels)
-    loss = ensemble.negative_log_likelihood(ensemble.soft_vote(probabilities, fitted), labels)
+    loss = negative_log_likelihood(ensemble.soft_vote(probabilities, fitted), labels)
     rng = np.random.default_rng(0)
     for weights in rng.dirichlet(np.full(4, 0.5), size=300):
-        assert loss <= ensemble.negative_log_likelihood(ensemble.soft_vote(probabilities, weights), labels) + 1e-9
+        assert loss <= negative_log_likelihood(ensemble.soft_vote(probabilities, weights), labels) + 1e-9
 
 
 def test_fitted_weights_are_no_worse_than_equal_ones_where_not_fitted(members):

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
-from scipy.stats import binom, sem
+from scipy.stats import binom, sem, t
 from sklearn.metrics import confusion_matrix, recall_score
 
 from fastcifar.analysis import confusion
-from fastcifar.analysis.compare import group_by_recipe, mcnemar, mean_and_error
+from fastcifar.analysis.compare import group_by_recipe
 from fastcifar.analysis.label_errors import find_label_errors
+from fastcifar.analysis.statistics import mcnemar, mean_of, p_value
 from fastcifar.analysis.top_loss import losses, top_loss
 from tests.run_directories import logits_for, make_run, recipe
 
@@ -68,8 +69,20 @@ def test_mcnemar_is_the_two_sided_binomial_test():
 
 def test_standard_errors_are_scipys(rng):
     values = rng.normal(size=9)
-    assert mean_and_error(values)["standard_error"] == pytest.approx(sem(values))
-    assert mean_and_error([3.0]) == {"mean": 3.0, "standard_error": None, "n": 1}
+    assert mean_of(values).error == pytest.approx(sem(values))
+    assert mean_of([3.0]).row() == {"mean": 3.0, "standard_error": None, "n": 1}
+
+
+def test_the_p_value_is_that_of_students_t(rng):
+    values = rng.normal(60.0, 0.5, size=4).tolist()
+    statistic = (np.mean(values) - 59.48) / sem(values)
+    assert p_value(values, 59.48) == pytest.approx(2 * t.sf(abs(statistic), 3))
+    assert p_value([60.0, 61.0], 60.5) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("values", [[], [60.0], [60.0, 60.0, 60.0]])
+def test_without_a_spread_there_is_no_test(values):
+    assert p_value(values, 59.48) is None
 
 
 def test_runs_are_grouped_by_recipe_over_seeds(tmp_path, rng):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fastcifar.analysis import stacking
 from fastcifar.analysis.members import Scores
 from fastcifar.analysis.meta_mlp import EPOCHS, build_mlp, fit_mlp, mlp_logits
+from fastcifar.analysis.statistics import accuracy
 from fastcifar.kernels.philox import epoch_order
 from fastcifar.train.step import torch_seed
 from tests.run_directories import logits_for
@@ -46,8 +47,8 @@ def test_logistic_is_scikit_learns_on_the_same_logits(rng):
 def test_honest_stacking_beats_its_members(rng, meta):
     holdout, test = scores(rng, 1000), scores(rng, 2000)
     stacked = stacking.stack_honest(holdout, test, meta, 250)
-    alone = max(stacking.accuracy(logits, test.labels) for logits in test.logits)
-    assert stacking.accuracy(stacked.logits, test.labels) > alone + 1
+    alone = max(accuracy(logits, test.labels) for logits in test.logits)
+    assert accuracy(stacked.logits, test.labels) > alone + 1
 
 
 @pytest.mark.parametrize("meta", ["mlp", "logistic"])
@@ -73,7 +74,7 @@ def random_labels(rng, count, images):
 
 def mean_accuracy(stack, pairs):
     found = [stack(fitted_on, test, "mlp", seed) for seed, (fitted_on, test) in enumerate(pairs)]
-    return np.mean([stacking.accuracy(s.logits, test.labels) for s, (_, test) in zip(found, pairs, strict=True)])
+    return np.mean([accuracy(s.logits, test.labels) for s, (_, test) in zip(found, pairs, strict=True)])
 
 
 def test_the_published_protocol_finds_skill_in_random_labels_and_the_honest_one_does_not(rng):
@@ -92,8 +93,8 @@ def test_members_that_know_their_images_by_heart_fool_the_published_meta_model(r
     by_heart = Scores(["a", "b"], np.stack([logits_for(labels, rng, 20.0)] * 2), labels)
     test = scores(rng, 500, skills=(0, 0))
     model = fit_mlp(stacking.features(by_heart.logits), labels, 10, 0)
-    seen = stacking.accuracy(mlp_logits(model, stacking.features(by_heart.logits)), labels)
-    new = stacking.accuracy(mlp_logits(model, stacking.features(test.logits)), test.labels)
+    seen = accuracy(mlp_logits(model, stacking.features(by_heart.logits)), labels)
+    new = accuracy(mlp_logits(model, stacking.features(test.logits)), test.labels)
     assert seen > 95
     assert new < 20
 

@@ -53,7 +53,7 @@ def test_report_as_json_names_the_page_and_the_runs(call, runs):
     assert (code, found["report"], len(found["runs"])) == (0, "page.html", 2)
 
 
-def test_compare_shows_figures_and_the_test(call, runs):
+def test_compare_shows_metrics_and_the_test(call, runs):
     code, out, err = call("compare", "m0", "m2")
     assert (code, out) == (0, "")
     assert f"{runs['m2'].summary['last']['accuracy']:.2f}" in err

@@ -1,4 +1,4 @@
-"""``fastcifar doctor``: what works, what is missing, and the cure."""
+"""``fastcifar doctor``: what works, what is missing, and the fix."""
 
 import json
 import sys
@@ -27,9 +27,9 @@ def by_name() -> dict[str, dict[str, str]]:
 def test_everything_is_named(probes):
     checks = by_name()
     assert set(checks) == {"python", "torch", "gpu", "triton", "numba", "ffcv", "dali", "c++", "data"}
-    assert checks["ffcv"] == {"name": "ffcv", "status": "works", "detail": "ffcv-1.0", "cure": ""}
+    assert checks["ffcv"] == {"name": "ffcv", "status": "works", "detail": "ffcv-1.0", "fix": ""}
     assert checks["data"]["status"] == "missing"
-    assert checks["data"]["cure"] == "fastcifar data fetch"
+    assert checks["data"]["fix"] == "fastcifar data fetch"
 
 
 @pytest.mark.parametrize(("name", "module"), [("ffcv", "ffcv"), ("dali", "nvidia"), ("triton", "triton")])
@@ -37,7 +37,7 @@ def test_a_missing_package_has_a_cure(probes, name, module):
     probes[name] = f"raise ModuleNotFoundError(\"No module named '{module}'\")"
     check = by_name()[name]
     assert check["status"] == "missing"
-    assert "make environment" in check["cure"]
+    assert "make environment" in check["fix"]
 
 
 def test_a_package_that_crashes_is_broken_and_the_doctor_goes_on(probes):
@@ -52,7 +52,7 @@ def test_ffcv_without_its_system_packages_names_them(probes, monkeypatch):
     probes["ffcv"] = "raise ImportError('libopencv_core.so: cannot open shared object file')"
     check = by_name()["ffcv"]
     assert check["status"] == "broken"
-    assert check["cure"].startswith("sudo apt-get install pkg-config libopencv-dev libturbojpeg0-dev && ")
+    assert check["fix"].startswith("sudo apt-get install pkg-config libopencv-dev libturbojpeg0-dev && ")
 
 
 def test_a_gpu_is_named_by_torch(probes):
@@ -84,4 +84,4 @@ def test_json_goes_to_stdout_and_the_rest_to_stderr(probes, capfd):
     doctor.doctor(json_=True)
     printed = capfd.readouterr()
     assert {check["name"] for check in json.loads(printed.out)["checks"]} >= {"torch", "data"}
-    assert "cure: fastcifar data fetch" in printed.err
+    assert "fix: fastcifar data fetch" in printed.err

@@ -28,7 +28,7 @@ MODULES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 
 @pytest.fixture(scope="module")
 def store(request) -> Store:
-    """Real images where there are any, else drawn ones."""
+    """Real images where there are any, else synthetic ones."""
     return request.getfixturevalue("real_store" if os.environ.get("FASTCIFAR_DATA") else "synthetic_store")
 
 
@@ -68,7 +68,7 @@ def threads_end(count: int) -> bool:
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_contract(rng, store, build, backend, workers):
-    """Every sample once, in the plan's order, with its pixels and label; batches stay valid; threads stay as set."""
+    """Every sample once, in the epoch's order, with its pixels and label; batches stay valid; threads stay as set."""
     threads, running = torch.get_num_threads(), threading.active_count()
     rows, true = some_rows(rng, store, 1030), store.split("train")
     loader = build(rows, workers)
@@ -147,7 +147,7 @@ def test_reads_a_store_of_another_format(store, build, cache):
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("whole", [True, False])
 def test_dalis_own_order(rng, synthetic_store, world, whole):
-    """Every sample once an epoch, an order that depends on (seed, epoch) alone, and that is not the plan's."""
+    """Every sample once an epoch, an order that depends on (seed, epoch) alone, and that is not the epoch order's."""
     pytest.importorskip("nvidia.dali")
     rows = np.arange(2000) if whole else some_rows(rng, synthetic_store, 700)
     true = synthetic_store.split("train")

@@ -291,7 +291,7 @@ def test_a_class_without_training_images_is_refused(rng, tmp_path):
         resolve_store(DataConfig(source="folder"), tmp_path / "set")
 
 
-def test_drawn_images_are_the_same_everywhere(synthetic_store):
+def test_synthetic_images_are_the_same_everywhere(synthetic_store):
     train, test = synthetic_store.split("train"), synthetic_store.split("test")
     assert (len(train), len(test)) == (2000, 1000)
     assert np.bincount(train.labels).tolist() == [200] * 10

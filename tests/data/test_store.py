@@ -23,7 +23,7 @@ from fastcifar.errors import UserError
 
 @pytest.fixture(scope="module")
 def made(cache, synthetic_store, tmp_path_factory) -> dict[str, Path]:
-    """The drawn images as a store of each format."""
+    """The synthetic images as a store of each format."""
     folder = tmp_path_factory.mktemp("stores")
     for to in FORMATS:
         convert(synthetic_store, to, folder / to)

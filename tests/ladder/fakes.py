@@ -7,10 +7,10 @@ from fastcifar.run_directory import RunDirectory
 
 
 class FakeRows:
-    """Carries out jobs as a runner does: epoch by epoch, resumable, with results that depend on row and seed only.
+    """Executes jobs as a runner does: epoch by epoch, resumable, with results that depend on row and seed only.
 
     Attributes:
-        trained: epochs that were carried out, as (row, seed, epoch).
+        trained: epochs that were executed, as (row, seed, epoch).
         before_epoch: called before each of them; may raise, as an interrupt does.
         bad: rows that fail, with the exception to fail with.
     """

@@ -1,4 +1,4 @@
-"""Climbing: the order, what is skipped and resumed, failures, interrupts, the deadline."""
+"""Executing the ladder: the order, what is skipped and resumed, failures, interrupts, the deadline."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from fastcifar.config import CombineRecipe
 from fastcifar.errors import UserError
 from fastcifar.interrupt import Interrupted
 from fastcifar.ladder.execute import LadderExecution, OutOfTime, RowFailed, alone_in
-from fastcifar.ladder.rows import catalogue, choose, ladder_rows, plan, with_members
+from fastcifar.ladder.rows import catalogue, choose, jobs_for, ladder_rows, with_members
 from fastcifar.ladder.state import Ledger, Note, stored_state
 from fastcifar.run_directory import RunDirectory
 from tests.ladder.fakes import FakeRows, stop_early
@@ -18,9 +18,9 @@ from tests.ladder.fakes import FakeRows, stop_early
 SMALL = ["lenet5", "deep", "ensemble-soft", "stacking"]
 
 
-def ascend(jobs, rows, out, view, until_s=None):
+def execute_ladder(jobs, rows, out, view, until_s=None):
     ledger = Ledger(jobs)
-    LadderExecution(ledger, rows, out, view, until_s).ascend()
+    LadderExecution(ledger, rows, out, view, until_s).execute()
     return ledger
 
 
@@ -35,7 +35,7 @@ def test_the_ladder_is_all_36_rows():
 
 
 def test_cheap_rows_come_first_and_members_before_their_combinations(tmp_path):
-    jobs = plan(ladder_rows(), 2, tmp_path)
+    jobs = jobs_for(ladder_rows(), 2, tmp_path)
     assert len(jobs) == 72
     done = set()
     for job in jobs:
@@ -48,14 +48,14 @@ def test_cheap_rows_come_first_and_members_before_their_combinations(tmp_path):
 
 
 def test_seeds_count_up_and_reach_the_recipe(tmp_path):
-    jobs = plan(["lenet5"], 3, tmp_path)
+    jobs = jobs_for(["lenet5"], 3, tmp_path)
     assert [(job.seed, job.recipe.seed) for job in jobs] == [(42, 42), (43, 43), (44, 44)]
     assert len({job.folder for job in jobs}) == 3
 
 
 def test_a_combination_brings_its_members_and_takes_those_of_its_seed(tmp_path):
     assert with_members(["stacking"]) == ["wrn-200", "pyramid200", "pyramid400", "stacking"]
-    for job in plan(["smoke/stacking"], 2, tmp_path):
+    for job in jobs_for(["smoke/stacking"], 2, tmp_path):
         if job.members:
             assert list(job.members) == ["smoke-pyramid400", "smoke-pyramid200", "smoke-wrn-200"]
             assert {folder.name for folder in job.members.values()} == {f"seed-{job.seed}"}
@@ -76,40 +76,40 @@ def test_a_pattern_without_a_match_is_an_error():
 
 def test_everything_runs_once_and_is_then_skipped(tmp_path, view):
     rows = FakeRows()
-    ascend(plan(SMALL, 2, tmp_path), rows, tmp_path, view)
+    execute_ladder(jobs_for(SMALL, 2, tmp_path), rows, tmp_path, view)
     assert len(rows.trained) == len(set(rows.trained))
     assert {row["state"] for row in table(tmp_path)["rows"]} == {"done"}
     again = FakeRows()
-    ascend(plan(SMALL, 2, tmp_path), again, tmp_path, view)
+    execute_ladder(jobs_for(SMALL, 2, tmp_path), again, tmp_path, view)
     assert again.trained == []
 
 
 def test_more_seeds_later_run_only_the_new_ones(tmp_path, view):
-    ascend(plan(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
+    execute_ladder(jobs_for(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
     more = FakeRows()
-    ascend(plan(["lenet5"], 3, tmp_path), more, tmp_path, view)
+    execute_ladder(jobs_for(["lenet5"], 3, tmp_path), more, tmp_path, view)
     assert {seed for _, seed, _ in more.trained} == {43, 44}
     row = table(tmp_path)["rows"][0]
     assert row["best"]["n"] == 3
     assert row["best"]["standard_error"] > 0
 
 
-def test_files_keep_the_rows_and_seeds_of_earlier_climbs(tmp_path, view):
-    ascend(plan(["lenet5"], 2, tmp_path), FakeRows(), tmp_path, view)
-    ascend(plan(["deep"], 1, tmp_path), FakeRows(), tmp_path, view)
-    ledger = ascend(plan(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
+def test_files_keep_the_rows_and_seeds_of_earlier_executions(tmp_path, view):
+    execute_ladder(jobs_for(["lenet5"], 2, tmp_path), FakeRows(), tmp_path, view)
+    execute_ladder(jobs_for(["deep"], 1, tmp_path), FakeRows(), tmp_path, view)
+    ledger = execute_ladder(jobs_for(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
     assert [(row["name"], len(row["seeds"])) for row in table(tmp_path)["rows"]] == [("lenet5", 2), ("deep", 1)]
     assert [(row.name, len(row.seeds)) for row in ledger.table()] == [("lenet5", 1)]
 
 
 def test_a_cut_row_goes_on_where_it_was(tmp_path, view):
-    jobs = plan(["lenet5"], 1, tmp_path)
-    ascend(jobs, FakeRows(), tmp_path, view)
+    jobs = jobs_for(["lenet5"], 1, tmp_path)
+    execute_ladder(jobs, FakeRows(), tmp_path, view)
     before = table(tmp_path)
     stop_early(RunDirectory.open(jobs[0].folder), 2)
     assert stored_state(jobs[0]) == "cut"
     rest = FakeRows()
-    ascend(jobs, rest, tmp_path, view)
+    execute_ladder(jobs, rest, tmp_path, view)
     assert rest.trained == [("lenet5", 42, 3)]
     assert accuracies(table(tmp_path)) == accuracies(before)
 
@@ -117,26 +117,26 @@ def test_a_cut_row_goes_on_where_it_was(tmp_path, view):
 @pytest.mark.parametrize("error", [RowFailed("out of memory"), UserError("no data")])
 def test_a_failed_row_is_reported_and_the_rest_goes_on(tmp_path, view, error):
     rows = FakeRows(bad={"wrn-200": error})
-    ascend(plan(SMALL, 1, tmp_path), rows, tmp_path, view)
+    execute_ladder(jobs_for(SMALL, 1, tmp_path), rows, tmp_path, view)
     states = {row["name"]: (row["state"], row["message"]) for row in table(tmp_path)["rows"]}
     assert states["wrn-200"] == ("failed", str(error))
     assert states["stacking"] == ("blocked", "needs wrn-200")
     assert states["pyramid400"] == ("done", "")
     assert any("wrn-200" in text and str(error) in text for text in view.said)
-    ascend(plan(SMALL, 1, tmp_path), FakeRows(), tmp_path, view)
+    execute_ladder(jobs_for(SMALL, 1, tmp_path), FakeRows(), tmp_path, view)
     assert {row["state"] for row in table(tmp_path)["rows"]} == {"done"}
 
 
 def test_a_row_that_ends_without_a_result_has_failed(tmp_path, view):
-    ascend(plan(["lenet5"], 1, tmp_path), lambda job, deadline, progress: None, tmp_path, view)
+    execute_ladder(jobs_for(["lenet5"], 1, tmp_path), lambda job, deadline, progress: None, tmp_path, view)
     assert table(tmp_path)["rows"][0]["state"] == "failed"
 
 
 def test_a_run_of_other_settings_is_not_taken_for_the_row(tmp_path, view):
-    jobs = plan(["lenet5", "deep"], 1, tmp_path)
+    jobs = jobs_for(["lenet5", "deep"], 1, tmp_path)
     other = catalogue()["lenet5-kaiming"]
     RunDirectory.create(jobs[0].folder, other, {})
-    ascend(jobs, FakeRows(), tmp_path, view)
+    execute_ladder(jobs, FakeRows(), tmp_path, view)
     rows = table(tmp_path)["rows"]
     assert rows[0]["state"] == "failed"
     assert "other settings" in rows[0]["message"]
@@ -144,7 +144,7 @@ def test_a_run_of_other_settings_is_not_taken_for_the_row(tmp_path, view):
 
 
 def test_a_changed_title_does_not_make_a_run_another(tmp_path, view):
-    jobs = plan(["lenet5"], 1, tmp_path)
+    jobs = jobs_for(["lenet5"], 1, tmp_path)
     RunDirectory.create(jobs[0].folder, jobs[0].recipe.model_copy(update={"title": "an older title"}), {})
     assert stored_state(jobs[0]) == "cut"
 
@@ -170,13 +170,13 @@ def accuracies(content):
 
 
 @pytest.mark.parametrize("luck", range(5))
-def test_five_interrupts_at_random_leave_the_table_of_an_uninterrupted_climb(tmp_path, view, luck):
+def test_five_interrupts_at_random_leave_the_table_of_an_uninterrupted_execution(tmp_path, view, luck):
     rows = [*SMALL, "aug-none", "residual"]
     straight = tmp_path / "straight"
     whole = FakeRows()
-    ascend(plan(rows, 2, straight), whole, straight, view)
+    execute_ladder(jobs_for(rows, 2, straight), whole, straight, view)
     dice = random.Random(luck)
-    steps = len(whole.trained) + len(plan(rows, 2, straight))
+    steps = len(whole.trained) + len(jobs_for(rows, 2, straight))
     trained, out = [], tmp_path / "cut"
     for _ in range(5):
         left = [dice.randrange(1, max(2, steps // 5))]
@@ -188,39 +188,39 @@ def test_five_interrupts_at_random_leave_the_table_of_an_uninterrupted_climb(tmp
 
         fake = FakeRows(cut)
         with pytest.raises(Interrupted):
-            ascend(plan(rows, 2, out), fake, out, view)
+            execute_ladder(jobs_for(rows, 2, out), fake, out, view)
         trained += fake.trained
         assert "running" not in {row["state"] for row in table(out)["rows"]}
     last = FakeRows()
-    ascend(plan(rows, 2, out), last, out, view)
+    execute_ladder(jobs_for(rows, 2, out), last, out, view)
     trained += last.trained
     assert accuracies(table(out)) == accuracies(table(straight))
     assert sorted(trained) == sorted(whole.trained), "an epoch was lost or trained twice"
 
 
-def test_the_deadline_ends_the_climb_and_the_rest_waits(tmp_path, view):
+def test_the_deadline_ends_the_execution_and_the_rest_waits(tmp_path, view):
     def over(job, epoch):
         if job.row == "deep" and epoch == 2:
             raise OutOfTime
 
-    jobs = plan(["lenet5", "deep", "aug-none"], 1, tmp_path)
-    ascend(jobs, FakeRows(over), tmp_path, view)
+    jobs = jobs_for(["lenet5", "deep", "aug-none"], 1, tmp_path)
+    execute_ladder(jobs, FakeRows(over), tmp_path, view)
     assert [row["state"] for row in table(tmp_path)["rows"]] == ["done", "cut", "waiting"]
     assert any("time is over" in text for text in view.said)
     rest = FakeRows()
-    ascend(jobs, rest, tmp_path, view)
+    execute_ladder(jobs, rest, tmp_path, view)
     assert ("deep", 42, 1) not in rest.trained
     assert [row["state"] for row in table(tmp_path)["rows"]] == ["done"] * 3
 
 
 def test_no_time_at_all_runs_nothing(tmp_path, view):
     rows = FakeRows()
-    ascend(plan(["lenet5"], 1, tmp_path), rows, tmp_path, view, until_s=0.0)
+    execute_ladder(jobs_for(["lenet5"], 1, tmp_path), rows, tmp_path, view, until_s=0.0)
     assert rows.trained == []
 
 
 def test_the_running_row_shows_how_far_it_is(tmp_path, view):
-    ascend(plan(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
+    execute_ladder(jobs_for(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
     seen = [(rows[0].state, rows[0].message) for rows in view.tables]
     assert ("running", "epoch 2") in seen
     assert seen[-1] == ("done", "")
@@ -228,29 +228,29 @@ def test_the_running_row_shows_how_far_it_is(tmp_path, view):
 
 def test_two_ladders_in_one_folder_are_refused(tmp_path, view):
     with alone_in(tmp_path), pytest.raises(UserError, match="another `fastcifar ladder`"):
-        ascend(plan(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
-    ascend(plan(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
+        execute_ladder(jobs_for(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
+    execute_ladder(jobs_for(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
     assert table(tmp_path)["rows"][0]["state"] == "done"
 
 
 def test_a_combination_is_a_row_like_others(tmp_path, view):
-    ledger = ascend(plan(["ensemble-hard"], 1, tmp_path), FakeRows(), tmp_path, view)
+    ledger = execute_ladder(jobs_for(["ensemble-hard"], 1, tmp_path), FakeRows(), tmp_path, view)
     row = next(row for row in ledger.table() if row.name == "ensemble-hard")
     assert isinstance(catalogue()["ensemble-hard"], CombineRecipe)
     assert row.difference_best.points == pytest.approx(row.best.mean - 97.71)
 
 
 def test_a_damaged_run_is_a_failed_row_not_a_crash(tmp_path, view):
-    jobs = plan(["lenet5", "deep"], 1, tmp_path)
-    ascend(jobs, FakeRows(), tmp_path, view)
+    jobs = jobs_for(["lenet5", "deep"], 1, tmp_path)
+    execute_ladder(jobs, FakeRows(), tmp_path, view)
     (jobs[0].folder / "summary.json").write_text("{")
-    ascend(jobs, FakeRows(), tmp_path, view)
+    execute_ladder(jobs, FakeRows(), tmp_path, view)
     assert [row["state"] for row in table(tmp_path)["rows"]] == ["failed", "done"]
 
 
 def test_notes_do_not_hide_a_result(tmp_path, view):
-    jobs = plan(["lenet5"], 1, tmp_path)
-    ascend(jobs, FakeRows(), tmp_path, view)
+    jobs = jobs_for(["lenet5"], 1, tmp_path)
+    execute_ladder(jobs, FakeRows(), tmp_path, view)
     ledger = Ledger(jobs)
     ledger.notes[jobs[0].folder] = Note("failed", "long ago")
     assert ledger.table()[0].state == "done"

@@ -1,4 +1,4 @@
-"""Rows in a process of their own: they train, can be stopped and resumed, and may crash without harm; the twins run."""
+"""Rows in a process of their own: they train, stop, resume, and may crash without harm; the smoke configs run."""
 
 import os
 import random
@@ -13,7 +13,7 @@ import pytest
 
 from fastcifar.ladder import runner
 from fastcifar.ladder.execute import LadderExecution, OutOfTime, RowFailed
-from fastcifar.ladder.rows import catalogue, choose, plan
+from fastcifar.ladder.rows import catalogue, choose, jobs_for
 from fastcifar.ladder.runner import Runner, epochs_in_words
 from fastcifar.ladder.state import Ledger, stored_state
 from fastcifar.run_directory import RunDirectory
@@ -36,7 +36,7 @@ def says(job, script):
 
 @pytest.fixture
 def job(tmp_path):
-    return plan(["lenet5"], 1, tmp_path)[0]
+    return jobs_for(["lenet5"], 1, tmp_path)[0]
 
 
 def test_the_last_line_of_a_failing_row_is_its_message(job):
@@ -61,7 +61,7 @@ open({str(mark)!r}, "w").write(str(child.pid))
 time.sleep(99)"""
     with pytest.raises(OutOfTime):
         says(job, script)(job, time.monotonic() + 2.0, lambda text: None)
-    # SIGKILL is sent by then; the kernel takes a moment to carry it out.
+    # SIGKILL is sent by then; the kernel takes a moment to execute it.
     wait_for(lambda: not alive(int(mark.read_text())), 60.0)
 
 
@@ -81,7 +81,7 @@ def test_progress_names_the_epochs_and_the_accuracy(job):
     assert epochs_in_words(job) == "seed 42, epoch 1/20, 42.50%"
 
 
-def ascend(out, *options, **how):
+def execute_ladder(out, *options, **how):
     command = [sys.executable, "-m", "fastcifar", "ladder", "--only", "smoke/lenet5*", "--out", str(out), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=out.parent, **how)
 
@@ -93,20 +93,20 @@ def no_data(monkeypatch):
 
 
 def test_the_command_runs_rows_in_processes_skips_them_later_and_prints_json(tmp_path, no_data):
-    first = ascend(tmp_path / "out", "--json")
+    first = execute_ladder(tmp_path / "out", "--json")
     assert first.returncode == 0, first.stderr
     assert '"state": "done"' in first.stdout
     assert "smoke/lenet5-kaiming, seed 42: done" in first.stderr
     page = (tmp_path / "out" / "ladder.html").read_text()
     assert "2 of 2 rows are done" in page
-    again = ascend(tmp_path / "out", "--json")
+    again = execute_ladder(tmp_path / "out", "--json")
     assert again.stdout == first.stdout
     assert "seed 42: done" not in again.stderr
 
 
 def test_a_row_without_data_fails_with_status_1_and_the_reason(tmp_path, no_data):
     (tmp_path / "empty").mkdir()
-    done = ascend(tmp_path / "out", "--data", str(tmp_path / "empty"))
+    done = execute_ladder(tmp_path / "out", "--data", str(tmp_path / "empty"))
     assert done.returncode == 1
     assert "failed" in done.stderr
     assert "Traceback" not in done.stderr
@@ -129,7 +129,7 @@ def test_durations():
 
 @pytest.mark.timeout(1200)
 def test_a_real_row_killed_at_two_moments_ends_as_the_undisturbed_one(tmp_path, no_data, view, monkeypatch, seed):
-    """Interrupt the ladder while its row's process trains; the third ascend finishes to the same accuracies.
+    """Interrupt the ladder while its row's process trains; the third execution finishes to the same accuracies.
 
     Two, because each start imports torch; five interrupts of rows without training are in test_execute.py.
     """
@@ -138,11 +138,12 @@ def test_a_real_row_killed_at_two_moments_ends_as_the_undisturbed_one(tmp_path, 
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": EPOCHS})})
     monkeypatch.setitem(catalogue(), name, longer)
     straight, cut = tmp_path / "straight", tmp_path / "cut"
-    LadderExecution(Ledger(plan([name], 1, straight)), Runner(straight, same_process=True), straight, view).ascend()
+    ledger = Ledger(jobs_for([name], 1, straight))
+    LadderExecution(ledger, Runner(straight, same_process=True), straight, view).execute()
     command = [sys.executable, "-c", LONGER, name, str(cut)]
     metrics = cut / name / "seed-42" / "metrics.jsonl"
     for epochs in sorted(random.Random(seed).sample(range(1, EPOCHS // 2), 2)):
-        # An epoch more than the last ascend left, so that this one trains already and not only starts.
+        # An epoch more than the last execution left, so that this one trains already and not only starts.
         wanted = max(epochs, lines(metrics) + 1)
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
         wait_for(lambda n=wanted, p=process: lines(metrics) >= n or p.poll() is not None)
@@ -184,13 +185,13 @@ def wait_for(happened, limit_s=300.0):
 
 
 @pytest.mark.timeout(900)
-def test_all_smoke_twins_run_from_end_to_end(tmp_path, view, monkeypatch):
-    """With the real data where FASTCIFAR_DATA names it, else with drawn images."""
+def test_all_smoke_configs_run_from_end_to_end(tmp_path, view, monkeypatch):
+    """With the real data where FASTCIFAR_DATA names it, else with synthetic images."""
     monkeypatch.chdir(tmp_path)
-    jobs = plan(choose(["smoke/*"]), 1, tmp_path)
+    jobs = jobs_for(choose(["smoke/*"]), 1, tmp_path)
     assert len(jobs) == 36
     ledger = Ledger(jobs)
-    LadderExecution(ledger, Runner(tmp_path, same_process=True), tmp_path, view).ascend()
+    LadderExecution(ledger, Runner(tmp_path, same_process=True), tmp_path, view).execute()
     assert {row.name: row.message for row in ledger.table() if row.state != "done"} == {}
     for job in jobs:
         assert stored_state(job) == "done"

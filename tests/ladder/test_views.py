@@ -9,7 +9,7 @@ from rich.console import Console
 from fastcifar.ladder.execute import LadderExecution, RowFailed
 from fastcifar.ladder.metrics import NOT_MEASURED
 from fastcifar.ladder.page import page
-from fastcifar.ladder.rows import ladder_rows, plan
+from fastcifar.ladder.rows import jobs_for, ladder_rows
 from fastcifar.ladder.state import Ledger, Note
 from fastcifar.ladder.view import COLUMNS, LadderView, cells, render, window
 from tests.ladder.fakes import FakeRows
@@ -20,9 +20,9 @@ ROWS = ["lenet5", "deep", "stacking"]
 @pytest.fixture
 def rows(tmp_path, view):
     """Return a table with a done, a failed and a blocked row."""
-    ledger = Ledger(plan(ROWS, 2, tmp_path))
+    ledger = Ledger(jobs_for(ROWS, 2, tmp_path))
     bad = {"wrn-200": RowFailed("<b>a & b</b>")}
-    LadderExecution(ledger, FakeRows(bad=bad), tmp_path, view).ascend()
+    LadderExecution(ledger, FakeRows(bad=bad), tmp_path, view).execute()
     return ledger.table()
 
 
@@ -38,8 +38,8 @@ def test_no_cell_is_empty(rows):
         assert len(cells(row)) == len(COLUMNS) - 1
 
 
-def test_an_unclimbed_ladder_says_not_measured_yet(tmp_path):
-    rows = Ledger(plan(ladder_rows(), 1, tmp_path)).table()
+def test_an_unmeasured_ladder_says_not_measured_yet(tmp_path):
+    rows = Ledger(jobs_for(ladder_rows(), 1, tmp_path)).table()
     assert len(rows) == 36
     assert all(cells(row).count(NOT_MEASURED) == 5 for row in rows)
 
@@ -61,7 +61,7 @@ def test_a_narrow_terminal_shows_the_first_columns_whole(rows):
 
 
 def test_the_window_follows_the_running_row(tmp_path):
-    ledger = Ledger(plan(ladder_rows(), 1, tmp_path))
+    ledger = Ledger(jobs_for(ladder_rows(), 1, tmp_path))
     for row in ("lenet5", "wrn-asam", "pyramid400"):
         ledger.notes = {job.folder: Note("running") for job in ledger.jobs if job.row == row}
         shown = window(ledger.table(), 10)
@@ -97,7 +97,7 @@ def test_the_page_is_whole_and_escaped(rows):
     assert all(0 <= float(c.get("cx")) <= 870 for c in rings + dots)
 
 
-def test_a_page_of_rows_without_published_figures_has_no_picture(tmp_path):
-    text = page(Ledger(plan(["smoke/lenet5"], 1, tmp_path)).table())
+def test_a_page_of_rows_without_published_metrics_has_no_picture(tmp_path):
+    text = page(Ledger(jobs_for(["smoke/lenet5"], 1, tmp_path)).table())
     assert "<svg" not in text
     assert NOT_MEASURED in text

@@ -32,7 +32,7 @@ def batch(seed: int, size: int = 4) -> tuple[Tensor, Tensor]:
 def asam_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, rho: float) -> None:
     """Take a step of ASAM (Kwon et al., 2021) as the ladder defines it, over all parameters."""
     parameters = list(model.parameters())
-    climbed = []
+    ascent = []
     for module in model.modules():
         if hasattr(module, "counter"):
             module.counter.add_(1)
@@ -40,12 +40,12 @@ def asam_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor
     norm = torch.cat([(p.abs() * p.grad).flatten() for p in parameters]).norm()
     with torch.no_grad():
         for p in parameters:
-            climbed.append(rho * p**2 * p.grad / (norm + 1e-12))
-            p.add_(climbed[-1])
+            ascent.append(rho * p**2 * p.grad / (norm + 1e-12))
+            p.add_(ascent[-1])
     optimizer.zero_grad()
     F.cross_entropy(model(images), labels).backward()
     with torch.no_grad():
-        for p, e in zip(parameters, climbed, strict=True):
+        for p, e in zip(parameters, ascent, strict=True):
             p.sub_(e)
     optimizer.step()
     optimizer.zero_grad()

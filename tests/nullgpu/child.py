@@ -1,6 +1,6 @@
 """The process that runs on the null device: ``python -m tests.nullgpu.child FOLDER``; see harness.py.
 
-It carries out the jobs of ``FOLDER/jobs.json`` one after the other and pickles a report of each.
+It executes the jobs of ``FOLDER/jobs.json`` one after the other and pickles a report of each.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def main(folder: Path) -> None:
-    """Carry out the jobs; stop quietly where one of them ends the process."""
+    """Execute the jobs; stop quietly where one of them ends the process."""
     warnings.filterwarnings("ignore")
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     from tests.nullgpu import internals, nullops, observe, scenarios

@@ -37,7 +37,7 @@ def on_null_device(
     one_configuration: bool = True,
     environment: dict[str, str] | None = None,
 ) -> list[Report]:
-    """Carry out jobs one after the other in one process on the null device.
+    """Execute jobs one after the other in one process on the null device.
 
     Args:
         jobs: what to do; they share the process, and so what it has imported and compiled.

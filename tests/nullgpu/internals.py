@@ -84,7 +84,7 @@ def region(mark: Callable[[str, Any], None], kind: str, work: Callable[..., Any]
 
 
 def modes() -> dict[str, Any]:
-    """Return how the last step was carried out and why that is less than was asked for, if it is."""
+    """Return how the last step was executed and why that is less than was asked for, if it is."""
     step = seen_steps[-1] if seen_steps else None
     if step is None:
         return {"mode": None, "fallback": None}

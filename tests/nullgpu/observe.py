@@ -71,7 +71,7 @@ def compile_one_configuration() -> None:
 
 
 def observe(work: Callable[[], dict[str, Any]], log: Path) -> Report:
-    """Carry out a job and return all that was seen of it; an exception of the job is part of the report."""
+    """Execute a job and return all that was seen of it; an exception of the job is part of the report."""
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()

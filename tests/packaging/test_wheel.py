@@ -93,16 +93,18 @@ def in_wheel(wheel, tmp_path_factory, cache) -> dict:
 
 
 def test_the_wheel_holds_every_recipe_and_what_the_benchmarks_need(wheel):
-    wanted = [path for name in ("fastcifar", "recipes", "benchmarks") for path in committed(name)]
+    wanted = [path for name in ("fastcifar", "recipes", "records", "benchmarks") for path in committed(name)]
     inside = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
     assert [path for path in wanted if path not in inside] == []
+    assert not [path for path in inside if path.parent.name.startswith("seed-")]  # logs stay in the clone
     assert {path.parts[0] for path in inside} == {"fastcifar", wheel.name.partition("-py3")[0] + ".dist-info"}
 
 
 def committed(folder: str) -> list[Path]:
     """Return where in a wheel the files of a top-level folder belong."""
     suffixes = {".py", ".toml", ".json", ".html", ".typed"}
-    files = [p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.suffix in suffixes or p.name == "py.typed"]
+    pattern = "*/record.json" if folder == "records" else "*"
+    files = [p.relative_to(ROOT) for p in (ROOT / folder).rglob(pattern) if p.suffix in suffixes]
     return [file if folder == "fastcifar" else "fastcifar" / file for file in files]
 
 

@@ -39,7 +39,7 @@ def test_recipes_prints_a_table_for_people_to_stderr():
     assert NOT_MEASURED in " ".join(done.stderr.split())
 
 
-def test_recipes_finds_twins_when_asked():
+def test_recipes_finds_smoke_configs_when_asked():
     rows = json.loads(fastcifar("recipes", "smoke/*", "--json").stdout)["recipes"]
     assert len(rows) == 36
 

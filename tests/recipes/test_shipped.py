@@ -62,11 +62,11 @@ def test_the_command_in_the_head_finds_this_recipe(name):
     assert find_recipe(command.split()[-1]) == FILES[name]
 
 
-def test_every_row_has_a_smoke_twin_and_nothing_else_has():
+def test_every_row_has_a_smoke_config_and_nothing_else_has():
     assert {name.removeprefix("smoke/") for name in SMOKE_CONFIGS} == set(ROWS)
 
 
-# What a twin may change: what makes it small. Everything else is the row's.
+# What a smoke config may change: what makes it small. Everything else is the row's.
 SMALL = {
     "data": {"source", "subset", "test_subset"},
     "train": {"epochs", "batch_size"},
@@ -75,19 +75,19 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_twin_differs_from_its_row_only_in_size(name):
-    row, twin = load_recipe(name), load_recipe(f"smoke/{name}")
-    assert twin.name == f"smoke-{name}"
+def test_a_smoke_config_differs_from_its_row_only_in_size(name):
+    row, small = load_recipe(name), load_recipe(f"smoke/{name}")
+    assert small.name == f"smoke-{name}"
     if isinstance(row, CombineRecipe):
-        assert twin.combine.members == [f"smoke-{member}" for member in row.combine.members]
-        assert twin.combine.model_dump(exclude={"members"}) == row.combine.model_dump(exclude={"members"})
+        assert small.combine.members == [f"smoke-{member}" for member in row.combine.members]
+        assert small.combine.model_dump(exclude={"members"}) == row.combine.model_dump(exclude={"members"})
         return
     assert isinstance(row, Recipe)
     skip = {"name", "title", "stage", "published", "target"} | set(SMALL)
-    assert twin.model_dump(exclude=skip) == row.model_dump(exclude=skip)
+    assert small.model_dump(exclude=skip) == row.model_dump(exclude=skip)
     for section, keys in SMALL.items():
-        assert getattr(twin, section).model_dump(exclude=keys) == getattr(row, section).model_dump(exclude=keys)
-    assert twin.data.source == "cifar10-or-synthetic"
+        assert getattr(small, section).model_dump(exclude=keys) == getattr(row, section).model_dump(exclude=keys)
+    assert small.data.source == "cifar10-or-synthetic"
 
 
 @pytest.mark.parametrize("name", [n for n, recipe in catalogue().items() if isinstance(recipe, CombineRecipe)])

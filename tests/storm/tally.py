@@ -43,7 +43,7 @@ class Tally:
         return self.refused + self.survived + self.failed
 
     def check(self, what: str, action: Callable[[], Any], limit_s: int = LIMIT_S) -> None:
-        """Carry out one action and count what became of it.
+        """Execute one action and count what became of it.
 
         Args:
             what: the input in words, for the list of failures (its seed, say).

@@ -2,17 +2,19 @@
 
 import json
 import math
+import re
 import statistics
 
 import pytest
+from scipy.stats import t
 
+from fastcifar.analysis.statistics import difference, mean_of
 from fastcifar.errors import UserError
-from fastcifar.ladder.metrics import NOT_MEASURED, difference, mean_of, metrics_of, ours_in_words, read_results
-from fastcifar.ladder.rows import ladder_rows, plan
-from tests.ladder.fakes import FakeRows
-from tests.run_directories import change_recipe
+from fastcifar.ladder.metrics import NOT_MEASURED, metrics_of, ours_in_words
+from fastcifar.ladder.rows import ladder_rows
 from tools import tables
 
+STAGES = ["Baseline", "Deep baseline", "Augmentation", "Residual", "Wide residual", "Pyramid", "Combined"]
 ENTRY = {
     "id": "lenet5", "seed": 42, "last": 59.8, "best": 60.37, "selected": None, "epochs_done": 20, "epochs": 20,
     "hardware": "a processor, 2 cores", "date": "2026-01-02", "training_s": 60.0, "images_per_s": 17000.0, "git": "abc",
@@ -29,11 +31,13 @@ def test_the_committed_files_are_up_to_date():
     assert not [str(path) for path in tables.out_of_date()], "run `make tables`"
 
 
-def test_without_results_every_row_says_so():
-    lines = tables.ladder_table([]).splitlines()
-    assert len(lines) == 2 + 36
-    assert all(line.count(NOT_MEASURED) == 3 for line in lines[2:])
-    assert all(cell.strip() for line in lines[2:] for cell in line.strip("|").split("|"))
+def test_without_results_there_is_one_line_per_stage_and_no_table():
+    text = tables.ladder_table([])
+    assert text.startswith(NOT_MEASURED.capitalize())
+    stages = [line.split(":")[0] for line in text.splitlines()[2:]]
+    assert stages == [f"- {s}" for s in STAGES]
+    assert "[`wrn-200`](recipes/wrn-200.toml) 97.07 (96.99)" in text
+    assert "|" not in text
 
 
 def test_a_measured_row_has_mean_standard_error_and_difference():
@@ -42,15 +46,18 @@ def test_a_measured_row_has_mean_standard_error_and_difference():
     assert f"{(60.37 + 60.0 + 60.7) / 3:.2f} ± {error:.2f} (59.80 ± " in row
     binomial = 100 * math.sqrt(0.5948 * 0.4052 / 10_000)
     assert f"+0.88 ± {math.hypot(error, binomial):.2f}" in row
-    assert "3 seeds, a processor, 2 cores, 2026-01-02" in row
-    assert NOT_MEASURED not in row
+    statistic = ((60.37 + 60.0 + 60.7) / 3 - 59.48) / error
+    assert f"| {2 * t.sf(statistic, 2):.3f} | 3 seeds, a processor, 2 cores, 2026-01-02" in row
+    assert "[`lenet5`](recipes/lenet5.toml) 59.48" not in tables.ladder_table(SEEDS)
+
+
+def test_one_seed_has_no_p_value():
+    assert "| n = 1: no test |" in row_of(tables.ladder_table([ENTRY]), "lenet5")
 
 
 def test_a_partly_trained_row_is_not_measured_yet_but_says_how_far_it_is():
     part = [ENTRY | {"id": "aug-standard", "complete": False, "epochs_done": 20, "epochs": 100, "last": 84.2}]
-    row = row_of(tables.ladder_table(part), "aug-standard")
-    assert f"{NOT_MEASURED} (84.20 last after 20 of 100 epochs)" in row
-    assert row.count(NOT_MEASURED) == 2
+    assert "aug-standard.toml) 90.01 (ours 84.20 last after 20 of 100 epochs)" in tables.ladder_table(part)
     assert ours_in_words(metrics_of(part)).startswith(f"{NOT_MEASURED} (84.20 last after 20 of 100 epochs; a processor")
 
 
@@ -89,44 +96,6 @@ def test_wrong_markers_are_named(tmp_path, page, said):
 def test_only_the_line_of_ours_changes_in_a_recipe():
     text = "# head\n# ours: not measured yet\n# run: x\n\ntitle = 'a'\n# ours: in the body\n"
     assert tables.with_ours(text, r"59.80 \1") == text.replace("not measured yet", r"59.80 \1")
-
-
-@pytest.fixture
-def run_dirs(tmp_path):
-    """Return run directories of lenet5 with two seeds."""
-    jobs = plan(["lenet5"], 2, tmp_path)
-    for job in jobs:
-        FakeRows()(job, None, lambda text: None)
-    return [job.folder for job in jobs]
-
-
-def test_adding_runs_replaces_the_same_seed(tmp_path, run_dirs):
-    path = tmp_path / "results" / "ladder.json"
-    tables.add(run_dirs[:1], path)
-    tables.add(run_dirs, path)
-    rows = read_results(path)
-    assert [(row["id"], row["seed"]) for row in rows] == [("lenet5", 42), ("lenet5", 43)]
-    assert set(rows[0]) == set(ENTRY)
-    assert rows[0]["complete"] is True
-
-
-def test_a_run_of_other_settings_is_refused(tmp_path, run_dirs):
-    change_recipe(run_dirs[0], ("lr = 0.0003", "lr = 0.001"))
-    with pytest.raises(UserError, match=r"is no result of lenet5.*optimizer\.lr"):
-        tables.add(run_dirs, tmp_path / "ladder.json")
-
-
-def test_another_precision_loader_or_evaluation_is_the_same_row(tmp_path, run_dirs):
-    change_recipe(
-        run_dirs[0], ('"bf16"', '"fp32"'), ('tta = "none"', 'tta = "flip"'), ("workers = 2", "workers = 7")
-    )
-    tables.add(run_dirs, tmp_path / "ladder.json")
-
-
-def test_a_damaged_results_file_is_named(tmp_path):
-    (tmp_path / "ladder.json").write_text(json.dumps({"row": []}))
-    with pytest.raises(UserError, match=r"ladder\.json: is not a list"):
-        read_results(tmp_path / "ladder.json")
 
 
 def test_a_benchmark_table_shows_the_newest_full_result_of_each_hardware(tmp_path):
@@ -169,11 +138,18 @@ def test_the_speed_table_takes_its_rows_from_the_newest_results(tmp_path):
 
 
 def test_the_ladder_table_has_the_ladders_rows():
-    names = [line.split("`")[1] for line in tables.ladder_table([]).splitlines()[2:]]
-    assert names == ladder_rows()
+    assert sorted(re.findall(r"`(.+?)`", tables.ladder_table(SEEDS))) == sorted(ladder_rows())
 
 
 def test_the_labels_are_those_that_the_benchmarks_write():
     code = (tables.ROOT / "benchmarks" / "common.py").read_text()
     assert f'THEIR_LOOP = "{tables.THEIR_LOOP}"\n' in code
     assert f'THEIR_LOADER = "{tables.THEIR_LOADER}"\n' in code
+
+
+def test_what_has_been_measured_is_counted():
+    assert "none has been trained" in tables.measured_so_far([])
+    text = tables.measured_so_far(SEEDS)
+    assert "Of these 36 rows 1 have been trained to the end here so far, on a processor, 2 cores." in text
+    part = [ENTRY | {"complete": False, "epochs_done": 3}]
+    assert "none has been trained" in tables.measured_so_far(part)

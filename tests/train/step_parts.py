@@ -1,4 +1,4 @@
-"""A small network with BatchNorm and dropout, drawn images, and steps on them."""
+"""A small network with BatchNorm and dropout, synthetic images, and steps on them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The whole step, 50 times on a small real model, against float64 references that know nothing of arenas."""
+"""The whole step, 50 times on a small real model, against float64 references that know nothing of flat parameters."""
 
 from functools import partial
 from typing import Any

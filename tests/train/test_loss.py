@@ -31,7 +31,7 @@ def test_equals_torch(smoothing: float, weighted: bool, lam: float | None) -> No
     else:
         target, expected = (a, b, torch.tensor(lam, dtype=torch.float64)), lam * losses[0] + (1 - lam) * losses[1]
     torch.testing.assert_close(cross_entropy(logits, target, config, weights=weights), expected)
-    # In portions of 5, 5 and 3 samples, each divided by what the whole batch is divided by.
+    # In micro-batches of 5, 5 and 3 samples, each divided by what the whole batch is divided by.
     divide, total = divisors(target, weights), 0
     for part in torch.arange(13).split(5):
         piece = target[part] if lam is None else (a[part], b[part], target[2])

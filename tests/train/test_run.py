@@ -1,4 +1,4 @@
-"""A run from end to end on drawn images: its record, its result, and every way in which it can stop."""
+"""A run from end to end on synthetic images: its record, its result, and every way in which it can stop."""
 
 import multiprocessing
 import os
@@ -59,7 +59,7 @@ def test_the_record_is_complete(whole):
     assert not list(whole.rglob("*.tmp"))
 
 
-def test_figures_follow_from_the_saved_logits(whole):
+def test_metrics_follow_from_the_saved_logits(whole):
     run = RunDirectory.open(whole)
     labels = run.logits("test/labels")
     for which in ("last", "best"):

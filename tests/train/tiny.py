@@ -1,4 +1,4 @@
-"""A run of a second or two on drawn images, and how to compare two of them."""
+"""A run of a second or two on synthetic images, and how to compare two of them."""
 
 from pathlib import Path
 from typing import Any

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from fastcifar.config.schema import AugmentConfig, LoaderConfig
-from fastcifar.data.loaders.base import Loader, Plan
+from fastcifar.data.loaders.base import EpochOrder, Loader
 from fastcifar.data.store import Store, store_as
 from fastcifar.errors import UserError
 from fastcifar.locations import install_command
 
-__all__ = ["PACKAGES", "Loader", "Plan", "build_loader", "choose_backend"]
+__all__ = ["PACKAGES", "EpochOrder", "Loader", "build_loader", "choose_backend"]
 
 PACKAGES = {"ffcv": ("ffcv", "ffcv"), "dali": ("nvidia.dali", "dali")}
 """The module that a backend needs, and the extra of fastcifar that installs it."""
@@ -45,16 +45,16 @@ def build_loader(
         device: where images go.
         rank: which part of each epoch, 0..world-1.
         world: how many parts.
-        augment: the augmentations; with ``where = "loader"`` the torchvision backend carries them out.
+        augment: the augmentations; with ``where = "loader"`` the torchvision backend executes them.
 
     Raises:
         UserError: a backend's package is missing, or the images are of a kind that it cannot hold.
     """
     chosen = np.arange(store.count("train")) if rows is None else np.asarray(rows, np.int64)
-    plan = Plan(chosen, seed, batch_size, drop_last, rank, world)
+    order = EpochOrder(chosen, seed, batch_size, drop_last, rank, world)
     in_workers = augment if augment is not None and augment.where == "loader" else None
     name, reason = choose_backend(config, store, len(chosen), device, in_workers)
-    return _BUILDERS[name](config, store, plan, device, reason, in_workers)
+    return _BUILDERS[name](config, store, order, device, reason, in_workers)
 
 
 def choose_backend(
@@ -122,39 +122,43 @@ def _readable(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-_Builder = Callable[[LoaderConfig, Store, Plan, torch.device, str, AugmentConfig | None], Loader]
+_Builder = Callable[[LoaderConfig, Store, EpochOrder, torch.device, str, AugmentConfig | None], Loader]
 
 
 def _resident(
-    config: LoaderConfig, store: Store, plan: Plan, device: torch.device, reason: str, augment: AugmentConfig | None
+    config: LoaderConfig, store: Store, order: EpochOrder, device: torch.device, reason: str,
+    augment: AugmentConfig | None,
 ) -> Loader:
     from fastcifar.data.loaders.resident import ResidentLoader
 
-    return ResidentLoader(store, plan, device, reason)
+    return ResidentLoader(store, order, device, reason)
 
 
 def _ffcv(
-    config: LoaderConfig, store: Store, plan: Plan, device: torch.device, reason: str, augment: AugmentConfig | None
+    config: LoaderConfig, store: Store, order: EpochOrder, device: torch.device, reason: str,
+    augment: AugmentConfig | None,
 ) -> Loader:
     from fastcifar.data.loaders.ffcv import FfcvLoader
 
-    return FfcvLoader(store_as(store, "ffcv"), plan, device, reason, config.workers)
+    return FfcvLoader(store_as(store, "ffcv"), order, device, reason, config.workers)
 
 
 def _dali(
-    config: LoaderConfig, store: Store, plan: Plan, device: torch.device, reason: str, augment: AugmentConfig | None
+    config: LoaderConfig, store: Store, order: EpochOrder, device: torch.device, reason: str,
+    augment: AugmentConfig | None,
 ) -> Loader:
     from fastcifar.data.loaders.dali import DaliLoader
 
-    return DaliLoader(store_as(store, "dali"), plan, device, reason, config.workers, config.order)
+    return DaliLoader(store_as(store, "dali"), order, device, reason, config.workers, config.order)
 
 
 def _torchvision(
-    config: LoaderConfig, store: Store, plan: Plan, device: torch.device, reason: str, augment: AugmentConfig | None
+    config: LoaderConfig, store: Store, order: EpochOrder, device: torch.device, reason: str,
+    augment: AugmentConfig | None,
 ) -> Loader:
     from fastcifar.data.loaders.torchvision import TorchvisionLoader
 
-    return TorchvisionLoader(store, plan, device, reason, config.workers, augment)
+    return TorchvisionLoader(store, order, device, reason, config.workers, augment)
 
 
 _BUILDERS: dict[str, _Builder] = {"resident": _resident, "ffcv": _ffcv, "dali": _dali, "torchvision": _torchvision}

@@ -59,8 +59,8 @@ def _cpu_order(count: int, seed: int, epoch: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which samples an epoch visits, in which order, in what portions; the same for every backend.
+class EpochOrder:
+    """Which samples an epoch visits, in which order, in which batches; the same for every backend.
 
     Attributes:
         rows: int64 (N,), the rows of the training set that take part.
@@ -97,6 +97,6 @@ class Plan:
         order = _cpu_order(count, self.seed, epoch) if on_cpu else epoch_order(count, self.seed, epoch, device)
         return order[self.rank :: self.world][: self.samples]
 
-    def order(self, epoch: int) -> np.ndarray:
+    def rows_of(self, epoch: int) -> np.ndarray:
         """Return the rows of the training set that this rank visits, in order: int64 (samples,)."""
         return self.rows[self.positions(epoch).numpy()]

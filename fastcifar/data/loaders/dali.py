@@ -1,7 +1,7 @@
 """The DALI loader: WebDataset shards through a DALI pipeline, in our order or in DALI's own.
 
 With ``order = "plan"`` an external source reads each sample at its place in the memory-mapped shards, in the order
-of the plan, and DALI prefetches and, with a GPU, copies to the device. With ``order = "native"`` DALI's WebDataset
+of the epoch, and DALI prefetches and, with a GPU, copies to the device. With ``order = "native"`` DALI's WebDataset
 reader reads, shuffles and shards: every sample still comes once an epoch, and an epoch's order still depends on
 (seed, epoch) alone, but it is another order: a shuffle through a buffer of `SHUFFLE_SAMPLES` samples, uniform for
 sets up to that size, local beyond it (a larger buffer costs more than it reads: 0.3x the speed at 50,000).
@@ -23,7 +23,7 @@ import torch
 
 from fastcifar.data.batch import Batch
 from fastcifar.data.formats import dali as layout
-from fastcifar.data.loaders.base import Plan
+from fastcifar.data.loaders.base import EpochOrder
 from fastcifar.data.loaders.streaming import HostBatch, StreamingLoader, as_batch
 from fastcifar.data.store import Store
 from fastcifar.kernels.philox import Stream, philox
@@ -38,17 +38,19 @@ class DaliLoader(StreamingLoader):
 
     name = "dali"
 
-    def __init__(self, store: Store, plan: Plan, device: torch.device, reason: str, workers: int, order: str):
-        super().__init__(plan, device, reason)
+    def __init__(
+        self, store: Store, epoch_order: EpochOrder, device: torch.device, reason: str, workers: int, order: str
+    ):
+        super().__init__(epoch_order, device, reason)
         self._shards = Shards(store)
         self._workers = workers
-        self._native = NativeIndex(store, plan) if order == "native" else None
-        if self._native is not None and not plan.drop_last:
-            self.samples = _share(len(plan.rows), plan.rank, plan.world)
+        self._native = NativeIndex(store, epoch_order) if order == "native" else None
+        if self._native is not None and not epoch_order.drop_last:
+            self.samples = _share(len(epoch_order.rows), epoch_order.rank, epoch_order.world)
 
     def _batches(self, epoch: int) -> Iterator[HostBatch]:
-        pipeline = self._plan_pipeline(epoch) if self._native is None else self._native_pipeline(epoch, self._native)
-        left = self.samples if len(self._plan.rows) else 0
+        pipeline = self._ordered_pipeline(epoch) if self._native is None else self._native_pipeline(epoch, self._native)
+        left = self.samples if len(self._epoch_order.rows) else 0
         while left:
             images, labels, indices = (torch.from_dlpack(o.as_tensor()) for o in pipeline.run())
             held = min(left, len(labels))
@@ -75,7 +77,7 @@ class DaliLoader(StreamingLoader):
 
     def _settings(self, seed: int) -> dict[str, Any]:
         return {
-            "batch_size": self._plan.batch_size,
+            "batch_size": self._epoch_order.batch_size,
             "num_threads": self._workers,
             "device_id": (self._device.index or 0) if self._device.type == "cuda" else None,
             "prefetch_queue_depth": PREFETCH_BATCHES,
@@ -86,10 +88,10 @@ class DaliLoader(StreamingLoader):
     def _delivered(self, *outputs: Any) -> tuple[Any, ...]:
         return tuple(o.gpu() for o in outputs) if self._device.type == "cuda" else outputs
 
-    def _plan_pipeline(self, epoch: int) -> Any:
+    def _ordered_pipeline(self, epoch: int) -> Any:
         from nvidia.dali import fn, pipeline_def
 
-        source = self._shards.source(self._plan.order(epoch), self._plan.batch_size)
+        source = self._shards.source(self._epoch_order.rows_of(epoch), self._epoch_order.batch_size)
 
         @pipeline_def(**self._settings(0))
         def pipeline() -> tuple[Any, ...]:
@@ -101,7 +103,7 @@ class DaliLoader(StreamingLoader):
     def _native_pipeline(self, epoch: int, index: "NativeIndex") -> Any:
         from nvidia.dali import fn, pipeline_def
 
-        @pipeline_def(**self._settings(_epoch_seed(self._plan.seed, epoch)))
+        @pipeline_def(**self._settings(_epoch_seed(self._epoch_order.seed, epoch)))
         def pipeline() -> tuple[Any, ...]:
             read: Any = fn.readers.webdataset(
                 paths=index.shards,
@@ -110,9 +112,9 @@ class DaliLoader(StreamingLoader):
                 dtypes=_kinds(),
                 missing_component_behavior="error",
                 random_shuffle=True,
-                initial_fill=min(len(self._plan.rows), SHUFFLE_SAMPLES),
-                shard_id=self._plan.rank,
-                num_shards=self._plan.world,
+                initial_fill=min(len(self._epoch_order.rows), SHUFFLE_SAMPLES),
+                shard_id=self._epoch_order.rank,
+                num_shards=self._epoch_order.world,
                 # Else a shard that is read to its end goes on with the next one's samples within the same epoch.
                 stick_to_shard=True,
                 name="reader",
@@ -161,22 +163,22 @@ class Shards:
 
     def source(self, order: np.ndarray, batch_size: int) -> Callable[[], list[np.ndarray]]:
         """Return what DALI calls for each batch of an order, int64 (N,)."""
-        portions = iter([order[k : k + batch_size] for k in range(0, len(order), batch_size)])
-        return lambda: self.read(next(portions))
+        batches = iter([order[k : k + batch_size] for k in range(0, len(order), batch_size)])
+        return lambda: self.read(next(batches))
 
 
 class NativeIndex:
     """The shards and index files that DALI's reader is given: those of the store, or ones of the chosen rows only."""
 
-    def __init__(self, store: Store, plan: Plan):
+    def __init__(self, store: Store, epoch_order: EpochOrder):
         names = layout.shard_names("train", store.count("train"))
         self.image_shape = store.image_shape
         self.shards = [str(store.root / name) for name in names]
         self.indexes = [str(store.root / layout.index_name(name)) for name in names]
-        if len(plan.rows) < store.count("train"):
+        if len(epoch_order.rows) < store.count("train"):
             folder = Path(tempfile.mkdtemp(prefix="fastcifar-"))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            self._write_chosen(plan.rows, folder)
+            self._write_chosen(epoch_order.rows, folder)
 
     def _write_chosen(self, rows: np.ndarray, folder: Path) -> None:
         image_bytes = int(np.prod(self.image_shape))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.data.formats import ffcv as layout
-from fastcifar.data.loaders.base import Plan
+from fastcifar.data.loaders.base import EpochOrder
 from fastcifar.data.loaders.streaming import AHEAD_BATCHES, HostBatch, StreamingLoader, ahead
 from fastcifar.data.store import Store
 
@@ -131,8 +131,8 @@ class FfcvLoader(StreamingLoader):
 
     name = "ffcv"
 
-    def __init__(self, store: Store, plan: Plan, device: torch.device, reason: str, workers: int):
-        super().__init__(plan, device, reason)
+    def __init__(self, store: Store, order: EpochOrder, device: torch.device, reason: str, workers: int):
+        super().__init__(order, device, reason)
         import numba
 
         path = store.root / layout.file_name("train")
@@ -142,4 +142,4 @@ class FfcvLoader(StreamingLoader):
 
     def _batches(self, epoch: int) -> Iterator[HostBatch]:
         pinned = self._device.type == "cuda"
-        return ahead(self._reader.batches(self._plan.order(epoch), self._plan.batch_size, pinned))
+        return ahead(self._reader.batches(self._epoch_order.rows_of(epoch), self._epoch_order.batch_size, pinned))

@@ -6,42 +6,42 @@ import numpy as np
 import torch
 
 from fastcifar.data.batch import Batch
-from fastcifar.data.loaders.base import Plan
+from fastcifar.data.loaders.base import EpochOrder
 from fastcifar.data.store import Store
 
 
 class ResidentLoader:
-    """Keeps all images of the plan on the device and hands over rows; nothing is copied per batch."""
+    """Keeps all images that take part on the device and hands over rows; nothing is copied per batch."""
 
     name = "resident"
     augmented = False
 
-    def __init__(self, store: Store, plan: Plan, device: torch.device, reason: str):
+    def __init__(self, store: Store, order: EpochOrder, device: torch.device, reason: str):
         store.check_split("train")  # all of it is read here anyway
         split = store.split("train")
-        whole = len(plan.rows) == len(split) and bool((plan.rows == np.arange(len(split))).all())
-        images, labels = (split.images, split.labels) if whole else (split.images[plan.rows], split.labels[plan.rows])
-        self._plan, self._device = plan, device
-        self.reason, self.samples = reason, plan.samples
+        whole = len(order.rows) == len(split) and bool((order.rows == np.arange(len(split))).all())
+        images, labels = (split.images, split.labels) if whole else (split.images[order.rows], split.labels[order.rows])
+        self._epoch_order, self._device = order, device
+        self.reason, self.samples = reason, order.samples
         self.images = torch.from_numpy(images).to(device)
         self.labels = torch.from_numpy(labels).to(device)
-        self._rows = torch.from_numpy(plan.rows).to(device)
+        self._rows = torch.from_numpy(order.rows).to(device)
 
     def __len__(self) -> int:
-        return self._plan.batches
+        return self._epoch_order.batches
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of an epoch; ``images`` is the same tensor in all of them."""
-        positions = self._plan.positions(epoch, self._device)
+        positions = self._epoch_order.positions(epoch, self._device)
         # Gathered once an epoch, so that a batch costs three views and no launch.
         labels, indices = self.labels[positions], self._rows[positions]
-        for first in range(0, len(positions), self._plan.batch_size):
+        for first in range(0, len(positions), self._epoch_order.batch_size):
             if not len(self.images):  # closed since: the rows would be those of images that are gone
                 return
-            batch = slice(first, first + self._plan.batch_size)
+            batch = slice(first, first + self._epoch_order.batch_size)
             yield Batch(self.images, positions[batch], labels[batch], indices[batch])
 
     def close(self) -> None:
         """Let go of the images; an epoch that has begun yields nothing more either."""
-        self._plan = Plan(self._plan.rows[:0], 0, self._plan.batch_size, False)
+        self._epoch_order = EpochOrder(self._epoch_order.rows[:0], 0, self._epoch_order.batch_size, False)
         self.images, self.labels = self.images[:0], self.labels[:0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.data.batch import Batch
-from fastcifar.data.loaders.base import Plan
+from fastcifar.data.loaders.base import EpochOrder
 
 AHEAD_BATCHES = 3
 POLL_S = 0.05
@@ -34,13 +34,13 @@ class StreamingLoader(ABC):
     name: str
     augmented = False
 
-    def __init__(self, plan: Plan, device: torch.device, reason: str):
-        self._plan, self._device = plan, device
-        self.reason, self.samples = reason, plan.samples
+    def __init__(self, order: EpochOrder, device: torch.device, reason: str):
+        self._epoch_order, self._device = order, device
+        self.reason, self.samples = reason, order.samples
         self._running: Generator[Batch, None, None] | None = None
 
     def __len__(self) -> int:
-        return -(-self.samples // self._plan.batch_size)
+        return -(-self.samples // self._epoch_order.batch_size)
 
     @abstractmethod
     def _batches(self, epoch: int) -> Iterator[HostBatch]:
@@ -63,7 +63,7 @@ class StreamingLoader(ABC):
     def close(self) -> None:
         """End the running epoch, its workers and threads; what is iterated later yields nothing."""
         self._end()
-        self._plan = Plan(self._plan.rows[:0], 0, self._plan.batch_size, False)
+        self._epoch_order = EpochOrder(self._epoch_order.rows[:0], 0, self._epoch_order.batch_size, False)
 
 
 # ------------------------------------------------------------------------------------------------------- to the device

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.formats import Split
-from fastcifar.data.loaders.base import Plan
+from fastcifar.data.loaders.base import EpochOrder
 from fastcifar.data.loaders.streaming import HostBatch, StreamingLoader
 from fastcifar.data.store import Store
 from fastcifar.kernels.philox import Stream, philox
@@ -56,13 +56,13 @@ class TorchvisionLoader(StreamingLoader):
     def __init__(
         self,
         store: Store,
-        plan: Plan,
+        order: EpochOrder,
         device: torch.device,
         reason: str,
         workers: int,
         augment: AugmentConfig | None = None,
     ):
-        super().__init__(plan, device, reason)
+        super().__init__(order, device, reason)
         transforms = None
         if augment is not None:
             from fastcifar.data.loaders.pil import pil_transforms
@@ -74,17 +74,17 @@ class TorchvisionLoader(StreamingLoader):
     def _batches(self, epoch: int) -> Iterator[HostBatch]:
         from fastcifar.data.loaders.pil import sides
 
-        order, size = self._plan.order(epoch), self._plan.batch_size
-        seeds, fixed = self._seeds(order, epoch), sides(self._plan.seed, order)
-        parts = [slice(k, k + size) for k in range(0, len(order), size)]
-        portions = [(order[part], seeds[part], fixed[part], epoch % 2 == 1) for part in parts]
+        rows, size = self._epoch_order.rows_of(epoch), self._epoch_order.batch_size
+        seeds, fixed = self._seeds(rows, epoch), sides(self._epoch_order.seed, rows)
+        parts = [slice(k, k + size) for k in range(0, len(rows), size)]
+        batches = [(rows[part], seeds[part], fixed[part], epoch % 2 == 1) for part in parts]
         with warnings.catch_warnings():
             # More workers than cores is what the recipe asked for.
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             loader = DataLoader(
                 self._images,
                 batch_size=None,
-                sampler=portions,
+                sampler=batches,
                 num_workers=self._workers,
                 pin_memory=self._device.type == "cuda",
                 worker_init_fn=_quiet_worker,
@@ -92,12 +92,12 @@ class TorchvisionLoader(StreamingLoader):
             )
             # Workers are forked while other threads of ours only wait, and run nothing but numpy and PIL.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
-            batches = iter(loader)
-        return _closing(batches)
+            loaded = iter(loader)
+        return _closing(loaded)
 
-    def _seeds(self, order: np.ndarray, epoch: int) -> np.ndarray:
+    def _seeds(self, rows: np.ndarray, epoch: int) -> np.ndarray:
         """Return each sample's seed, int64 (N,) in 0..2**63-1."""
-        words = philox(self._plan.seed, torch.from_numpy(order), epoch, SEED_BLOCK, Stream.AUGMENT)
+        words = philox(self._epoch_order.seed, torch.from_numpy(rows), epoch, SEED_BLOCK, Stream.AUGMENT)
         return ((words[0] >> 1 << 32) | words[1]).numpy()
 
 

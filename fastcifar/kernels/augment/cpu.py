@@ -293,7 +293,7 @@ def write_linear(pixels: Any, center: Any, scale: Any, line: Any, out: Any) -> N
 
 @nb.njit(cache=True)
 def apply_sample(image: Any, chosen: Any, table: Any, factors: Any, work: Any) -> Any:
-    """Carry out one sample's decisions.
+    """Execute one sample's decisions.
 
     Returns:
         0 or 1: which half of the work space's pixels holds the result.

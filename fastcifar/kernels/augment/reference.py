@@ -1,4 +1,4 @@
-"""Decisions carried out by torchvision on PIL images: what every kernel must equal, byte for byte."""
+"""Decisions executed by torchvision on PIL images: what every kernel must equal, byte for byte."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +61,7 @@ def crop(image: Image.Image, op: O.Crop, number: int) -> Image.Image:
 
 
 def step(image: Image.Image, op: O.Op, part: int, number: int, mean: Sequence[float]) -> Image.Image:
-    """Carry out choice ``number`` of the ``part``-th slot of ``op``."""
+    """Execute choice ``number`` of the ``part``-th slot of ``op``."""
     match op:
         case O.Crop():
             return crop(image, op, number)

@@ -127,7 +127,7 @@ def read_image(image, steps, y, x, LEAD: tl.constexpr, H: tl.constexpr, W: tl.co
 
 @triton.jit
 def geometric(packed, row, code, y, x, H: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Carry out one shift, mirror or affine step."""
+    """Execute one shift, mirror or affine step."""
     p0, p1 = tl.load(row + P0), tl.load(row + P1)
     affine_x = x * p0 + y * p1 + tl.load(row + P2) >> 16
     affine_y = x * tl.load(row + P3) + y * tl.load(row + P4) + tl.load(row + P5) >> 16
@@ -203,7 +203,7 @@ def pointwise(packed, code, parameter):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def apply_step(packed, row, y, x, valid, stretch, H: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Carry out one step on packed pixels."""
+    """Execute one step on packed pixels."""
     code = tl.load(row)
     parameter = tl.load(row + P0)
     factor = parameter.to(tl.float32, bitcast=True)
@@ -313,7 +313,7 @@ class Tables:
 def launch(
     images: Tensor, rows: Tensor, indices: Tensor, epoch: Tensor, tables: Tables, normal: Tensor, out: Tensor
 ) -> None:
-    """Augment and normalize ``images[rows]`` into ``out`` in one launch, without a host synchronisation.
+    """Augment and normalize ``images[rows]`` into ``out`` in one launch, without a host-device synchronization.
 
     Args:
         images: uint8 (M, H, W, 3), contiguous.

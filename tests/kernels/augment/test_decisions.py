@@ -202,7 +202,7 @@ def test_the_loaders_own_transforms_leave_normalization():
     assert torch.equal(augment(Batch(images, rows, rows, rows), 0), augment.plain(images))
 
 
-def test_evaluation_does_not_see_the_last_plan():
+def test_evaluation_does_not_see_the_last_decisions():
     images = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8)
     rows, augment = torch.arange(64), augment_of(ALL)
     before = augment.plain(images)

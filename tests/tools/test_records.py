@@ -1,0 +1,129 @@
+"""Records: what a run must be to become one, what a record holds, and that the committed ones agree with themselves."""
+
+import json
+import math
+from statistics import fmean, stdev
+
+import pytest
+from scipy.stats import t
+
+from fastcifar.errors import UserError
+from fastcifar.ladder.records import FILES, NAME, read_records, record_of, result_rows
+from fastcifar.ladder.rows import jobs_for
+from fastcifar.locations import records_folder
+from fastcifar.run_directory import RunDirectory
+from tests.ladder.fakes import FakeRows
+from tests.run_directories import change_recipe
+from tools.records import add, main
+
+COMMITTED = read_records()
+
+
+@pytest.fixture
+def run_dirs(tmp_path):
+    """Return run directories of lenet5 with two seeds."""
+    jobs = jobs_for(["lenet5"], 2, tmp_path / "runs")
+    for job in jobs:
+        FakeRows()(job, None, lambda text: None)
+    return [job.folder for job in jobs]
+
+
+def change_summary(folder, **values):
+    """Change values of a run's summary, as if it had ended so."""
+    run = RunDirectory.open(folder)
+    run.write_summary({**run.summary, **values})
+
+
+def test_a_record_holds_log_recipe_environment_and_metrics_of_each_seed(tmp_path, run_dirs):
+    (folder,) = add(run_dirs, tmp_path / "records")
+    (record,) = read_records(tmp_path / "records")
+    assert folder.name == f"{record.date}-lenet5-none"
+    assert [seed.seed for seed in record.seeds] == [42, 43]
+    for run, seed in zip(run_dirs, record.seeds, strict=True):
+        assert [(folder / f"seed-{seed.seed}" / name).read_bytes() for name in FILES] == [
+            (run / name).read_bytes() for name in FILES
+        ]
+        summary = json.loads((run / "summary.json").read_text())
+        assert (seed.best, seed.last) == (summary["best"]["accuracy"], summary["last"]["accuracy"])
+        assert (seed.git, seed.absent) == ("0000000000", [])
+    best = [seed.best for seed in record.seeds]
+    error = stdev(best) / math.sqrt(2)
+    assert record.best.model_dump() == pytest.approx({"mean": fmean(best), "standard_error": error, "n": 2})
+    assert record.p_value == pytest.approx(2 * t.sf(abs(fmean(best) - 59.48) / error, 1))
+    assert "t-test" in record.test
+
+
+def test_one_seed_is_no_test_and_a_second_joins_the_record(tmp_path, run_dirs):
+    add(run_dirs[:1], tmp_path / "records")
+    (record,) = read_records(tmp_path / "records")
+    assert (record.p_value, record.test) == (None, "n = 1: no test")
+    add(run_dirs[1:], tmp_path / "records")
+    (record,) = read_records(tmp_path / "records")
+    assert [seed.seed for seed in record.seeds] == [42, 43]
+
+
+def test_a_later_run_of_a_seed_replaces_it_and_dates_the_record(tmp_path, run_dirs):
+    (folder,) = add(run_dirs, tmp_path / "records")
+    change_summary(run_dirs[0], best={"epoch": 1, "accuracy": 61.5, "loss": 1.0})
+    path = folder / NAME
+    old = json.loads(path.read_text())
+    for seed in old["seeds"]:
+        seed["date"] = "2020-01-01"
+    older = folder.with_name("2020-01-01-lenet5-none")
+    path.write_text(json.dumps(old | {"date": "2020-01-01"}))
+    folder.rename(older)
+    assert add(run_dirs[:1], tmp_path / "records") == [folder]
+    assert not older.exists()
+    (record,) = read_records(tmp_path / "records")
+    assert [(seed.seed, seed.date == record.date) for seed in record.seeds] == [(42, True), (43, False)]
+    assert record.seeds[0].best == 61.5
+    assert (folder / "seed-43" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize(("git", "said"), [("0123456789+", "files differed"), (None, "is unknown"), ("main", "none")])
+def test_a_dirty_or_unknown_revision_is_refused_and_nothing_written(tmp_path, run_dirs, git, said):
+    change_summary(run_dirs[1], git=git)
+    with pytest.raises(UserError, match=said):
+        add(run_dirs, tmp_path / "records")
+    assert not (tmp_path / "records").exists()
+
+
+def test_a_run_of_other_settings_is_refused(tmp_path, run_dirs, capsys):
+    change_recipe(run_dirs[0], ("lr = 0.0003", "lr = 0.001"))
+    assert main(["add", *map(str, run_dirs)]) == 2
+    assert "is no result of lenet5, for it differs from the recipe in optimizer.lr" in capsys.readouterr().err
+
+
+def test_another_precision_loader_or_evaluation_is_the_same_row(tmp_path, run_dirs):
+    change_recipe(
+        run_dirs[0], ('"bf16"', '"fp32"'), ('tta = "none"', 'tta = "flip"'), ("workers = 2", "workers = 7")
+    )
+    add(run_dirs, tmp_path / "records")
+
+
+def test_a_damaged_or_renamed_record_is_named(tmp_path, run_dirs):
+    (folder,) = add(run_dirs, tmp_path)
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="rename the folder"):
+        read_records(tmp_path)
+    (tmp_path / "elsewhere" / NAME).write_text(json.dumps({"row": "lenet5"}))
+    with pytest.raises(UserError, match=r"record\.json: is not a record"):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize("record", COMMITTED, ids=lambda record: record.folder_name)
+def test_a_committed_record_follows_from_its_seeds(record):
+    published = record.published.model_dump() if record.published else None
+    assert record_of(record.row, record.hardware, published, record.seeds) == record
+    for seed in record.seeds:
+        folder = records_folder() / record.folder_name / f"seed-{seed.seed}"
+        assert [name for name in FILES if not (folder / name).is_file()] == seed.absent
+
+
+def test_a_newer_record_of_a_seed_replaces_an_older_one():
+    old, *_ = COMMITTED
+    newer = old.model_copy(update={"seeds": [old.seeds[0].model_copy(update={"last": 99.0})]})
+    rows = result_rows([old, newer])
+    assert len(rows) == len(old.seeds)
+    assert rows[0]["last"] == 99.0
+    assert rows[0]["hardware"] == old.hardware

@@ -1,0 +1,166 @@
+"""Records of ladder runs, written from run directories.
+
+``python -m tools.records add RUN_DIR...`` takes ended runs into ``records/<date>-<row>-<hardware>/`` and writes the
+generated tables anew.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastcifar.config import CombineRecipe, Recipe
+from fastcifar.errors import UserError, nearest
+from fastcifar.ladder.records import FILES, NAME, Record, SeedResult, read_records, record_of
+from fastcifar.ladder.rows import catalogue
+from fastcifar.ladder.state import result_row
+from fastcifar.locations import records_folder
+from fastcifar.run_directory import RunDirectory, write_json
+from tools import tables
+
+# What may differ from the shipped recipe without making a run one of other settings: how it is executed, not what.
+EXECUTION = {"name", "title", "stage", "published", "target", "seed", "engine", "eval", "checkpoint"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Execute the command line and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tools.records", description="Keep the records of ladder runs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    adding = commands.add_parser("add", help="take ended runs into records/, and write the tables anew")
+    adding.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    given = parser.parse_args(arguments)
+    try:
+        for folder in add(given.runs):
+            print(f"wrote {folder.name}")
+    except UserError as error:
+        print(f"fastcifar: {error}", file=sys.stderr)
+        return 2
+    return tables.main([])
+
+
+def add(folders: Sequence[Path], root: Path | None = None) -> list[Path]:
+    """Take runs into records, one per row and hardware, and return the records' folders.
+
+    A run joins the record that its row has on its hardware, in the place of an older run of the same seed; the record's
+    folder then bears the date of its newest run. Nothing is written unless every run is accepted.
+
+    Args:
+        folders: run directories.
+        root: where the records are; None for the repository's own.
+
+    Raises:
+        UserError: not an ended run, not of a shipped recipe, of other settings than that recipe has, or of a revision
+            that is dirty or unknown.
+    """
+    runs = [RunDirectory.open(folder) for folder in folders]
+    groups: dict[tuple[str, str], list[tuple[RunDirectory, SeedResult]]] = {}
+    for run in runs:
+        row = checked_row(run)
+        groups.setdefault((row, hardware_of(run)), []).append((run, seed_result(run)))
+    root = root or records_folder()
+    held = {(record.row, record.hardware): record for record in read_records(root)}
+    return [_write(root, key, group, held.get(key)) for key, group in groups.items()]
+
+
+def _write(
+    root: Path, key: tuple[str, str], group: list[tuple[RunDirectory, SeedResult]], old: Record | None
+) -> Path:
+    row, hardware = key
+    seeds = {seed.seed: seed for seed in old.seeds} if old else {}
+    seeds |= {seed.seed: seed for _, seed in group}
+    recipe = next(recipe for recipe in catalogue().values() if recipe.name == row)
+    published = recipe.published.model_dump() if recipe.published else None
+    record = record_of(row, hardware, published, seeds.values())
+    folder = root / record.folder_name
+    if old and old.folder_name != record.folder_name:
+        (root / old.folder_name).rename(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for run, seed in group:
+        _copy(run, folder / f"seed-{seed.seed}", [name for name in FILES if name not in seed.absent])
+    write_json(folder / NAME, record.model_dump())
+    return folder
+
+
+def _copy(run: RunDirectory, folder: Path, names: Sequence[str]) -> None:
+    """Copy files of a run, in the place of those of an older run of the same seed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in names:
+        shutil.copyfile(run.folder / name, folder / name)
+
+
+def checked_row(run: RunDirectory) -> str:
+    """Return the name of the row that a run is a result of.
+
+    Raises:
+        UserError: as `add`.
+    """
+    shipped = {r.name: r for name, r in catalogue().items() if not name.startswith("smoke/")}
+    name = run.recipe.name
+    if name not in shipped:
+        raise UserError(f'{run.folder}: is a run of "{name}", which is no row{nearest(name, shipped)}')
+    # The loader decides how images arrive, not which.
+    changed = [key for key in differences(run.recipe, shipped[name]) if key != "data.loader"]
+    if changed:
+        raise UserError(f"{run.folder}: is no result of {name}, for it differs from the recipe in {', '.join(changed)}")
+    return name
+
+
+def differences(one: Recipe | CombineRecipe, other: Recipe | CombineRecipe) -> list[str]:
+    """Return the key paths in which two recipes differ in what is trained, two levels deep."""
+    a, b = one.model_dump(exclude=EXECUTION), other.model_dump(exclude=EXECUTION)
+    found = []
+    for key in {**a, **b}:
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            found += [f"{key}.{inner}" for inner in {**x, **y} if x.get(inner) != y.get(inner)]
+        elif x != y:
+            found.append(key)
+    return found
+
+
+def hardware_of(run: RunDirectory) -> str:
+    """Return what a run ran on.
+
+    Raises:
+        UserError: its environment does not say.
+    """
+    hardware = run.environment.get("hardware")
+    if not hardware:
+        raise UserError(f"{run.folder}: environment.json does not name the hardware; train the run again")
+    return str(hardware)
+
+
+def seed_result(run: RunDirectory) -> SeedResult:
+    """Return what a run came to, accuracies in percent.
+
+    Raises:
+        UserError: its git revision is unknown or dirty.
+    """
+    row = result_row(run)
+    git = clean_revision(run, row["git"])
+    kept = {key: row[key] for key in SeedResult.model_fields if key not in ("seed", "git", "absent")}
+    absent = [name for name in FILES if not (run.folder / name).is_file()]
+    return SeedResult(seed=run.summary["seed"], git=git, absent=absent, **kept)
+
+
+def clean_revision(run: RunDirectory, git: str | None) -> str:
+    """Return a run's git revision where it says which code ran.
+
+    Raises:
+        UserError: it is unknown, or files differed from it.
+    """
+    if not git:
+        raise UserError(f"{run.folder}: its git revision is unknown; train it in a clone with its history")
+    if git.endswith("+"):
+        raise UserError(f"{run.folder}: files differed from its git revision {git}; commit them and train it again")
+    if not re.fullmatch(r"[0-9a-f]{7,40}", git):
+        raise UserError(f"{run.folder}: its git revision {json.dumps(git)[:60]} is none; train it again in a clone")
+    return git
+
+
+if __name__ == "__main__":
+    sys.exit(main())
