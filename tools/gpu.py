@@ -55,7 +55,6 @@ PIECES = (
     Piece("suite-step", benchmarks=("ceilings", "optimizer", "kernels", "augment", "step")),
     Piece("suite-rest", benchmarks=("loaders", "models")),
     Piece("step-times", benchmarks=("step-times",)),
-    Piece("launches", benchmarks=("launches",)),
     Piece("wrn-200", rows=("wrn-200",)),
     Piece("time-to-accuracy", benchmarks=("time-to-accuracy",)),
     Piece("ladder-augmentation", rows=("aug-*",)),
