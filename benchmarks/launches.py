@@ -40,7 +40,7 @@ LEDGER = ROOT / "benchmarks" / "results" / "launches.json"
 NULL = "null device"
 RECIPES = (
     "lenet5", "deep-bn", "aug-cutmix", "aug-mixup", "beyond/speed94", "beyond/speed96", "residual", "residual-deep",
-    "wrn-sgd", "wrn-200", "pyramid", "pyramid-asam", "beyond/pyramid-aligned",
+    "wrn-sgd", "wrn-200", "pyramid", "pyramid400", "beyond/pyramid-aligned",
 )  # fmt: skip
 QUICK = ("lenet5",)
 DEADLINE_S = 3600.0
