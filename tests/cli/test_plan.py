@@ -160,7 +160,7 @@ def test_the_ladder_marks_what_is_only_a_floor(monkeypatch):
     from fastcifar.models import gpu_prediction
     from fastcifar.models.cost import Cost, Operation
 
-    cost = Cost(1, 1, [Operation("convolution", 1, 1)])
+    cost = Cost(1, [Operation("convolution", 1, 1)])
     monkeypatch.setattr(gpu_prediction, "known_cost", lambda config: cost)
     table = plan.ladder_table("h100", {})
     bases = {row["recipe"]: row["basis"] for row in table["rows"]}

@@ -15,7 +15,7 @@ CARD = Card("A card", {"bf16": 200.0, "fp32": 20.0}, 2000.0, "a sheet")
 CONVOLUTION = Operation("convolution", flops=10**9, values=10**6)  # 10 us of arithmetic, 2 us of memory
 LINEAR = Operation("linear", flops=10**6, values=10**6)  # 0.01 us of arithmetic, 2 us of memory
 NORM = Operation("batch_norm", flops=0, values=5 * 10**6)  # 10 us of memory
-COST = Cost(parameters=10**6, macs=10**9, operations=[CONVOLUTION, LINEAR, NORM])
+COST = Cost(parameters=10**6, operations=[CONVOLUTION, LINEAR, NORM])
 
 
 def entry(recipe: str, **changed) -> dict:
