@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
 from fastcifar.kernels.philox import epoch_order
-from fastcifar.train.step import build_step, torch_seed
+from fastcifar.train.step import build_step
+from fastcifar.train.step_state import torch_seed
 
 EPOCHS = 20
 BATCH_SIZE = 128

@@ -3,6 +3,7 @@
 Shapes in the docstrings: B samples, K classes.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -83,3 +84,26 @@ def class_weights(config: LossConfig, num_classes: int, device: torch.device) ->
             f"loss.class_weights: {len(config.class_weights)} weights for {num_classes} classes; give one per class"
         )
     return torch.tensor(config.class_weights, dtype=torch.float32, device=device)
+
+
+def right(logits: Tensor, target: Any) -> Tensor:
+    """Return how many of logits (B, K) are highest at their label: (); mixed labels count by their shares."""
+    best = logits.argmax(1)
+    if isinstance(target, Tensor):
+        return (best == target).sum()
+    labels_a, labels_b, lam = target
+    return (lam * (best == labels_a) + (1 - lam) * (best == labels_b)).sum()
+
+
+def split(images: Tensor, target: Any, size: int) -> Iterator[tuple[Tensor, Any]]:
+    """Yield (images, target) in micro-batches of ``size`` samples, the last one perhaps smaller."""
+    if size >= len(images):
+        yield images, target
+        return
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        if isinstance(target, Tensor):
+            yield images[part], target[part]
+        else:
+            labels_a, labels_b, lam = target
+            yield images[part], (labels_a[part], labels_b[part], lam[part] if lam.ndim else lam)

@@ -4,6 +4,7 @@ recipe -> store -> loader -> augment -> model -> step -> evaluate -> record
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -67,8 +68,8 @@ def train(
         seed=recipe.seed, device=device, dtype=PRECISIONS[recipe.engine.precision].images,
     )
     mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=len(loader))
-    image_px = store.image_shape[0]
-    model = build_model(recipe.model, num_classes=len(store.classes), image_px=image_px, seed=recipe.seed).to(device)
+    px, classes = store.image_shape[0], len(store.classes)
+    model = build_model(recipe.model, num_classes=classes, image_px=px, seed=recipe.seed).to(device)
     fit_images(model, store, rows, augment, device)
     step = build_step(recipe, model, augment, mix, steps_per_epoch=len(loader), device=device)
     if check_nan:
@@ -80,15 +81,11 @@ def train(
     with Display(recipe.name, recipe.train.epochs, len(loader), recipe.train.batch_size, quiet) as display:
         display.say(f"{recipe.name}: seed {recipe.seed} on {device}, {loader.name} loader ({loader.reason})")
         display.begin(done)
-        try:
-            if done < end:
-                warm_up(step, evaluator, loader, clock, display, done, store.image_shape)
+        with closing(loader):
+            warm_up(range(done, end), step, evaluator, loader, clock, display, store.image_shape)
             train_epochs(range(done, end), loader, step, clock, display, results)
-        finally:
-            loader.close()
-    setting = RunSetting(
-        loader.name, step.execution.mode, step.execution.fallback, store.classes, image_px, rows.holdout
-    )
+    how = step.execution
+    setting = RunSetting(loader.name, how.mode, how.fallback, store.classes, px, rows.holdout)
     return results.finish(clock.seconds(), setting)
 
 
@@ -144,22 +141,24 @@ def train_epoch(
 
 
 def warm_up(
-    step: Step, evaluator: Evaluator, loader: Loader, clock: Clock, display: Display, epoch: int,
+    epochs: range, step: Step, evaluator: Evaluator, loader: Loader, clock: Clock, display: Display,
     image_shape: tuple[int, ...],
 ) -> None:
-    """Compile and capture every shape of training and evaluation before the training clock starts.
+    """Compile and capture every shape of training and evaluation before the training clock starts, if epochs are left.
 
     Nothing is trained. What cannot be done as the recipe asks for is said here, at once.
 
     Raises:
         UserError: out of memory, or, with ``engine.strict``, anything less than the recipe asks for.
     """
+    if not epochs:
+        return
     eager = step.execution.mode == "eager"
     if not eager:
         display.say(f"compiling ({step.execution.mode}); a second run of the same recipe finds it in the cache")
     with clock.span("compilation_s"):
         # An eager step has nothing to prepare for each shape: one batch loads and compiles the augmentation.
-        step.execution.warm_up(islice(example_batches(loader, epoch), 1 if eager else None))
+        step.execution.warm_up(islice(example_batches(loader, epochs.start), 1 if eager else None))
         if not eager:
             evaluator.warm_up(image_shape, {"none", step.recipe.eval.tta})
     if evaluator.fallback and is_strict(step.recipe.engine):

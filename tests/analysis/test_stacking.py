@@ -12,7 +12,7 @@ from fastcifar.analysis.members import Scores
 from fastcifar.analysis.meta_mlp import EPOCHS, build_mlp, fit_mlp, mlp_logits
 from fastcifar.analysis.statistics import accuracy
 from fastcifar.kernels.philox import epoch_order
-from fastcifar.train.step import torch_seed
+from fastcifar.train.step_state import torch_seed
 from tests.run_directories import logits_for
 
 IMAGES = 6000  # with random labels, in all test sets together

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from fastcifar.config.schema import EngineConfig
 from fastcifar.errors import UserError
 from fastcifar.train.execution import choose_mode
-from fastcifar.train.step import torch_seed
+from fastcifar.train.step_state import torch_seed
 from tests.train.step_parts import BATCH, STEPS, Normalize, batches, make_step, recipe, same, state, train
 
 CPU = torch.device("cpu")

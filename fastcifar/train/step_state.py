@@ -1,0 +1,193 @@
+"""What steps share: the parts of a recipe's training step, its state, and where in an epoch it is."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcifar.config.schema import Recipe
+from fastcifar.errors import UserError
+from fastcifar.kernels.philox import Stream, philox
+from fastcifar.kernels.sam import Ascent
+from fastcifar.kernels.sgd_ema import Averages
+from fastcifar.models import hooks
+from fastcifar.models.batch_norm import set_batches_tracked
+from fastcifar.train.cursor import DeviceCursor, HostCursor
+from fastcifar.train.ema import averaged
+from fastcifar.train.flat_parameters import FlatParameters
+from fastcifar.train.optimizers import Optimizer
+from fastcifar.train.precision import LossScaler, Precision
+from fastcifar.train.schedule import LearningRate
+
+
+@dataclass(eq=False)
+class StepState:
+    """The parts of a training step; `fastcifar.train.step.build_step` puts them together.
+
+    Attributes:
+        recipe: the whole recipe.
+        model: the model, whose parameters are views of ``flat``.
+        augment: (Batch, epoch) -> images (B, C, H, W), normalized.
+        mix: CutMix or Mixup, (images, labels, epoch, step) -> (images, target), or None.
+        flat: weights, gradients and optimizer state in flat buffers.
+        forward: what is called as the model: itself, with a working copy of its weights, compiled or not.
+        precision: what autocast does.
+        rate: (epoch, step) -> learning rate.
+        cursor: the epoch, the step in it and the learning rate, on the device.
+        optimizer: moves the weights.
+        averages: the moving averages of weights and statistics, or None.
+        ascent: the settings of SAM's ascent step, or None for plain gradients.
+        scaler: fp16's loss scaler, or None.
+        class_weights: float32 (K,), or None.
+        forward_passes: int64 (1,), the number of forward passes so far: what random layers draw from.
+        losses: float32 (steps_per_epoch,), each step's mean loss, at w and on augmented images.
+        correct: float32 (steps_per_epoch,), how many samples it got right; mixed labels count by their shares.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    augment: Any
+    mix: Any
+    flat: FlatParameters
+    forward: Callable[[Tensor], Tensor]
+    precision: Precision
+    rate: LearningRate
+    cursor: HostCursor | DeviceCursor
+    optimizer: Optimizer
+    averages: Averages | None
+    ascent: Ascent | None
+    scaler: LossScaler | None
+    class_weights: Tensor | None
+    forward_passes: Tensor
+    losses: Tensor
+    correct: Tensor
+    _sizes: list[int] = field(default_factory=list)
+
+    # ----------------------------------------------------------------------------------------------------------- epochs
+
+    def begin_epoch(self, epoch: int) -> float:
+        """Go to the start of an epoch (counted from 0) and return its first learning rate.
+
+        It seeds torch's generator from (seed, epoch), so that dropout is the same after a resume, and tells the model
+        (`fastcifar.models.hooks.FollowsEpochs`).
+        """
+        self.flat.check()
+        self.model.train()
+        hooks.begin_epoch(self.model, epoch)
+        torch.manual_seed(torch_seed(self.recipe.seed, epoch))
+        self.cursor.begin(epoch)
+        self._sizes = []
+        return self.rate(epoch, 0)
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Return the epoch's results: the one host-device synchronization of an epoch.
+
+        Returns:
+            ``loss`` (mean over samples), ``accuracy`` in percent (both of the first passes, on augmented images),
+            ``samples``, and ``nonfinite_step``: the number, from 1, of the epoch's first step whose loss was not
+            finite, or None. With ``engine.on_nonfinite = "skip"`` the mean is over the other steps.
+        """
+        set_batches_tracked(self.model, self.forward_passes)
+        sizes = torch.tensor(self._sizes, dtype=torch.float64)
+        losses = self.losses[: len(sizes)].to("cpu", torch.float64)
+        correct = self.correct[: len(sizes)].to("cpu", torch.float64)
+        bad = (~torch.isfinite(losses)).nonzero()
+        samples = int(sizes.sum())
+        if self.recipe.engine.on_nonfinite == "skip":
+            sizes, losses = sizes * torch.isfinite(losses), losses.nan_to_num(0.0, 0.0, 0.0)
+        return {
+            "loss": float((losses * sizes).sum() / max(int(sizes.sum()), 1)),
+            "accuracy": float(100 * correct.sum() / max(samples, 1)),
+            "samples": samples,
+            "nonfinite_step": int(bad[0]) + 1 if len(bad) else None,
+        }
+
+    def step_losses(self) -> Tensor:
+        """Return the loss of each step of this epoch so far: float32 (steps,), a copy on the host."""
+        return self.losses[: len(self._sizes)].cpu().clone()
+
+    # ------------------------------------------------------------------------------------------------------------ state
+
+    def position(self) -> tuple[list[int], dict[str, Tensor]]:
+        """Return what a bit-identical resume between two steps of an epoch needs beside `state_dict`.
+
+        Returns:
+            The samples of each step so far, and tensors: ``losses`` and ``correct`` (steps,), generator states.
+        """
+        steps = len(self._sizes)
+        tensors = {
+            "losses": self.losses[:steps], "correct": self.correct[:steps],
+            "generator": torch.get_rng_state(),
+        }
+        if self.losses.is_cuda:
+            tensors["cuda_generator"] = torch.cuda.get_rng_state(self.losses.device)
+        return list(self._sizes), tensors
+
+    def go_to(self, sizes: list[int], tensors: dict[str, Tensor]) -> None:
+        """Go on within the epoch that `begin_epoch` has just begun, from a `position`.
+
+        Raises:
+            UserError: the position does not fit this epoch.
+        """
+        steps = len(sizes)
+        if steps > self.cursor.steps_per_epoch or any(len(tensors.get(k, ())) != steps for k in ("losses", "correct")):
+            raise UserError("the checkpoint's place within the epoch does not fit the recipe: it is damaged")
+        self.losses[:steps].copy_(tensors["losses"])
+        self.correct[:steps].copy_(tensors["correct"])
+        self._sizes = list(sizes)
+        for _ in sizes:
+            self.cursor.advance()
+        torch.set_rng_state(tensors["generator"])
+        if "cuda_generator" in tensors and self.losses.is_cuda:
+            torch.cuda.set_rng_state(tensors["cuda_generator"], self.losses.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all that a bit-identical resume at an epoch boundary needs: flat names to tensors (not copies)."""
+        state = {f"flat.{name}": tensor for name, tensor in self.flat.state_dict().items()}
+        state["forward_passes"] = self.forward_passes
+        state |= {f"model.{n}": t for n, t in self.model.state_dict().items() if not t.is_floating_point()}
+        if self.scaler is not None:
+            state |= {f"scaler.{name}": tensor for name, tensor in self.scaler.tensors().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy the tensors of `state_dict` back, in place.
+
+        Raises:
+            ValueError: a tensor is missing or has another size.
+        """
+        own = self.state_dict()
+        for name, tensor in own.items():
+            if name not in state or state[name].shape != tensor.shape:
+                raise ValueError(f"{name} is missing or has another size: the state belongs to another recipe")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self.flat.cast()
+
+    def changing(self) -> Iterable[Tensor]:
+        """Return every tensor that a step changes and that matters after it: what a warm-up has to put back."""
+        tensors = [*self.state_dict().values(), *self.cursor.tensors(), self.losses, self.correct]
+        return tensors if self.flat.working_copy is None else [*tensors, self.flat.working_copy]
+
+    def weights(self, which: str) -> AbstractContextManager[None]:
+        """Return a context in which the model has its "raw" or averaged ("ema") weights and BatchNorm statistics.
+
+        Raises:
+            ValueError: the recipe has no moving average, or there are no such weights.
+        """
+        if which == "raw":
+            return nullcontext()
+        if which != "ema":
+            raise ValueError(f'"{which}": the weights are "raw" or "ema"')
+        if self.averages is None:
+            raise ValueError("the recipe has no ema, so there are no averaged weights")
+        return averaged(self.flat, self.averages)
+
+
+def torch_seed(seed: int, epoch: int) -> int:
+    """Return the seed of torch's own generator for an epoch: 0..2**63-1, a function of the run's seed."""
+    words = philox(seed, torch.zeros(1, dtype=torch.int64), epoch, 0, Stream.TORCH)
+    return int(words[0]) | (int(words[1]) >> 1) << 32
