@@ -168,9 +168,7 @@ with interrupt.deferred():
 
 
 def test_a_second_signal_ends_at_once_without_a_traceback():
-    child = subprocess.Popen(
-        [sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "training\n"
     child.send_signal(signal.SIGTERM)
     assert "finishing this step" in child.stderr.readline()

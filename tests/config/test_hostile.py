@@ -48,7 +48,7 @@ BAD_FILES = {
     "deep tables": (f"[{'.'.join('a' * 50_000)}]\nb = 1", "nested"),
     "a decimal of 5,000 digits": (f"seed = {'9' * 5000}\n{GOOD}", "valid TOML"),
     "a hexadecimal of 5,000 digits": (f"seed = 0x{'f' * 5000}\n{GOOD}", "64 bits"),
-    "a negative of 65 bits": (f"seed = {-2**63 - 1}\n{GOOD}", "64 bits"),
+    "a negative of 65 bits": (f"seed = {-(2**63) - 1}\n{GOOD}", "64 bits"),
     "a large file": ("#" * 2_000_000, "bytes"),
     "an empty key": (f'"" = 1\n{GOOD}', "unknown key"),
     "a key with a line break": (f'"a\\nb" = 1\n{GOOD}', "unknown key"),

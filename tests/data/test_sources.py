@@ -145,6 +145,7 @@ def test_archives_cannot_escape_or_be_damaged(rng, tmp_path, smalls):
 
 def _archive(path: Path, members: list[tuple[str, int]]) -> None:
     """Make a compressed archive of files of zeros: small, whatever it unpacks to."""
+
     class Zeros:
         def read(self, count: int) -> bytes:
             return bytes(count)

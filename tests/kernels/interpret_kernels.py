@@ -112,7 +112,9 @@ def main() -> None:
         what = f"ShakeDrop's draws: {blocks} blocks, {batch} samples, per_sample={per_sample}, seed {seed}"
         found.append([what, check_draws(blocks, batch, per_sample, seed)])
     for batch, height, dtype, cutmix, per_sample in [
-        (150, 5, torch.float32, 0.5, False), (7, 8, torch.float16, 1.0, True), (33, 6, torch.float32, 0.0, True)
+        (150, 5, torch.float32, 0.5, False),
+        (7, 8, torch.float16, 1.0, True),
+        (33, 6, torch.float32, 0.0, True),
     ]:
         settings = MixSettings(2**63 + 5, 0.8, cutmix, 2.0, 1, per_sample)
         found.append([f"mix {batch} {height} {dtype} {settings}", check_mix(batch, height, dtype, settings)])

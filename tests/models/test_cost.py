@@ -95,8 +95,6 @@ def test_every_preset_is_in_the_catalogue():
     assert set(PRESETS) <= set(CATALOGUE)
 
 
-
-
 def test_costs_are_those_of_torchs_counter():
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -95,9 +95,7 @@ def test_a_run_of_other_settings_is_refused(tmp_path, run_dirs, capsys):
 
 
 def test_another_precision_loader_or_evaluation_is_the_same_row(tmp_path, run_dirs):
-    change_recipe(
-        run_dirs[0], ('"bf16"', '"fp32"'), ('tta = "none"', 'tta = "flip"'), ("workers = 2", "workers = 7")
-    )
+    change_recipe(run_dirs[0], ('"bf16"', '"fp32"'), ('tta = "none"', 'tta = "flip"'), ("workers = 2", "workers = 7"))
     add(run_dirs, tmp_path / "records")
 
 

@@ -1,6 +1,6 @@
 """Run by test_batch_norm.py in Triton's interpreter: the fused BatchNorm against float64 and torch's own layers.
 
-It prints one JSON list of [what, error in ulps of the largest expected value, the ulps allowed].
+It prints one JSON list of [what, error in ulps of the largest expected value or summand, the ulps allowed].
 """
 
 import itertools
@@ -33,8 +33,9 @@ SHAPES = [
 found: list[tuple[str, float, float]] = []
 
 
-def note(what: str, ours: Tensor, expected: Tensor, ulps: float) -> None:
-    ulp = EPSILON[ours.dtype] * max(float(expected.detach().abs().max()), 1e-3)
+def note(what: str, ours: Tensor, expected: Tensor, ulps: float, *terms: Tensor) -> None:
+    """Record the error; `terms` are what the expected value is a sum of: they may cancel, their rounding does not."""
+    ulp = EPSILON[ours.dtype] * max(*(float(t.detach().abs().max()) for t in (expected, *terms)), 1e-3)
     found.append((what, float((ours.detach().double() - expected.detach().double()).abs().max()) / ulp, ulps))
 
 
@@ -63,13 +64,15 @@ def check_values(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, scaled:
     torch.autograd.backward([expected.output, wide[0] * 1.0], [g.double() for g in grads])
     what = f"{shape} {dtype} relu={relu} scaled={scaled}: "
     image_ulps = SUM_ULPS if dtype == torch.float32 else ROUNDED_ULPS
-    note(what + "output", y, expected.output, image_ulps)
-    note(what + "running mean", running[:c], expected.running_mean, SUM_ULPS)
-    note(what + "running variance", running[c + 3 :], expected.running_var, SUM_ULPS)
+    rstd = (x.detach().float().var((0, 2, 3), correction=0) + 1e-5).rsqrt().view(1, -1, 1, 1)
+    note(what + "output", y, expected.output, image_ulps, x * rstd)
+    note(what + "running mean", running[:c], expected.running_mean, SUM_ULPS, mean, x)
+    note(what + "running variance", running[c + 3 :], expected.running_var, SUM_ULPS, var)
     for name, leaf, other in zip(("x", "weight", "bias", "shortcut"), leaves, wide, strict=False):
         assert leaf.grad is not None
         assert other.grad is not None
-        note(what + f"gradient of {name}", leaf.grad, other.grad, image_ulps if leaf.ndim == 4 else SUM_ULPS)
+        ulps = image_ulps if leaf.ndim == 4 else SUM_ULPS
+        note(what + f"gradient of {name}", leaf.grad, other.grad, ulps, *grads, grads[0] * rstd)
 
 
 def check_against_torch() -> None:
