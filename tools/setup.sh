@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 SYSTEM_PACKAGES="pkg-config libopencv-dev libturbojpeg0-dev"  # what building ffcv needs, by its Debian names
+BROWSER_PACKAGES="chromium chromium-driver"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
@@ -74,12 +75,23 @@ install_dali() {
     install "$pin" || say "going on without DALI: no wheel of it could be installed on this system"
 }
 
+# A browser for the tests of the pages. Unasked only where the machine is ours alone: as root, or in CI.
+get_browser() {
+    command -v chromedriver >/dev/null && return 0
+    command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || [ -n "${CI:-}" ]; } || return 0
+    say "installing $BROWSER_PACKAGES with apt-get (for the tests of the report)"
+    # shellcheck disable=SC2086
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends $BROWSER_PACKAGES \
+        >/dev/null 2>&1 || say "going on without a browser: the tests of the report's page in one are skipped"
+}
+
 make_venv
 grep -v -e '^ffcv==' -e '^nvidia-dali-cuda120==' -e '^uv==' requirements.lock >.venv/requirements.txt
 install --requirements .venv/requirements.txt
 install --no-deps --no-build-isolation --editable .
 install_ffcv
 install_dali
+get_browser
 rm -f .venv/.ready-*
 touch "$stamp"
 say "ready: .venv"
