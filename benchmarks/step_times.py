@@ -78,7 +78,7 @@ class Kind:
         self.batch, self.images = synthetic_batch(recipe, self.device)
         precision, steps = PRECISIONS[recipe.engine.precision], steps_per_epoch(recipe, images_to_train(recipe))
         rest = 0 if recipe.train.drop_last else images_to_train(recipe) % recipe.train.batch_size
-        self.odd = Batch(self.batch.images, *(part[:rest] for part in self.batch[1:])) if rest else None
+        self.odd = self.batch.first(rest) if rest else None
         precision.apply_to_cuda()
         augment = build_augment(
             recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=IMAGE_SHAPE,

@@ -43,7 +43,9 @@ class GraphedStep:
             UserError: the capture failed. torch cannot be used for training afterwards: its generator and allocator
                 are still in capture mode.
         """
-        own = Batch(batch.images if _resident(batch) else batch.images.clone(), *(t.clone() for t in batch[1:]))
+        images, rows, labels, indices = batch.tensors()
+        images = images if batch.resident else images.clone()
+        own = Batch(images, rows.clone(), labels.clone(), indices.clone(), batch.share)
         graph, pool = torch.cuda.CUDAGraph(), next((c.graph.pool() for c in self._captured.values()), None)
         try:
             # thread_local: the threads of a loader may allocate memory and copy to the GPU meanwhile.
@@ -61,7 +63,7 @@ class GraphedStep:
     def replay(self, batch: Batch) -> None:
         """Run the captured step on a batch whose shape is known."""
         captured = self._captured[_shape(batch)]
-        for own, given in zip(captured.batch, batch, strict=True):
+        for own, given in zip(captured.batch.tensors(), batch.tensors(), strict=True):
             if own is not given:
                 own.copy_(given, non_blocking=True)
         captured.graph.replay()
@@ -77,10 +79,7 @@ class GraphedStep:
         return result
 
 
-def _resident(batch: Batch) -> bool:
-    """Tell whether the batch's images are the whole set, to be read in place."""
-    return len(batch.images) != len(batch.rows)
-
-
 def _shape(batch: Batch) -> Hashable:
-    return tuple(batch.images.shape), len(batch.rows), batch.images.data_ptr() if _resident(batch) else None
+    """Return what a graph is captured for; where the batch lies in the global one is built into it too."""
+    address = batch.images.data_ptr() if batch.resident else None
+    return tuple(batch.images.shape), len(batch.rows), address, batch.share

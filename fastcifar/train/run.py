@@ -171,10 +171,10 @@ def example_batches(loader: Loader, epoch: int) -> Iterator[Batch]:
     """Yield a batch of each size that an epoch has: a full one, and the smaller last one where there is one."""
     batch = next(iter(loader.epoch(epoch)))
     yield batch
-    rest = loader.samples % len(batch.rows)
-    if rest:
-        resident = len(batch.images) != len(batch.rows)
-        yield Batch(batch.images if resident else batch.images[:rest], *(part[:rest] for part in batch[1:]))
+    rest, share = loader.samples - (len(loader) - 1) * len(batch.rows), loader.share(len(loader) - 1)
+    # The place in the global batch is part of what is compiled and captured, beside the shape.
+    if (rest, share) != (len(batch.rows), batch.share):
+        yield batch.first(rest, share)
 
 
 def batches_from(loader: Loader, epoch: int, done: int) -> Iterator[Batch]:

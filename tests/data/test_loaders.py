@@ -108,19 +108,29 @@ def test_early_break_is_forgotten(rng, store, build):
     assert threads_end(running)
 
 
-@pytest.mark.parametrize(("world", "drop_last"), [(3, False), (3, True), (1, True)])
-def test_ranks_share_an_epoch(rng, store, build, world, drop_last):
+@pytest.mark.parametrize(("world", "drop_last"), [(2, False), (3, True)])
+def test_ranks_divide_every_batch(rng, store, build, world, drop_last):
+    """Side by side, the ranks' parts are the batches of one device; 50 and the last 35 do not divide by 3 or 2."""
     rows = some_rows(rng, store, 335)
+    alone = list(build(rows, batch_size=50, drop_last=drop_last).epoch(2))
     parts = [build(rows, batch_size=50, drop_last=drop_last, rank=r, world=world) for r in range(world)]
-    seen = [[b.indices for b in part.epoch(2)] for part in parts]
+    seen = [list(part.epoch(2)) for part in parts]
     for part, batches in zip(parts, seen, strict=True):
-        assert (len(part), part.samples) == (len(batches), sum(map(len, batches)))
-    joined = torch.cat([i for batches in seen for i in batches]).tolist()
-    assert len(set(joined)) == len(joined)
-    if drop_last:
-        assert [[len(i) for i in batches] for batches in seen] == [[50] * (335 // world // 50)] * world
-    else:
-        assert sorted(joined) == rows.tolist()
+        assert (len(part), part.samples) == (len(alone), sum(len(b.rows) for b in batches))
+    for whole, *shares in zip(alone, *seen, strict=True):
+        assert whole.share is None
+        assert torch.equal(torch.cat([b.indices for b in shares]), whole.indices)
+        assert torch.equal(torch.cat([b.gathered() for b in shares]), whole.gathered())
+        sizes = [len(b.rows) for b in shares]
+        assert [b.share for b in shares] == [(sum(sizes[:r]), whole.total) for r in range(world)]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_rank_without_a_sample_is_refused(rng, store, build):
+    with pytest.raises(UserError, match=r"last batch has 2 samples for 3 ranks: set train\.drop_last"):
+        build(some_rows(rng, store, 102), batch_size=50, world=3)
+    with pytest.raises(UserError, match=r"batch_size = 2 is fewer samples than the 3 ranks"):
+        build(some_rows(rng, store, 102), batch_size=2, world=3)
 
 
 def test_torchs_random_numbers_are_left_alone(rng, store, build):

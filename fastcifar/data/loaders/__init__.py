@@ -40,15 +40,16 @@ def build_loader(
         store: the data, in any format.
         rows: int64 (N,), ascending: which training images take part; None for all. ``Batch.indices`` are these rows.
         seed: of the epoch order, 0..2**64-1.
-        batch_size: samples per batch of a rank.
+        batch_size: samples per global batch, all ranks together.
         drop_last: leave out the odd last batch.
         device: where images go.
-        rank: which part of each epoch, 0..world-1.
+        rank: which part of each batch, 0..world-1.
         world: how many parts.
         augment: the augmentations; with ``where = "loader"`` the torchvision backend executes them.
 
     Raises:
-        UserError: a backend's package is missing, or the images are of a kind that it cannot hold.
+        UserError: a backend's package is missing, the images are of a kind that it cannot hold, or a batch has fewer
+            samples than there are ranks.
     """
     chosen = np.arange(store.count("train")) if rows is None else np.asarray(rows, np.int64)
     order = EpochOrder(chosen, seed, batch_size, drop_last, rank, world)

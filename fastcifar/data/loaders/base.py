@@ -1,7 +1,8 @@
 """What all loaders share: the contract, the order of an epoch, and the choice of rows."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numba as nb
@@ -9,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.batch import Batch
+from fastcifar.data.batch import Batch, Share
+from fastcifar.errors import UserError
 from fastcifar.kernels.philox import Stream, epoch_order, philox_scalar, split_seed
 
 
 @runtime_checkable
 class Loader(Protocol):
     """Moves bytes and nothing else: every backend yields the same batches in the same order.
+
+    Several ranks divide each batch: rank by rank, their parts are the batch that one device would have.
 
     Attributes:
         name: the backend: ``resident``, ``ffcv``, ``dali`` or ``torchvision``.
@@ -30,7 +34,11 @@ class Loader(Protocol):
     augmented: bool
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch of this rank."""
+        """Return the number of batches in an epoch, the same on every rank."""
+        ...
+
+    def share(self, batch: int) -> Share | None:
+        """Return this rank's place in a batch of an epoch, counted from 0; None where it has all of it."""
         ...
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -62,13 +70,19 @@ def _cpu_order(count: int, seed: int, epoch: int) -> Tensor:
 class EpochOrder:
     """Which samples an epoch visits, in which order, in which batches; the same for every backend.
 
+    The order and the (global) batches do not depend on the number of ranks: each rank takes a slice of every batch, and
+    the slices side by side are the batch. Where it does not divide, the first ranks have one sample more.
+
     Attributes:
         rows: int64 (N,), the rows of the training set that take part.
         seed: 0..2**64-1.
-        batch_size: samples per batch of a rank.
-        drop_last: leave out what does not fill a batch on every rank.
+        batch_size: samples of a global batch, all ranks together.
+        drop_last: leave out what does not fill a global batch.
         rank: 0..world-1.
-        world: how many ranks share an epoch.
+        world: how many ranks share a batch.
+
+    Raises:
+        UserError: a batch has fewer samples than there are ranks.
     """
 
     rows: np.ndarray
@@ -78,25 +92,91 @@ class EpochOrder:
     rank: int = 0
     world: int = 1
 
+    def __post_init__(self) -> None:
+        if self.world > 1:
+            _require_a_sample_each(self.batch_size, self._rest, self.world)
+
     @property
-    def samples(self) -> int:
-        """How many samples an epoch of this rank has."""
-        if self.drop_last:
-            return len(self.rows) // self.world // self.batch_size * self.batch_size
-        return len(range(self.rank, len(self.rows), self.world))
+    def _whole(self) -> int:
+        """How many batches are full."""
+        return len(self.rows) // self.batch_size
+
+    @property
+    def _rest(self) -> int:
+        """How many samples the last, smaller batch has; 0 where there is none."""
+        return 0 if self.drop_last else len(self.rows) % self.batch_size
 
     @property
     def batches(self) -> int:
-        """How many batches an epoch of this rank has; with ``drop_last`` the same on every rank."""
-        return -(-self.samples // self.batch_size)
+        """How many batches an epoch has, on every rank."""
+        return self._whole + (self._rest > 0)
+
+    @property
+    def rank_batch(self) -> int:
+        """How many samples of a full batch this rank has."""
+        return share_of(self.batch_size, self.rank, self.world)[1]
+
+    @property
+    def samples(self) -> int:
+        """How many samples an epoch of this rank has."""
+        return self._whole * self.rank_batch + share_of(self._rest, self.rank, self.world)[1]
+
+    def share(self, batch: int) -> Share | None:
+        """Return this rank's place in a batch of an epoch, counted from 0; None where it has all of it."""
+        if self.world == 1:
+            return None
+        total = self.batch_size if batch < self._whole else self._rest
+        return Share(share_of(total, self.rank, self.world)[0], total)
 
     def positions(self, epoch: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the positions within ``rows`` that this rank visits, in order: int64 (samples,)."""
         count = len(self.rows)
         on_cpu = torch.device(device).type == "cpu"
         order = _cpu_order(count, self.seed, epoch) if on_cpu else epoch_order(count, self.seed, epoch, device)
-        return order[self.rank :: self.world][: self.samples]
+        return order[: self.samples] if self.world == 1 else self._own(order)
+
+    def _own(self, order: Tensor) -> Tensor:
+        """Return this rank's slice of every batch of an order (N,), one after the other."""
+        size, end = self.batch_size, self._whole * self.batch_size
+        first, count = share_of(size, self.rank, self.world)
+        whole = order[:end].view(-1, size)[:, first : first + count].reshape(-1)
+        first, count = share_of(self._rest, self.rank, self.world)
+        return torch.cat([whole, order[end + first : end + first + count]])
+
+    def fixed_part(self) -> np.ndarray:
+        """Return the rows that this rank visits, in an order of its own, under a backend that shuffles by itself.
+
+        Each rank has a fixed part of the rows, as large as its epoch, so that all ranks have the same number of
+        batches; with ``drop_last`` the last rank also has the rows that are left over, to choose among.
+        """
+        ends = np.cumsum([replace(self, rank=rank).samples for rank in range(self.world)])
+        last = self.rank == self.world - 1
+        return self.rows[ends[self.rank] - self.samples : len(self.rows) if last else ends[self.rank]]
 
     def rows_of(self, epoch: int) -> np.ndarray:
         """Return the rows of the training set that this rank visits, in order: int64 (samples,)."""
         return self.rows[self.positions(epoch).numpy()]
+
+
+def share_of(total: int, rank: int, world: int) -> tuple[int, int]:
+    """Return the first sample of a rank in a batch of ``total`` samples, and how many it has: as equal as can be."""
+    size, more = divmod(total, world)
+    return rank * size + min(rank, more), size + (rank < more)
+
+
+def _require_a_sample_each(batch_size: int, rest: int, world: int) -> None:
+    """Refuse batches that leave a rank without a sample: it could neither normalize nor step along."""
+    if batch_size < world:
+        raise UserError(f"train.batch_size = {batch_size:,} is fewer samples than the {world} ranks that divide it")
+    if 0 < rest < world:
+        raise UserError(
+            f"an epoch's last batch has {rest} samples for {world} ranks: set train.drop_last = true, or another "
+            "train.batch_size"
+        )
+
+
+def with_shares(batches: Generator[Batch, None, None], order: EpochOrder) -> Generator[Batch, None, None]:
+    """Yield a rank's batches, each with its place in the global batch."""
+    with closing(batches):
+        for number, batch in enumerate(batches):
+            yield batch._replace(share=order.share(number))

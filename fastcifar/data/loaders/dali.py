@@ -2,9 +2,10 @@
 
 With ``order = "plan"`` an external source reads each sample at its place in the memory-mapped shards, in the order
 of the epoch, and DALI prefetches and, with a GPU, copies to the device. With ``order = "native"`` DALI's WebDataset
-reader reads, shuffles and shards: every sample still comes once an epoch, and an epoch's order still depends on
-(seed, epoch) alone, but it is another order: a shuffle through a buffer of `SHUFFLE_SAMPLES` samples, uniform for
-sets up to that size, local beyond it (a larger buffer costs more than it reads: 0.3x the speed at 50,000).
+reader reads and shuffles, each rank a fixed part of the set: every sample still comes once an epoch, and an epoch's
+order still depends on (seed, epoch) alone, but it is another order: a shuffle through a buffer of `SHUFFLE_SAMPLES`
+samples, uniform for sets up to that size, local beyond it (a larger buffer costs more than it reads: 0.3x the speed at
+50,000).
 
 A pipeline lives for one epoch, so that an abandoned epoch leaves no state behind.
 """
@@ -45,8 +46,6 @@ class DaliLoader(StreamingLoader):
         self._shards = Shards(store)
         self._workers = workers
         self._native = NativeIndex(store, epoch_order) if order == "native" else None
-        if self._native is not None and not epoch_order.drop_last:
-            self.samples = _share(len(epoch_order.rows), epoch_order.rank, epoch_order.world)
 
     def _batches(self, epoch: int) -> Iterator[HostBatch]:
         pipeline = self._ordered_pipeline(epoch) if self._native is None else self._native_pipeline(epoch, self._native)
@@ -77,7 +76,7 @@ class DaliLoader(StreamingLoader):
 
     def _settings(self, seed: int) -> dict[str, Any]:
         return {
-            "batch_size": self._epoch_order.batch_size,
+            "batch_size": self._epoch_order.rank_batch,
             "num_threads": self._workers,
             "device_id": (self._device.index or 0) if self._device.type == "cuda" else None,
             "prefetch_queue_depth": PREFETCH_BATCHES,
@@ -91,7 +90,7 @@ class DaliLoader(StreamingLoader):
     def _ordered_pipeline(self, epoch: int) -> Any:
         from nvidia.dali import fn, pipeline_def
 
-        source = self._shards.source(self._epoch_order.rows_of(epoch), self._epoch_order.batch_size)
+        source = self._shards.source(self._epoch_order.rows_of(epoch), self._epoch_order.rank_batch)
 
         @pipeline_def(**self._settings(0))
         def pipeline() -> tuple[Any, ...]:
@@ -112,11 +111,7 @@ class DaliLoader(StreamingLoader):
                 dtypes=_kinds(),
                 missing_component_behavior="error",
                 random_shuffle=True,
-                initial_fill=min(len(self._epoch_order.rows), SHUFFLE_SAMPLES),
-                shard_id=self._epoch_order.rank,
-                num_shards=self._epoch_order.world,
-                # Else a shard that is read to its end goes on with the next one's samples within the same epoch.
-                stick_to_shard=True,
+                initial_fill=min(index.samples, SHUFFLE_SAMPLES),
                 name="reader",
             )
             images, labels, indices = read
@@ -129,11 +124,6 @@ def _kinds() -> list[Any]:
     """Return DALI's types of images, labels and indices."""
     types: Any = importlib.import_module("nvidia.dali.types")
     return [types.UINT8, types.INT64, types.INT64]
-
-
-def _share(count: int, rank: int, world: int) -> int:
-    """Return the size of the part that DALI's reader gives to a rank."""
-    return (rank + 1) * count // world - rank * count // world
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -175,10 +165,12 @@ class NativeIndex:
         self.image_shape = store.image_shape
         self.shards = [str(store.root / name) for name in names]
         self.indexes = [str(store.root / layout.index_name(name)) for name in names]
-        if len(epoch_order.rows) < store.count("train"):
+        rows = epoch_order.fixed_part()  # rather than DALI's own shards, whose sizes would not fit the batches
+        self.samples = len(rows)
+        if len(rows) < store.count("train"):
             folder = Path(tempfile.mkdtemp(prefix="fastcifar-"))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            self._write_chosen(epoch_order.rows, folder)
+            self._write_chosen(rows, folder)
 
     def _write_chosen(self, rows: np.ndarray, folder: Path) -> None:
         image_bytes = int(np.prod(self.image_shape))

@@ -142,4 +142,4 @@ class FfcvLoader(StreamingLoader):
 
     def _batches(self, epoch: int) -> Iterator[HostBatch]:
         pinned = self._device.type == "cuda"
-        return ahead(self._reader.batches(self._epoch_order.rows_of(epoch), self._epoch_order.batch_size, pinned))
+        return ahead(self._reader.batches(self._epoch_order.rows_of(epoch), self._epoch_order.rank_batch, pinned))

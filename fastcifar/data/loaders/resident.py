@@ -1,12 +1,12 @@
 """The resident loader: the whole uint8 set on the device, a batch being a list of rows. Default and reference."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
 
-from fastcifar.data.batch import Batch
-from fastcifar.data.loaders.base import EpochOrder
+from fastcifar.data.batch import Batch, Share
+from fastcifar.data.loaders.base import EpochOrder, with_shares
 from fastcifar.data.store import Store
 
 
@@ -30,15 +30,22 @@ class ResidentLoader:
     def __len__(self) -> int:
         return self._epoch_order.batches
 
+    def share(self, batch: int) -> Share | None:
+        """Return this rank's place in a batch of an epoch, counted from 0; None where it has all of it."""
+        return self._epoch_order.share(batch)
+
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of an epoch; ``images`` is the same tensor in all of them."""
+        return with_shares(self._batches(epoch), self._epoch_order)
+
+    def _batches(self, epoch: int) -> Generator[Batch, None, None]:
         positions = self._epoch_order.positions(epoch, self._device)
         # Gathered once an epoch, so that a batch costs three views and no launch.
         labels, indices = self.labels[positions], self._rows[positions]
-        for first in range(0, len(positions), self._epoch_order.batch_size):
+        for first in range(0, len(positions), self._epoch_order.rank_batch):
             if not len(self.images):  # closed since: the rows would be those of images that are gone
                 return
-            batch = slice(first, first + self._epoch_order.batch_size)
+            batch = slice(first, first + self._epoch_order.rank_batch)
             yield Batch(self.images, positions[batch], labels[batch], indices[batch])
 
     def close(self) -> None:

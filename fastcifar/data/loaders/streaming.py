@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcifar.data.batch import Batch
-from fastcifar.data.loaders.base import EpochOrder
+from fastcifar.data.batch import Batch, Share
+from fastcifar.data.loaders.base import EpochOrder, with_shares
 
 AHEAD_BATCHES = 3
 POLL_S = 0.05
@@ -40,7 +40,11 @@ class StreamingLoader(ABC):
         self._running: Generator[Batch, None, None] | None = None
 
     def __len__(self) -> int:
-        return -(-self.samples // self._epoch_order.batch_size)
+        return self._epoch_order.batches
+
+    def share(self, batch: int) -> Share | None:
+        """Return this rank's place in a batch of an epoch, counted from 0; None where it has all of it."""
+        return self._epoch_order.share(batch)
 
     @abstractmethod
     def _batches(self, epoch: int) -> Iterator[HostBatch]:
@@ -52,7 +56,7 @@ class StreamingLoader(ABC):
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of an epoch on the device; each batch has memory of its own."""
         self._end()
-        self._running = self._deliver(epoch)
+        self._running = with_shares(self._deliver(epoch), self._epoch_order)
         return self._running
 
     def _end(self) -> None:
@@ -128,7 +132,7 @@ def _receive(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Ba
     """Make the consumer's stream wait for the copy, and keep the memory until that stream has done with it."""
     stream = torch.cuda.current_stream(device)
     stream.wait_event(copied)
-    for tensor in batch:
+    for tensor in batch.tensors():
         tensor.record_stream(stream)
     return batch
 

@@ -74,7 +74,7 @@ class TorchvisionLoader(StreamingLoader):
     def _batches(self, epoch: int) -> Iterator[HostBatch]:
         from fastcifar.data.loaders.pil import sides
 
-        rows, size = self._epoch_order.rows_of(epoch), self._epoch_order.batch_size
+        rows, size = self._epoch_order.rows_of(epoch), self._epoch_order.rank_batch
         seeds, fixed = self._seeds(rows, epoch), sides(self._epoch_order.seed, rows)
         parts = [slice(k, k + size) for k in range(0, len(rows), size)]
         batches = [(rows[part], seeds[part], fixed[part], epoch % 2 == 1) for part in parts]
