@@ -1,5 +1,6 @@
 """``fastcifar plan``: what a recipe would do, what it needs and how long it would take, without training."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from fastcifar.data.store import Store
 
 NOT_MEASURED = "not measured yet"
+RELEASE_BYTES = 3 * 32 * 32
 
 
 def plan(
@@ -67,7 +69,8 @@ def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str
     trained = budget.images_to_train(recipe, images)
     steps = budget.steps_per_epoch(recipe, trained)
     prediction = budget.predict(recipe, times, images)
-    memory = memory_mib(recipe, cost.parameters, trained)
+    image_bytes = math.prod(store.image_shape) if store else RELEASE_BYTES
+    memory = memory_mib(recipe, cost.parameters, trained, image_bytes)
     check_memory(recipe.name, memory, device)
     return {
         "recipe": recipe.name,

@@ -1,11 +1,10 @@
 """How much memory a recipe needs on the device that trains it, found on the meta device before anything is made."""
 
-import os
-
 import torch
 
 from fastcifar.config.schema import PyramidNetConfig, Recipe, SpeedNetConfig, WideResNetConfig
 from fastcifar.errors import UserError
+from fastcifar.host_memory import total_bytes
 from fastcifar.models.cost import count_parameters, meta_model, ready
 
 # The estimate is of eager mode, which keeps more activations than a compiled model: twice the memory is no proof yet.
@@ -60,10 +59,10 @@ def check_memory(name: str, memory: dict[str, float], device: torch.device) -> N
 
 
 def device_bytes(device: torch.device) -> int:
-    """Return a device's whole memory, used or not."""
+    """Return a device's whole memory, used or not; for the CPU no more than its control groups allow."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total_bytes()
 
 
 def micro_batch(recipe: Recipe) -> int:
@@ -71,14 +70,14 @@ def micro_batch(recipe: Recipe) -> int:
     return -(-recipe.train.batch_size // recipe.train.accumulate)
 
 
-def memory_mib(recipe: Recipe, parameters: int, images: int) -> dict[str, float]:
+def memory_mib(recipe: Recipe, parameters: int, images: int, image_bytes: int = 3 * 32 * 32) -> dict[str, float]:
     """Return the expected memory on the training device in MiB, without what CUDA itself takes (about 500 MiB)."""
     buffers = 2 + (2 if recipe.optimizer.name in ("adam", "adamw") else 1)  # weights, gradients, moments
     buffers += sum(1 for kept in (recipe.ema, recipe.asam, recipe.lookahead) if kept)  # one copy of the weights each
     parts = {
         "weights_and_state": 4 * parameters * buffers,
         "activations": saved_bytes(recipe) * micro_batch(recipe),
-        "images": 3 * 32 * 32 * images,
+        "images": image_bytes * images,
     }
     return {name: round(size / 2**20, 1) for name, size in {**parts, "total": sum(parts.values())}.items()}
 

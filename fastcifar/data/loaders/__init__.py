@@ -10,6 +10,7 @@ from fastcifar.config.schema import AugmentConfig, LoaderConfig
 from fastcifar.data.loaders.base import EpochOrder, Loader
 from fastcifar.data.store import Store, store_as
 from fastcifar.errors import UserError
+from fastcifar.host_memory import available_bytes
 from fastcifar.locations import install_command
 
 __all__ = ["PACKAGES", "EpochOrder", "Loader", "build_loader", "choose_backend"]
@@ -107,16 +108,10 @@ def _require(name: str) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a device; for the CPU, what the system can give without swapping."""
+    """Return the free bytes of a device; for the CPU, what the machine and its control groups let us have."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        import os
-
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_bytes()
 
 
 def _readable(count: int) -> str:
