@@ -81,10 +81,42 @@ def test_shards_are_what_other_tools_say(made, tmp_path, synthetic_store, monkey
         for row in (0, 7, 1999):
             pixels, label, index = (archive.extractfile(m).read() for m in members[3 * row : 3 * row + 3])
             assert pixels == train.images[row].tobytes()
-            assert (int.from_bytes(label, "little"), int.from_bytes(index, "little")) == (train.labels[row], row)
+            assert (int(label.decode("ascii")), int.from_bytes(index, "little")) == (train.labels[row], row)
     with wds2idx.IndexCreator(str(shard), str(tmp_path / "oracle.idx"), verbose=False) as creator:
         creator.create_index()
     assert (tmp_path / "oracle.idx").read_text() == shard.with_suffix(".idx").read_text()
+
+
+def test_webdataset_decodes_the_labels(made, synthetic_store):
+    webdataset = pytest.importorskip("webdataset")
+    train = synthetic_store.split("train")
+    with open(made["dali"] / "train-00000.tar", "rb") as shard:  # webdataset leaves what it opens itself open
+        members = webdataset.tariterators.tar_file_expander([{"url": "shard", "stream": shard}])
+        decode = webdataset.autodecode.Decoder([webdataset.autodecode.basichandlers])
+        samples = [decode(sample) for sample in webdataset.tariterators.group_by_keys(members)]
+    assert [sample["cls"] for sample in samples] == train.labels.tolist()
+    assert samples[1999]["img"] == train.images[1999].tobytes()
+
+
+def test_labels_are_read_as_text_and_as_numbers(rng):
+    labels = np.append(rng.integers(0, 1_000_000, 50), [0, 9, 999_999])
+    text = np.array([list(f"{label:08d}".encode()) for label in labels.tolist()], np.uint8)
+    numbers = labels.astype("<i8").reshape(-1, 1).view(np.uint8)
+    for members in (text, numbers, np.concatenate([text, numbers])):
+        read = dali_format.labels_of(members)
+        assert np.array_equal(read, np.resize(labels, len(members)))
+        assert read.dtype == np.int64
+
+
+def test_a_store_with_labels_as_numbers_is_still_read(copy, synthetic_store):
+    """As stores of earlier versions: everything the same but the contents of the .cls members."""
+    root, labels = copy("dali"), synthetic_store.split("train").labels
+    content = bytearray((root / "train-00000.tar").read_bytes())
+    shard = np.frombuffer(content, np.uint8)[: -2 * 512].reshape(2000, -1)
+    start = dali_format.offsets(32 * 32 * 3)[1]
+    shard[:, start : start + 8] = labels.astype("<i8").reshape(-1, 1).view(np.uint8)
+    (root / "train-00000.tar").write_bytes(content)
+    assert np.array_equal(dali_format.read_labels(root, "train", 2000, (32, 32, 3)), labels)
 
 
 def test_converting_twice_does_nothing_and_says_so(tmp_path, synthetic_store):

@@ -1,8 +1,10 @@
 """The dali format: WebDataset tar shards with DALI's index files.
 
 Each sample is three members of a ustar archive: ``IIIIIIIII.img`` (raw pixels, uint8 H*W*C), ``IIIIIIIII.cls`` (the
-label) and ``IIIIIIIII.idx`` (the row), the latter two little-endian int64. All members have one size, so that a
-sample's place is arithmetic; stock ``fn.readers.webdataset`` and any WebDataset reader read the shards.
+label, as text) and ``IIIIIIIII.idx`` (the row, little-endian int64). All members have one size, so that a sample's
+place is arithmetic; stock ``fn.readers.webdataset`` and any WebDataset reader read the shards, and ``.decode()`` of the
+webdataset package makes an int of the label. Labels of stores that were written before were little-endian int64 too;
+they are still read.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,8 @@ BLOCK = 512
 SHARD_SAMPLES = 8192
 EXTENSIONS = ("img", "cls", "idx")
 INDEX_VERSION = "v1.2"
+LABEL_DIGITS = 8
+"""Zero-padded, so that the member has one size: the size of the int64 that it was before."""
 
 
 def sample_bytes(image_bytes: int) -> int:
@@ -34,7 +38,7 @@ def offsets(image_bytes: int) -> list[int]:
 
 
 def _sizes(image_bytes: int) -> tuple[int, int, int]:
-    return image_bytes, 8, 8
+    return image_bytes, LABEL_DIGITS, 8
 
 
 def _padded(size: int) -> int:
@@ -70,7 +74,7 @@ def _records(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.nda
     count, image_bytes = len(rows), int(np.prod(images.shape[1:]))
     contents = (
         images.reshape(count, image_bytes),
-        labels.astype("<i8").reshape(-1, 1).view(np.uint8),
+        _bytes_of([f"{label:0{LABEL_DIGITS}d}" for label in labels.tolist()]),
         rows.astype("<i8").reshape(-1, 1).view(np.uint8),
     )
     records = np.zeros((count, sample_bytes(image_bytes)), np.uint8)
@@ -156,7 +160,25 @@ def read(folder: Path, name: str, count: int, image_shape: tuple[int, int, int])
 
 
 def read_labels(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Read the labels alone: int64 (N,)."""
+    """Read the labels alone: int64 (N,), in a store of either kind (see the head of this file).
+
+    Raises:
+        UserError: a shard of the wrong size, or a label that is neither text nor a number.
+    """
     start = offsets(int(np.prod(image_shape)))[1]
-    parts = [np.ascontiguousarray(shard[:, start : start + 8]) for shard in views(folder, name, count, image_shape)]
-    return np.concatenate(parts).view("<i8")[:, 0].astype(np.int64)
+    shards = views(folder, name, count, image_shape)
+    return np.concatenate([labels_of(shard[:, start : start + LABEL_DIGITS]) for shard in shards])
+
+
+def labels_of(members: np.ndarray) -> np.ndarray:
+    """Return the labels that ``.cls`` members hold: int64 (N,).
+
+    Args:
+        members: uint8 (N, 8): digits, or a little-endian int64. The two cannot be confused: a number of eight bytes
+            that all are digits would be above 3 * 10**18, and there are at most a million classes.
+    """
+    members = np.ascontiguousarray(members)
+    digits = members.astype(np.int64) - ord("0")
+    text = ((digits >= 0) & (digits <= 9)).all(axis=1)
+    powers = 10 ** np.arange(LABEL_DIGITS - 1, -1, -1, dtype=np.int64)
+    return np.where(text, digits @ powers, members.view("<i8")[:, 0])

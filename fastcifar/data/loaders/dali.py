@@ -44,6 +44,8 @@ class DaliLoader(StreamingLoader):
     ):
         super().__init__(epoch_order, device, reason)
         self._shards = Shards(store)
+        # By row, in memory: labels are text in the shards, which DALI does not read as numbers.
+        self._labels = torch.from_numpy(store.labels("train")).to(device)
         self._workers = workers
         self._native = NativeIndex(store, epoch_order) if order == "native" else None
 
@@ -51,10 +53,11 @@ class DaliLoader(StreamingLoader):
         pipeline = self._ordered_pipeline(epoch) if self._native is None else self._native_pipeline(epoch, self._native)
         left = self.samples if len(self._epoch_order.rows) else 0
         while left:
-            images, labels, indices = (torch.from_dlpack(o.as_tensor()) for o in pipeline.run())
-            held = min(left, len(labels))
+            images, indices = (torch.from_dlpack(o.as_tensor()) for o in pipeline.run())
+            held = min(left, len(indices))
             left -= held
-            yield HostBatch(images[:held], labels.view(-1)[:held], indices.view(-1)[:held])
+            rows = indices.view(-1)[:held]
+            yield HostBatch(images[:held], self._labels[rows], rows)
 
     def _deliver(self, epoch: int) -> Generator[Batch, None, None]:
         """Batches come from DALI on the device already, through DLPack, without a copy."""
@@ -94,7 +97,7 @@ class DaliLoader(StreamingLoader):
 
         @pipeline_def(**self._settings(0))
         def pipeline() -> tuple[Any, ...]:
-            read: Any = fn.external_source(source, num_outputs=3, batch=True, dtype=_kinds(), ndim=[3, 0, 0])
+            read: Any = fn.external_source(source, num_outputs=2, batch=True, dtype=_kinds(), ndim=[3, 0])
             return self._delivered(*read)
 
         return pipeline()
@@ -107,23 +110,23 @@ class DaliLoader(StreamingLoader):
             read: Any = fn.readers.webdataset(
                 paths=index.shards,
                 index_paths=index.indexes,
-                ext=list(layout.EXTENSIONS),
+                ext=["img", "idx"],
                 dtypes=_kinds(),
                 missing_component_behavior="error",
                 random_shuffle=True,
                 initial_fill=min(index.samples, SHUFFLE_SAMPLES),
                 name="reader",
             )
-            images, labels, indices = read
-            return self._delivered(fn.reshape(images, shape=list(index.image_shape)), labels, indices)
+            images, indices = read
+            return self._delivered(fn.reshape(images, shape=list(index.image_shape)), indices)
 
         return pipeline()
 
 
 def _kinds() -> list[Any]:
-    """Return DALI's types of images, labels and indices."""
+    """Return DALI's types of images and indices."""
     types: Any = importlib.import_module("nvidia.dali.types")
-    return [types.UINT8, types.INT64, types.INT64]
+    return [types.UINT8, types.INT64]
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -132,24 +135,23 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 class Shards:
-    """Reads samples of the shards at their places, in any order."""
+    """Reads the pixels of samples at their places in the shards, in any order."""
 
     def __init__(self, store: Store):
         self._image_shape = store.image_shape
         image_bytes = int(np.prod(store.image_shape))
-        self._starts = list(zip(layout.offsets(image_bytes), (image_bytes, 8, 8), strict=True))
-        self._views = layout.views(store.root, "train", store.count("train"), store.image_shape)
+        start = layout.offsets(image_bytes)[0]
+        views = layout.views(store.root, "train", store.count("train"), store.image_shape)
+        self._pixels = [view[:, start : start + image_bytes] for view in views]
 
     def read(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Return images uint8 (B, H, W, C), labels int64 (B,) and indices int64 (B,) of the rows, int64 (B,)."""
-        outputs = [np.empty((len(rows), size), np.uint8) for _, size in self._starts]
+        """Return images uint8 (B, H, W, C) and indices int64 (B,) of the rows, int64 (B,)."""
+        images = np.empty((len(rows), int(np.prod(self._image_shape))), np.uint8)
         shards, slots = np.divmod(rows, layout.SHARD_SAMPLES)
         for shard in np.unique(shards):
             mine = np.flatnonzero(shards == shard)
-            for output, (start, size) in zip(outputs, self._starts, strict=True):
-                output[mine] = self._views[shard][slots[mine], start : start + size]
-        images, labels, indices = outputs
-        return [images.reshape(-1, *self._image_shape), labels.view("<i8")[:, 0], indices.view("<i8")[:, 0]]
+            images[mine] = self._pixels[shard][slots[mine]]
+        return [images.reshape(-1, *self._image_shape), rows]
 
     def source(self, order: np.ndarray, batch_size: int) -> Callable[[], list[np.ndarray]]:
         """Return what DALI calls for each batch of an order, int64 (N,)."""
