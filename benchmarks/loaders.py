@@ -88,7 +88,7 @@ def stock_dali(store: Any) -> Callable[[], Iterable[Any]]:
             paths=shards,
             index_paths=[p.removesuffix(".tar") + ".idx" for p in shards],
             ext=["img", "cls", "idx"],
-            dtypes=[types.UINT8, types.INT64, types.INT64],
+            dtypes=[types.UINT8, types.UINT8, types.INT64],  # labels are text
             random_shuffle=True,
             initial_fill=4096,
             pad_last_batch=True,
