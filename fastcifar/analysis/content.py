@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from fastcifar.analysis import disputed
+from fastcifar.analysis.calibration import calibration
 from fastcifar.analysis.confusion import confusion_matrix, largest_confusions, precision_percent, recall_percent
 from fastcifar.analysis.ensemble import softmax
 from fastcifar.analysis.label_errors import find_label_errors
-from fastcifar.analysis.members import WHICH
-from fastcifar.analysis.statistics import binomial_error
-from fastcifar.analysis.top_loss import describe, top_loss
+from fastcifar.analysis.members import WHICH, source_of
+from fastcifar.analysis.statistics import binomial_error, wilson_interval
+from fastcifar.analysis.top_loss import HardImage, describe, losses, top_loss
 from fastcifar.config.schema import CombineRecipe, DataConfig
 from fastcifar.data.split import subset_rows
 from fastcifar.data.store import Store, resolve_store
@@ -23,6 +25,12 @@ METHOD = (
     "Confident learning (Northcutt, Jiang & Chuang, 2021), pruning by noise rate, on probabilities of images that the "
     "model was not trained on. It sees the images through this one model: what the model confuses systematically looks "
     "like an error, an error that model and annotators share stays hidden. Look before you believe."
+)
+LABEL_ERRORS_FROM = 90.0
+LABEL_ERRORS_RULE = (
+    f"Suspects are named only where the model has {LABEL_ERRORS_FROM:.0f}% of the split's images right. Annotators "
+    "found about 0.5% of CIFAR-10's test labels wrong: where a model contradicts more than 10% of the labels, at most "
+    "1 in 18 of its contradictions could be such an error, and a list of them would show what the model cannot do."
 )
 
 
@@ -115,8 +123,12 @@ def content(run: RunDirectory, images: Images, *, hard: int = 48) -> dict[str, A
         hard: how many of the hardest test images to list.
     """
     weights, which = run.summary["weights"], explained(run)
-    logits, labels = run.logits(f"test/{which}/{weights}"), run.logits("test/labels")
+    key = f"{which}/{weights}"
+    logits, labels = run.logits(f"test/{key}"), run.logits("test/labels")
     matrix = confusion_matrix(labels, logits.argmax(1), logits.shape[1])
+    held = f"holdout/{key}" in run.logits_keys()
+    holdout = (run.logits(f"holdout/{key}"), run.logits("holdout/labels")) if held else None
+    splits = {"test": (logits, labels)} | ({"holdout": holdout} if holdout else {})
     return {
         "name": run.recipe.name,
         "title": run.recipe.title,
@@ -125,15 +137,40 @@ def content(run: RunDirectory, images: Images, *, hard: int = 48) -> dict[str, A
         "classes": images.classes,
         "results": results(run),
         "confusion": _confusion(matrix),
-        "calibration_error": calibration_error(logits, labels),
+        "calibration": calibration(logits, labels, holdout),
         "hard_images": [image._asdict() for image in top_loss(logits, labels, hard)],
-        "label_errors": {
-            split: _label_errors(run.logits(f"{split}/{which}/{weights}"), run.logits(f"{split}/labels"), hard)
-            for split in ("test", "holdout")
-            if f"{split}/{which}/{weights}" in run.logits_keys()
-        },
+        "hard_by_class": _hardest_of_each_class(logits, labels),
+        "test_set": disputed.about_the_test_set(logits, labels) if disputed.applies(source_of(run), labels) else None,
+        "label_errors": {split: _label_errors(*found, hard) for split, found in splits.items()},
         "label_errors_method": METHOD,
+        "label_errors_rule": LABEL_ERRORS_RULE,
     }
+
+
+def _hardest_of_each_class(logits: np.ndarray, labels: np.ndarray, count: int = 12) -> list[dict[str, Any]]:
+    """Return the images of highest loss of each class, by class and then hardest first."""
+    order = np.argsort(-losses(logits, labels), kind="stable")
+    rows = [row for label in range(logits.shape[1]) for row in order[labels[order] == label][:count]]
+    return [image._asdict() for image in describe(logits, labels, np.array(rows, np.int64))]
+
+
+def of_cells(logits: np.ndarray, labels: np.ndarray, count: int) -> dict[tuple[int, int], list[HardImage]]:
+    """Return up to ``count`` images of each cell of the confusion matrix, by (given label, prediction).
+
+    Those of highest loss come first: the surest errors, and on the diagonal the least sure right answers.
+
+    Args:
+        logits: (N, K).
+        labels: int64 (N,).
+        count: images of a cell, at most.
+    """
+    predicted = logits.argmax(1)
+    found: dict[tuple[int, int], list[int]] = {}
+    for row in np.argsort(-losses(logits, labels), kind="stable"):
+        cell = found.setdefault((int(labels[row]), int(predicted[row])), [])
+        if len(cell) < count:
+            cell.append(int(row))
+    return {cell: describe(logits, labels, np.array(rows)) for cell, rows in sorted(found.items())}
 
 
 def results(run: RunDirectory) -> dict[str, Any]:
@@ -144,15 +181,19 @@ def results(run: RunDirectory) -> dict[str, Any]:
         entry = summary.get(which)
         metrics[which] = {**entry, "standard_error": binomial_error(entry["accuracy"], samples)} if entry else None
     kept = ("status", "epochs", "epochs_done", "weights", "clocks", "images_per_s", "seed", "loader", "git", "members")
-    return {**metrics, "test_images": samples, **{key: summary.get(key) for key in kept}}
+    best = metrics[explained(run)]
+    interval = wilson_interval(round(best["accuracy"] / 100 * samples), samples) if best else None
+    return {**metrics, "interval": interval, "test_images": samples, **{key: summary.get(key) for key in kept}}
 
 
 def _confusion(matrix: np.ndarray) -> dict[str, Any]:
+    right, given = np.diag(matrix).tolist(), matrix.sum(1).tolist()
     return {
         "rows": "given label",
         "columns": "predicted",
         "counts": matrix.tolist(),
         "recall_percent": _plain(recall_percent(matrix)),
+        "recall_interval": [wilson_interval(k, n) if n else None for k, n in zip(right, given, strict=True)],
         "precision_percent": _plain(precision_percent(matrix)),
         "largest": [pair._asdict() for pair in largest_confusions(matrix)],
     }
@@ -163,28 +204,18 @@ def _plain(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
 
 
-def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """Return the expected calibration error in points (Guo et al., 2017): how far confidence is from accuracy.
-
-    Args:
-        logits: (N, K).
-        labels: int64 (N,).
-        bins: equally wide bins of confidence in 0..1.
-    """
-    probabilities = softmax(logits)
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    bin_of = np.minimum((confidence * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(bin_of, confidence - right, minlength=bins)
-    return 100 * float(np.abs(gaps).sum() / len(labels))
-
-
 def _label_errors(logits: np.ndarray, labels: np.ndarray, most: int) -> dict[str, Any]:
-    """Return the suspects of one split, the least believed first."""
+    """Return the suspects of one split, the least believed first; none where the model is too weak to name any."""
+    accuracy = 100 * float((logits.argmax(1) == labels).mean())
+    known = {"accuracy": accuracy, "disagreement_percent": 100 - accuracy}
+    if accuracy < LABEL_ERRORS_FROM:
+        return {**known, "meaningful": False, "suspected": None, "estimated": None, "images": [], "all_rows": []}
     found = find_label_errors(softmax(logits), labels)
     return {
+        **known,
+        "meaningful": True,
         "suspected": len(found.rows),
         "estimated": found.estimated_errors,
-        "disagreement_percent": 100 * float((logits.argmax(1) != labels).mean()),
         "images": [image._asdict() for image in describe(logits, labels, found.rows[:most])],
         "all_rows": found.rows.tolist(),
     }

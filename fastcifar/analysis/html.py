@@ -1,24 +1,41 @@
-"""One page that explains runs: a single HTML file without any outside resource, for light and dark screens."""
+"""One page that explains runs: a single HTML file without any outside resource, for light and dark screens and paper.
 
-import base64
-import io
-from collections.abc import Sequence
-from importlib import metadata, resources
+The template (``page/report.html``) writes everything that can be read without a script; ``page/report.js`` adds charts,
+pictures and what answers a click, from the values in ``<script id="data">``.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastcifar.analysis.content import Images, content, find_images
-from fastcifar.analysis.curves import NEEDS, curves_svg
+from fastcifar.analysis.comparison import comparison
+from fastcifar.analysis.content import Images, content, explained, find_images, of_cells
+from fastcifar.analysis.curves import curves
+from fastcifar.analysis.members import distinct_names
+from fastcifar.analysis.page import POLICY, asset
+from fastcifar.analysis.sprite import COLUMNS, Sprite
 from fastcifar.config import to_toml
 from fastcifar.errors import UserError
+from fastcifar.locations import install_command
 from fastcifar.run_directory import RunDirectory
 from fastcifar.text import duration
 
+MOST_CLASSES = 20
+"""With more classes the confusion matrix is no table to look at."""
+CELL_IMAGES = 18
+"""Images of a cell of the confusion matrix on a page of one run; of several runs each has its share."""
+SCRIPTS = ("theme.js", "charts.js", "report.js")
 
-def build_report(runs: Sequence[RunDirectory], data: Path | None = None) -> tuple[str, list[dict[str, Any]]]:
-    """Return the page and, per run, the plain values that it shows.
+
+def build_report(
+    runs: Sequence[RunDirectory], data: Path | None = None
+) -> tuple[str, list[dict[str, Any]], dict[str, Any] | None]:
+    """Return the page, the plain values per run that it shows, and the comparison of two or more runs.
 
     Args:
         runs: one or more runs with logits.
@@ -30,40 +47,126 @@ def build_report(runs: Sequence[RunDirectory], data: Path | None = None) -> tupl
     template = _template()
     images = [find_images(run, data) for run in runs]
     contents = [content(run, found) for run, found in zip(runs, images, strict=True)]
-    parts = [_for_page(*entry, str(i)) for i, entry in enumerate(zip(runs, contents, images, strict=True))]
-    title = contents[0]["title"] or contents[0]["name"] if len(runs) == 1 else "Runs"
-    return template.render(title=title, runs=parts, version=metadata.version("fastcifar")), contents
+    compared = comparison(runs) if len(runs) > 1 else None
+    parts = [_Part(*entry) for entry in zip(runs, contents, images, strict=True)]
+    sprite = Sprite(max((split.shape[1] for part in parts for split in part.images.splits.values()), default=32))
+    script = {
+        "runs": [part.for_script(sprite, max(3, CELL_IMAGES // len(runs))) for part in parts],
+        "comparison": compared,
+    }
+    shown = [part.for_template(sprite) for part in parts]
+    page = template.render(
+        title=_title(runs), runs=shown, names=distinct_names(list(runs)), compared=compared,
+        data=_in_script({**script, "tile": sprite.tile_px, "columns": COLUMNS}), sheet=sprite.address(),
+        style=asset("style.css"), script="\n".join(asset(name) for name in SCRIPTS), policy=POLICY,
+        most_classes=MOST_CLASSES, version=metadata.version("fastcifar"),
+    )  # fmt: skip
+    return page, contents, compared
 
 
 def _template() -> Any:
     try:
-        from jinja2 import Environment
+        from jinja2 import Environment, StrictUndefined
     except ImportError:
-        raise UserError(NEEDS) from None
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(resources.files("fastcifar.analysis").joinpath("page.html").read_text("utf-8"))
+        raise UserError(f"the report needs jinja2; install it: {install_command('report')}") from None
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["duration"] = duration
+    return environment.from_string(asset("report.html"))
 
 
-def _for_page(run: RunDirectory, values: dict[str, Any], images: Images, identity: str) -> dict[str, Any]:
-    """Add to a run's plain values what only the page needs: pictures, curves, words."""
-    from markupsafe import Markup
+def _title(runs: Sequence[RunDirectory]) -> str:
+    if len(runs) == 1:
+        return runs[0].recipe.title or runs[0].recipe.name
+    return "Comparison of " + ", ".join(dict.fromkeys(run.recipe.name for run in runs))
 
-    results, recall = values["results"], values["confusion"]["recall_percent"]
-    thumbs = {"hard": _thumbnails(values["hard_images"], images.splits.get("test"))}
-    for split, found in values["label_errors"].items():
-        thumbs[split] = _thumbnails(found["images"], images.splits.get(split))
-    return {
-        **values,
-        "clocks": {k.removesuffix("_s"): duration(v) for k, v in results["clocks"].items()},
-        "curves": Markup(curves_svg(run.metrics(), results["weights"], f"c{identity}")),
-        "environment": _environment_rows(run),
-        "how": {which: _how(results, which) for which in ("last", "best", "selected", "tta")},
-        "note": images.note,
-        "recipe": to_toml(run.recipe),
-        "shades": _shades(np.array(values["confusion"]["counts"])),
-        "thumbs": thumbs,
-        "weakest": sorted(range(len(recall)), key=lambda i: 101.0 if recall[i] is None else recall[i])[:10],
-    }
+
+def _in_script(values: dict[str, Any]) -> str:
+    """Return values as JSON that nothing in them can end the script element of, whatever a class is called."""
+    text = json.dumps(values, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One run on the page."""
+
+    run: RunDirectory
+    values: dict[str, Any]
+    images: Images
+
+    def for_script(self, sprite: Sprite, cell_images: int) -> dict[str, Any]:
+        """Return what ``report.js`` needs of the run, and put its pictures on the sheet."""
+        values, test = self.values, self.images.splits.get("test")
+        return {
+            "classes": values["classes"],
+            "curves": curves(self.run.metrics(), values["results"]["weights"]),
+            "reliability": _reliability_series(values["calibration"]),
+            "cells": self._cells(sprite, cell_images),
+            "hard": _entries(values["hard_images"], test, sprite),
+            "hardByClass": _entries(values["hard_by_class"], test, sprite),
+        }
+
+    def _cells(self, sprite: Sprite, count: int) -> dict[str, list[list[Any]]]:
+        if len(self.values["classes"]) > MOST_CLASSES:
+            return {}
+        logits = self.run.logits(f"test/{explained(self.run)}/{self.values['results']['weights']}")
+        found = of_cells(logits, self.run.logits("test/labels"), count)
+        test = self.images.splits.get("test")
+        return {f"{i},{j}": _entries((h._asdict() for h in cell), test, sprite) for (i, j), cell in found.items()}
+
+    def for_template(self, sprite: Sprite) -> dict[str, Any]:
+        """Return the run's plain values with what only the template needs: tiles, words, shades."""
+        values, splits = self.values, self.images.splits
+        tiles = {
+            split: sprite.add_rows(splits.get(split), [image["row"] for image in found["images"]])
+            for split, found in values["label_errors"].items()
+        }
+        low = _scale_from(values["confusion"]["recall_interval"])
+        votes = values["test_set"]["votes"] if values["test_set"] else []
+        return {
+            **values,
+            "disputed_tiles": sprite.add_rows(splits.get("test"), [entry["row"] for entry in votes]),
+            "disputed_predicted": self._predicted([entry["row"] for entry in votes]),
+            "environment": _environment_rows(self.run),
+            "has_curves": bool(self.run.metrics()),
+            "how": {which: _how(values["results"], which) for which in ("last", "best", "selected", "tta")},
+            "note": self.images.note,
+            "recipe": to_toml(self.run.recipe),
+            "shades": _shades(np.array(values["confusion"]["counts"])),
+            "scale_from": low,
+            "on_scale": lambda percent: 100 * (percent - low) / (100 - low),
+            "tiles": tiles,
+            "weakest": _weakest(values["confusion"]["recall_percent"]),
+        }
+
+    def _predicted(self, rows: list[int]) -> list[int]:
+        logits = self.run.logits(f"test/{explained(self.run)}/{self.values['results']['weights']}")
+        return logits[rows].argmax(1).tolist() if rows else []
+
+
+def _entries(listed: Iterable[dict[str, Any]], images: np.ndarray | None, sprite: Sprite) -> list[list[Any]]:
+    """Return images as short lists for the script: tile, row, label, prediction, loss, the two probabilities."""
+    entries = []
+    for image in listed:
+        (tile,) = sprite.add_rows(images, [image["row"]])
+        numbers = [round(image[key], 4) for key in ("loss", "probability", "label_probability")]
+        entries.append([tile, image["row"], image["label"], image["predicted"], *numbers])
+    return entries
+
+
+def _reliability_series(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the curves of the reliability diagram, in percent."""
+    series = []
+    looks = (("as_trained", "as trained", "--test"), ("with_temperature", "with the temperature", "--holdout"))
+    for key, name, colour in looks:
+        if found[key]:
+            bins = found[key]["reliability"]
+            series.append({
+                "name": name, "colour": colour, "marks": True,
+                "x": [100 * b["confidence"] for b in bins], "y": [100 * b["accuracy"] for b in bins],
+                "labels": [f"{b['images']} images, {name}" for b in bins],
+            })  # fmt: skip
+    return series
 
 
 def _how(results: dict[str, Any], which: str) -> str:
@@ -72,7 +175,7 @@ def _how(results: dict[str, Any], which: str) -> str:
     if not entry:
         return ""
     if results["members"]:
-        return entry["protocol"]
+        return str(entry["protocol"])
     words = {
         "last": f"epoch {entry.get('epoch')}, nothing chosen",
         "best": f"epoch {entry.get('epoch')}, chosen on the test set, as published",
@@ -91,24 +194,18 @@ def _shades(counts: np.ndarray) -> list[list[int]]:
     return np.round(shades).astype(int).tolist()
 
 
-def _thumbnails(listed: list[dict[str, Any]], images: np.ndarray | None) -> list[str]:
-    """Return a PNG per listed image as a data address; empty texts where there are no images."""
-    if images is None:
-        return [""] * len(listed)
-    return [png_address(images[image["row"]]) for image in listed]
+def _weakest(recall: list[float | None]) -> list[int]:
+    """Return the classes by rising accuracy, at most 20; those without test images last."""
+    return sorted(range(len(recall)), key=lambda i: _or_above_all(recall[i]))[:MOST_CLASSES]
 
 
-def png_address(image: np.ndarray) -> str:
-    """Return an image, uint8 (H, W, C) with 1 or 3 channels, as the ``data:`` address of a PNG of the same size.
+def _scale_from(intervals: list[tuple[float, float] | None]) -> int:
+    """Return where the axis of the classes' accuracies begins: at the tens below the lowest bound, at most at 90%."""
+    return min(90, int(min((interval[0] for interval in intervals if interval), default=0)) // 10 * 10)
 
-    The page enlarges it, smoothly: blocks of single pixels are harder to recognize.
-    """
-    from PIL import Image
 
-    pixels = image[..., 0] if image.shape[-1] == 1 else image
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _or_above_all(percent: float | None) -> float:
+    return 101.0 if percent is None else percent
 
 
 def _environment_rows(run: RunDirectory) -> list[tuple[str, str]]:

@@ -12,7 +12,9 @@ def report(
     data: Annotated[Path | None, typer.Option(help="The data of the pictures: a store, or a CIFAR-10 release.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print what the page shows as one JSON object.")] = False,
 ) -> None:
-    """Explain runs on one self-contained page: metrics, curves, confusion, hardest images, suspected label errors.
+    """Explain runs on one self-contained page: metrics, curves, confusion, calibration, hardest images, label errors.
+
+    Several runs become one comparison: recipes over their seeds, differences with errors, and each run in a tab.
 
     Reads run directories alone; the pictures come from --data or wherever `fastcifar run` finds the data, and are left
     out where there is none.
@@ -25,10 +27,10 @@ def report(
     # After the directories are known to be there: it imports torch, and a mistyped path is answered without it.
     from fastcifar.analysis.html import build_report
 
-    page, contents = build_report(opened, data)
+    page, contents, compared = build_report(opened, data)
     target = out or runs[0] / "report.html"
     write_atomic(target, page)
     if json_:
-        print_json({"report": str(target), "runs": contents})
+        print_json({"report": str(target), "runs": contents, "comparison": compared})
     else:
         say((str(target), "bold"))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from fastcifar.analysis.page import POLICY, asset
 from fastcifar.analysis.statistics import Mean
 from fastcifar.ladder.metrics import NOT_MEASURED
 from fastcifar.ladder.state import Row
@@ -11,17 +12,18 @@ from fastcifar.run_directory import write_atomic
 from fastcifar.text import duration
 
 STYLE = """
-:root { color-scheme: light dark; --faint: #8886; --ours: #0a7; --published: #77c; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--faint); white-space: nowrap; }
-td.number, th.number { text-align: right; }
-td.note { white-space: normal; }
-.unmeasured { opacity: .6; }
-.failed, .blocked { color: #c33; }
-circle.ours { fill: var(--ours); } circle.published { fill: none; stroke: var(--published); stroke-width: 2; }
-line.error { stroke: var(--ours); stroke-width: 2; } line.grid { stroke: var(--faint); }
-text { fill: currentColor; font-size: 12px; }
+main { max-width: 90rem; }
+.ladder td, .ladder th { padding: .25rem .7rem .25rem 0; white-space: nowrap; }
+.ladder td.number, .ladder th.number { text-align: right; }
+.ladder { width: 100%; }
+.ladder tr > * { border-bottom: 1px solid var(--line); }
+.ladder thead th { color: var(--muted); }
+.ladder tbody td:first-child { position: sticky; left: 0; background: var(--ground); }
+.unmeasured { color: var(--muted); }
+svg.picture { width: 100%; max-width: 62rem; min-width: 34rem; margin: 1.2rem 0 2rem; display: block; }
+circle.ours { fill: var(--c2); } circle.published { fill: none; stroke: var(--c0); stroke-width: 2; }
+line.error { stroke: var(--c2); stroke-width: 2; } line.grid { stroke: var(--line); }
+svg.picture text { fill: var(--ink); font-size: 12px; }
 """
 LEGEND = (
     "Best: the highest test accuracy over all epochs, the published protocol (the epoch is chosen on the test set). "
@@ -43,15 +45,27 @@ def write_html(path: Path, rows: Sequence[Row]) -> None:
 def page(rows: Sequence[Row]) -> str:
     """Return the page as HTML."""
     done = sum(row.state == "done" for row in rows)
-    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>The ladder</title><style>{STYLE}</style>"
-    text = f"<h1>The ladder</h1><p>{done} of {len(rows)} rows are done. {escape(LEGEND)}</p>"
-    return f"{head}{text}{picture(rows)}{_table(rows)}</html>\n"
+    title = '<header class="page"><h1>The ladder</h1><button class="theme" type="button">Colours</button></header>'
+    text = f'<p>{done} of {len(rows)} rows are done.</p><p class="quiet">{escape(LEGEND)}</p>'
+    body = f'<main>{title}{text}<div class="scroll">{picture(rows)}</div>{_table(rows)}</main>'
+    return f"{_head()}<body>{body}<script>{{{asset('theme.js')}}}</script></body></html>\n"
+
+
+def _head() -> str:
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<title>The ladder</title><link rel="icon" href="data:,">'
+        f"<style>{asset('style.css')}{STYLE}</style></head>"
+    )
 
 
 def _table(rows: Sequence[Row]) -> str:
     header = "".join(f"<th{_kind(name)}>{name}</th>" for name in HEADER)
     body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
+    table = f'<table class="ladder"><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def _kind(name: str) -> str:
@@ -65,7 +79,7 @@ def _cells(row: Row) -> str:
         f'<span title="{escape(row.title, quote=True)}">{escape(row.name)}</span>',
         escape(row.stage),
         f'<span class="{row.state}">{escape(f"{row.state} {row.message}".strip())}</span>',
-        str(row.best) if measured else f'<span class="unmeasured">{NOT_MEASURED}</span>',
+        str(row.best) if measured else NOT_MEASURED,
         f"{row.published_best:.2f}" if row.published_best is not None else "none",
         str(row.difference_best) if row.difference_best else NOT_MEASURED if row.published_best is not None else "none",
         str(row.last) if measured else NOT_MEASURED,
@@ -74,7 +88,9 @@ def _cells(row: Row) -> str:
         f"{metrics.images_per_s:,.0f}" if metrics and metrics.images_per_s else NOT_MEASURED,
         escape(metrics.hardware) if metrics else NOT_MEASURED,
     ]
-    return "".join(f"<td{_kind(name)}>{value}</td>" for name, value in zip(HEADER, values, strict=True))
+    faint = f'<span class="unmeasured">{NOT_MEASURED}</span>'
+    shown = [faint if value == NOT_MEASURED else value for value in values]
+    return "".join(f"<td{_kind(name)}>{value}</td>" for name, value in zip(HEADER, shown, strict=True))
 
 
 def picture(rows: Sequence[Row]) -> str:
@@ -88,7 +104,7 @@ def picture(rows: Sequence[Row]) -> str:
     total = LEFT_PX + WIDTH_PX + RIGHT_PX
     parts = [_grid(low, height), *(_dots(row, i, low) for i, row in enumerate(shown))]
     label = "Published and own best accuracy per row, in percent"
-    return f'<svg viewBox="0 0 {total} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<svg class="picture" viewBox="0 0 {total} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _of(row: Row) -> float | None:
@@ -112,7 +128,8 @@ def _grid(low: float, height: int) -> str:
 def _dots(row: Row, index: int, low: float) -> str:
     y = ROW_PX * index + ROW_PX / 2
     name = f'<text x="{LEFT_PX - 8}" y="{y + 4}" text-anchor="end">{escape(row.name)}</text>'
-    ring = f'<circle class="published" cx="{_x(row.published_best or low, low):.1f}" cy="{y}" r="5"/>'
+    told = f"<title>{escape(row.name)}: published {row.published_best:.2f}%</title>"
+    ring = f'<circle class="published" cx="{_x(row.published_best or low, low):.1f}" cy="{y}" r="5">{told}</circle>'
     return name + ring + (_dot(row.best, y, low) if row.best and _of(row) is not None else "")
 
 
@@ -120,4 +137,5 @@ def _dot(ours: Mean, y: float, low: float) -> str:
     error = ours.error or 0.0
     ends = [_x(ours.mean + sign * error, low) for sign in (-1, 1)]
     bar = f'<line class="error" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y}" y2="{y}"/>'
-    return f'{bar}<circle class="ours" cx="{_x(ours.mean, low):.1f}" cy="{y}" r="3"/>'
+    told = f"<title>ours {ours}%, n = {ours.n}</title>"
+    return f'{bar}<circle class="ours" cx="{_x(ours.mean, low):.1f}" cy="{y}" r="3">{told}</circle>'

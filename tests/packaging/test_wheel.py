@@ -139,6 +139,6 @@ def test_smoke_trains_to_the_same_weights_bit_for_bit(in_clone, in_wheel):
 
 
 def test_the_wheel_reports_its_run(in_wheel):
-    pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
+    pytest.importorskip("jinja2", reason="the extra `report` is not installed")
     assert json.loads(in_wheel["answers"]["page"])
     assert (in_wheel["folder"] / "smoke" / "report.html").is_file()
