@@ -28,6 +28,7 @@ from fastcifar.config.schema import EngineConfig
 from fastcifar.data.batch import Batch
 from fastcifar.data.store import cache_folder
 from fastcifar.errors import UserError, root_cause
+from fastcifar.kernels import batch_norm
 from fastcifar.train.cuda_graph import GraphedStep
 from fastcifar.train.flat_parameters import FlatParameters
 
@@ -171,6 +172,7 @@ def compile_model(forward: Function) -> Function:
         os.environ.setdefault(variable, str(cache_folder() / folder))
     # Whether fp32 may be rounded to tf32 is the recipe's decision, not something to be reminded of.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    batch_norm.allow_in_graph()
     return cast(Function, torch.compile(forward, dynamic=False))
 
 

@@ -1,4 +1,4 @@
-"""The kernels of CutMix and Mixup on sm_90 and on a GPU; their values are interpreted in test_sam.py."""
+"""The kernels of CutMix and Mixup on sm_90 and on a GPU; test_interpreted.py has their values."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""ShakeDrop's draws as an operator: what torch asks of one, and the kernel on sm_90. Values: test_sam.py."""
+"""ShakeDrop's draws as an operator: what torch asks of one, and the kernel on sm_90. Values: test_interpreted.py."""
 
 import pytest
 import torch

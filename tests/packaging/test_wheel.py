@@ -1,7 +1,8 @@
 """The wheel, installed outside the clone, does what the clone does: the same answers and the same weights.
 
 The wheel is built once with the pinned build backend and installed without its dependencies, which are this
-environment's own, so that nothing is fetched. Both sides run one script in a process of their own.
+environment's own, so that nothing is fetched. Both sides run one script: the clone in this process, which has imported
+everything, the wheel in one of its own.
 """
 
 import json
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("hatchling", reason="the build backend is not installed")
 
@@ -41,7 +43,8 @@ def ask(words):
     return done.stdout if done.exit_code == 0 else f"{done.exit_code}: {done.output} {done.exception!r}"
 
 trained = ask(["run", "smoke", "--set", "train.epochs=3", "--out", "smoke", "--quiet", "--json"])
-told = {"file": fastcifar.__file__, "git": git_revision(), "install": install_command("ffcv"), "trained": trained}
+told = {"compiler": "torch._dynamo" in sys.modules, "trained": trained}
+told |= {"file": fastcifar.__file__, "git": git_revision(), "install": install_command("ffcv")}
 told |= {"answers": {name: ask(words) for name, words in json.loads(sys.argv[1]).items()}}
 Path("told.json").write_text(json.dumps(told))
 """
@@ -54,13 +57,22 @@ def execute(command: list[str], cwd: Path, **variables: str) -> None:
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
 
 
-def side(folder: Path, cache: Path, site: Path | None, answers: dict[str, list[str]]) -> dict:
-    """Run the script in a new folder, with the package in ``site`` before all others, and return what it told."""
-    folder.mkdir()
-    variables = {"OMP_NUM_THREADS": "1", "FASTCIFAR_CACHE": str(cache)}
-    variables |= {"PYTHONPATH": str(site)} if site else {}
-    execute([sys.executable, "-c", SCRIPT, json.dumps(answers)], folder, **variables)
+def told_in(folder: Path) -> dict:
     return json.loads((folder / "told.json").read_text()) | {"folder": folder}
+
+
+def share_compiled(site: Path) -> None:
+    """Let the installed files use what numba has compiled of the clone's: compiling it again takes many seconds.
+
+    numba goes by a file's time and size; here files are compared byte by byte.
+    """
+    for compiled in (ROOT / "fastcifar").rglob("__pycache__/*.nb[ic]"):
+        source = compiled.parents[1] / (compiled.name.split(".")[0].partition("-")[0] + ".py")
+        installed = site / source.relative_to(ROOT)
+        if installed.read_bytes() == source.read_bytes():
+            os.utime(installed, ns=(source.stat().st_atime_ns, source.stat().st_mtime_ns))
+            (installed.parent / "__pycache__").mkdir(exist_ok=True)
+            shutil.copy(compiled, installed.parent / "__pycache__")
 
 
 def install(wheel: Path, site: Path) -> None:
@@ -81,15 +93,27 @@ def wheel(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def in_clone(tmp_path_factory, cache) -> dict:
     """What the clone told."""
-    return side(tmp_path_factory.mktemp("clone") / "work", cache, None, ANSWERS)
+    folder, threads = tmp_path_factory.mktemp("clone"), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("FASTCIFAR_DATA", raising=False)
+        patch.setattr(sys, "argv", ["-c", json.dumps(ANSWERS)])
+        torch.set_num_threads(1)
+        exec(SCRIPT, {"__name__": "script"})
+        torch.set_num_threads(threads)
+    return told_in(folder)
 
 
 @pytest.fixture(scope="module")
-def in_wheel(wheel, tmp_path_factory, cache) -> dict:
-    """What the installed wheel told; it also writes the report of its run."""
-    folder = tmp_path_factory.mktemp("wheel")
-    install(wheel, folder / "site")
-    return side(folder / "work", cache, folder / "site", ANSWERS | {"page": ["report", "smoke", "--json"]})
+def in_wheel(wheel, in_clone, tmp_path_factory, cache) -> dict:
+    """What the installed wheel told; it also writes the report of its run. After the clone, which has compiled."""
+    site, folder = tmp_path_factory.mktemp("wheel") / "site", tmp_path_factory.mktemp("work")
+    install(wheel, site)
+    share_compiled(site)
+    answers = json.dumps(ANSWERS | {"page": ["report", "smoke", "--json"]})
+    variables = {"OMP_NUM_THREADS": "1", "FASTCIFAR_CACHE": str(cache), "PYTHONPATH": str(site)}
+    execute([sys.executable, "-c", SCRIPT, answers], folder, **variables)
+    return told_in(folder)
 
 
 def test_the_wheel_holds_every_recipe_and_what_the_benchmarks_need(wheel):
@@ -120,6 +144,12 @@ def test_the_wheel_runs_its_own_files(in_wheel):
     assert in_wheel["git"] is None
     assert in_wheel["install"].endswith(" 'fastcifar[ffcv]'")
     assert "make" not in in_wheel["install"].split()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's step is compiled")
+def test_training_on_a_cpu_imports_no_compiler(in_wheel):
+    """torch._dynamo takes as long to import as torch itself."""
+    assert in_wheel["compiler"] is False
 
 
 @pytest.mark.parametrize("name", ANSWERS)

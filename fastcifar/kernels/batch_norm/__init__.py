@@ -2,7 +2,8 @@
 
 `batch_norm` is one node of a compiled graph forward and one backward: two custom operators, and an autograd function
 between them. (The forward operator moves the running statistics in place, and torch derives autograd formulas of
-functional operators only.) `fastcifar.kernels.batch_norm.reference` is the definition, ``triton`` the kernels.
+functional operators only.) `allow_in_graph` tells the compiler so. `fastcifar.kernels.batch_norm.reference` is the
+definition, ``triton`` the kernels.
 """
 
 from typing import Any
@@ -110,7 +111,6 @@ class _BatchNorm(torch.autograd.Function):
         return dx, dweight, dbias, shortcut, *(None,) * 8
 
 
-@torch.compiler.allow_in_graph
 def batch_norm(
     x: Tensor,
     weight: Tensor,
@@ -153,3 +153,12 @@ def batch_norm(
     return _BatchNorm.apply(
         x, weight, bias, residual, running, variance_at, scales, seed, momentum, eps, relu, drop
     )
+
+
+def allow_in_graph() -> None:
+    """Let torch.compile see `batch_norm` as one node; to be called before anything that uses it is compiled.
+
+    Not done on import: it imports torch._dynamo, which takes as long as torch itself, and most runs on a CPU, and most
+    commands, never compile.
+    """
+    torch.compiler.allow_in_graph(batch_norm)

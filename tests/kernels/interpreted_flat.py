@@ -1,11 +1,9 @@
-"""Run the Triton kernels in the interpreter against the CPU's; started with TRITON_INTERPRET=1 by test_sam.py.
+"""In Triton's interpreter: the kernels on flat buffers, ShakeDrop's draws and mixing, against those of the CPU.
 
-It prints one JSON list of [what, error in units of the last place of the largest value of that buffer].
+What is found is a list of [what, error in ulps of the largest value of that buffer, the ulps allowed].
 """
 
 import itertools
-import json
-import os
 
 import torch
 from torch import Tensor
@@ -24,6 +22,8 @@ from fastcifar.kernels.shakedrop import triton as shakedrop_triton
 
 SIZES = [(1, 0), (33, 1), (2048, 33), (2081, 2049), (4 * 2048 + 1187, 7)]
 ULP = 2.0**-23
+# Sums in another order and multiply-adds with one rounding instead of two.
+BOUND_ULPS = 8.0
 
 
 def draw(*sizes: int) -> list[Tensor]:
@@ -79,13 +79,13 @@ def check_draws(blocks: int, batch: int, per_sample: bool, seed: int) -> float:
     return 0.0 if torch.equal(ours, shakedrop_reference.scales(thresholds, counter, seed, batch, per_sample)) else 1e9
 
 
-def check_mix(batch: int, height: int, dtype: torch.dtype, settings: MixSettings) -> float:
+def check_mix(batch: int, height: int, dtype: torch.dtype, settings: MixSettings, steps: int) -> float:
     """Mixed images, lambdas and labels must be the same bits."""
     images = torch.randn(batch, 3, height, 7).to(dtype).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,))
     tables = MixTables.of(settings.seed, torch.linspace(0, 1, 65536, dtype=torch.float64))
     worst = 0.0
-    for step in range(4):
+    for step in range(steps):
         counters = torch.tensor([3]), torch.tensor([step])
         ours, target = mix_triton.mix_batch(images, labels, *counters, settings, tables)
         expected, wanted = mix_reference.mix_batch(images, labels, *counters, settings, tables)
@@ -94,8 +94,8 @@ def check_mix(batch: int, height: int, dtype: torch.dtype, settings: MixSettings
     return worst
 
 
-def main() -> None:
-    torch.manual_seed(int(os.environ.get("KERNEL_TEST_SEED", "0")))
+def main() -> list[tuple[str, float, float]]:
+    """Return all comparisons."""
     found = []
     for (n, _), adaptive, eta, share, poison in itertools.product(
         SIZES, (True, False), (0.0, 0.01), (1.0, 0.4), (False, True)
@@ -111,17 +111,16 @@ def main() -> None:
     for blocks, batch, per_sample, seed in [(1, 1, False, 0), (5, 130, True, 42), (3, 128, False, -(2**62) - 7)]:
         what = f"ShakeDrop's draws: {blocks} blocks, {batch} samples, per_sample={per_sample}, seed {seed}"
         found.append([what, check_draws(blocks, batch, per_sample, seed)])
-    for batch, height, dtype, cutmix, per_sample in [
-        (150, 5, torch.float32, 0.5, False),
-        (7, 8, torch.float16, 1.0, True),
-        (33, 6, torch.float32, 0.0, True),
+    # Two batches are longer than what the permutation's kernel takes at once; the small ones see more steps, each of
+    # which decides anew.
+    for batch, height, dtype, cutmix, per_sample, steps in [
+        (mix_triton.CHUNK + 1, 5, torch.float32, 0.5, False, 1),
+        (mix_triton.TILE + 1, 6, torch.float32, 0.0, True, 1),
+        (7, 8, torch.float16, 1.0, True, 2),
+        (4, 8, torch.float32, 0.5, False, 8),
     ]:
         settings = MixSettings(2**63 + 5, 0.8, cutmix, 2.0, 1, per_sample)
-        found.append([f"mix {batch} {height} {dtype} {settings}", check_mix(batch, height, dtype, settings)])
+        found.append([f"mix {batch} {height} {dtype} {settings}", check_mix(batch, height, dtype, settings, steps)])
     twice = [sam_triton.norm_squared(*draws) for draws in [[torch.linspace(-1, 1, 9377)] * 2] * 2]
     found.append(["the norm's bits differ from run to run", 0.0 if torch.equal(*twice) else 1e9])
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    return [(what, error, BOUND_ULPS) for what, error in found]

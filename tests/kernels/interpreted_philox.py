@@ -1,6 +1,4 @@
-"""Run by test_philox.py in Triton's interpreter: tl.philox gives the integers of fastcifar.kernels.philox."""
-
-import sys
+"""In Triton's interpreter: tl.philox gives the integers of fastcifar.kernels.philox."""
 
 import torch
 import triton
@@ -22,16 +20,14 @@ def kernel(seed_at, counters, out, N: tl.constexpr):
     tl.store(out + 3 * N + i, w3.to(tl.int64))
 
 
-def main():
-    torch.manual_seed(int(sys.argv[1]))
+def main() -> list[tuple[str, float, float]]:
+    """Return whether the words are wrong, for some seeds."""
+    found = []
     for seed in (0, 42, 2**31 + 5, 2**63 - 1):
         counters = torch.randint(0, 2**32, (4, 64))
         counters[3] = 3
         out = torch.zeros(4, 64, dtype=torch.int64)
         kernel[(1,)](torch.tensor([seed]), counters, out, N=64)
-        if not torch.equal(out, torch.stack(philox(seed, counters[0], counters[1], counters[2], 3))):
-            raise SystemExit(f"tl.philox differs for seed {seed}")
-
-
-if __name__ == "__main__":
-    main()
+        expected = torch.stack(philox(seed, counters[0], counters[1], counters[2], 3))
+        found.append((f"words of seed {seed}", float(not torch.equal(out, expected)), 0.0))
+    return found

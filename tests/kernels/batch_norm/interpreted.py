@@ -1,12 +1,9 @@
-"""Run by test_batch_norm.py in Triton's interpreter: the fused BatchNorm against float64 and torch's own layers.
+"""In Triton's interpreter: the fused BatchNorm against float64 and torch's own layers.
 
-It prints one JSON list of [what, error in ulps of the largest expected value or summand, the ulps allowed].
+What is found is a list of [what, error in ulps of the largest expected value or summand, the ulps allowed].
 """
 
 import itertools
-import json
-import sys
-import warnings
 from typing import Any
 
 import torch
@@ -17,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 from fastcifar.config.schema import ModelConfig
-from fastcifar.kernels.batch_norm import backward_op, batch_norm, forward_op, reference
+from fastcifar.kernels.batch_norm import allow_in_graph, backward_op, batch_norm, forward_op, reference
 from fastcifar.models import bind_counter, build_model, pyramidnet, wide_resnet
 from fastcifar.models.norm_act import use_fused_batch_norm
 
@@ -127,6 +124,7 @@ def check_operators() -> None:
         seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return make_boxed_func(graph.forward)
 
+    allow_in_graph()
     compiler = aot_autograd(fw_compiler=trace, bw_compiler=trace)
     bare = lambda t: batch_norm(t * 1.0, weight, bias, running, 27, relu=True)[0]  # noqa: E731
     leaf, moved = x.clone().requires_grad_(), running.clone()
@@ -181,17 +179,12 @@ def check_models() -> None:
             note(f"{name}: {what}", ours, plain, 64.0)
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.manual_seed(int(sys.argv[1]))
+def main() -> list[tuple[str, float, float]]:
+    """Return all comparisons."""
     for number, shape in enumerate(SHAPES):
         check_values(shape, torch.float32, relu=number % 2 == 0, scaled=number % 3 != 2)
     for dtype in (torch.bfloat16, torch.float16):
         check_values(SHAPES[0], dtype, relu=True, scaled=True)
     for check in (check_against_torch, check_dropout, check_rerun, check_operators, check_models):
         check()
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    return found

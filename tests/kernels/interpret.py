@@ -1,0 +1,41 @@
+"""Run by test_interpreted.py with TRITON_INTERPRET=1: all kernels in Triton's interpreter, in one process.
+
+One, because importing torch and Triton takes longer than most of the kernels. It prints one JSON object: for each suite
+a list of [what, error, the error allowed], or the traceback that ended it.
+"""
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from tests.kernels import interpreted_flat, interpreted_philox
+from tests.kernels.augment import interpreted as augment
+from tests.kernels.batch_norm import interpreted as batch_norm
+
+Found = list[tuple[str, float, float]]
+SUITES: dict[str, Callable[[], Found]] = {
+    "philox": interpreted_philox.main,
+    "augment": augment.main,
+    "flat": interpreted_flat.main,
+    "batch_norm": batch_norm.main,
+}
+
+
+def main(seed: int) -> None:
+    warnings.simplefilter("ignore")
+    told: dict[str, Found | str] = {}
+    for name, suite in SUITES.items():
+        torch.manual_seed(seed)
+        try:
+            told[name] = suite()
+        except Exception:
+            told[name] = traceback.format_exc()
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
