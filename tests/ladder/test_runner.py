@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fastcifar.config import Recipe
 from fastcifar.ladder import runner
 from fastcifar.ladder.execute import LadderExecution, OutOfTime, RowFailed
 from fastcifar.ladder.rows import catalogue, choose, jobs_for
@@ -81,32 +82,15 @@ def test_progress_names_the_epochs_and_the_accuracy(job):
     assert epochs_in_words(job) == "seed 42, epoch 1/20, 42.50%"
 
 
-def execute_ladder(out, *options, **how):
-    command = [sys.executable, "-m", "fastcifar", "ladder", "--only", "smoke/lenet5*", "--out", str(out), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=out.parent, **how)
-
-
 @pytest.fixture
 def no_data(monkeypatch):
     monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_the_command_runs_rows_in_processes_skips_them_later_and_prints_json(tmp_path, no_data):
-    first = execute_ladder(tmp_path / "out", "--json")
-    assert first.returncode == 0, first.stderr
-    assert '"state": "done"' in first.stdout
-    assert "smoke/lenet5-kaiming, seed 42: done" in first.stderr
-    page = (tmp_path / "out" / "ladder.html").read_text()
-    assert "2 of 2 rows are done" in page
-    again = execute_ladder(tmp_path / "out", "--json")
-    assert again.stdout == first.stdout
-    assert "seed 42: done" not in again.stderr
-
-
 def test_a_row_without_data_fails_with_status_1_and_the_reason(tmp_path, no_data):
     (tmp_path / "empty").mkdir()
-    done = execute_ladder(tmp_path / "out", "--data", str(tmp_path / "empty"))
+    done = fastcifar("ladder", "--only", "smoke/lenet5", "--out", "out", "--data", "empty", cwd=tmp_path)
     assert done.returncode == 1
     assert "failed" in done.stderr
     assert "Traceback" not in done.stderr
@@ -128,10 +112,12 @@ def test_durations():
 
 
 @pytest.mark.timeout(1200)
-def test_a_real_row_killed_at_two_moments_ends_as_the_undisturbed_one(tmp_path, no_data, view, monkeypatch, seed):
-    """Interrupt the ladder while its row's process trains; the third execution finishes to the same accuracies.
+def test_a_row_cut_in_its_process_ends_as_the_undisturbed_one_and_is_then_skipped(
+    tmp_path, no_data, view, monkeypatch, seed
+):
+    """Interrupt the ladder while its row's process trains; the second execution finishes to the same accuracies.
 
-    Two, because each start imports torch; five interrupts of rows without training are in test_execute.py.
+    Once, because each start imports torch; five interrupts of rows without training are in test_execute.py.
     """
     name = "smoke/lenet5"
     recipe = catalogue()[name]
@@ -141,19 +127,22 @@ def test_a_real_row_killed_at_two_moments_ends_as_the_undisturbed_one(tmp_path, 
     ledger = Ledger(jobs_for([name], 1, straight))
     LadderExecution(ledger, Runner(straight, same_process=True), straight, view).execute()
     command = [sys.executable, "-c", LONGER, name, str(cut)]
-    metrics = cut / name / "seed-42" / "metrics.jsonl"
-    for epochs in sorted(random.Random(seed).sample(range(1, EPOCHS // 2), 2)):
-        # An epoch more than the last execution left, so that this one trains already and not only starts.
-        wanted = max(epochs, lines(metrics) + 1)
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        wait_for(lambda n=wanted, p=process: lines(metrics) >= n or p.poll() is not None)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 130, said
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    metrics, epochs = cut / name / "seed-42" / "metrics.jsonl", random.Random(seed).randrange(1, EPOCHS // 2)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    wait_for(lambda: lines(metrics) >= epochs or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    words = ["ladder", "--only", name, "--out", str(cut), "--json"]
+    first = fastcifar(*words, cwd=tmp_path)  # in this process, where the catalogue has the longer recipe too
+    assert first.returncode == 0, first.stderr
+    assert f"{name}, seed 42: done" in first.stderr
     assert accuracies(table(cut)) == accuracies(table(straight))
     assert epochs_of(cut / name / "seed-42") == list(range(1, EPOCHS + 1))
+    assert "1 of 1 rows are done" in (cut / "ladder.html").read_text()
+    again = fastcifar(*words, cwd=tmp_path)
+    assert again.stdout == first.stdout
+    assert "seed 42: done" not in again.stderr
 
 
 LONGER = f"""
@@ -184,10 +173,17 @@ def wait_for(happened, limit_s=300.0):
         time.sleep(0.02)
 
 
+FEWER = {"data": {"subset": 20, "test_subset": 10}, "train": {"batch_size": 10}}
+
+
 @pytest.mark.timeout(900)
 def test_all_smoke_configs_run_from_end_to_end(tmp_path, view, monkeypatch):
-    """With the real data where FASTCIFAR_DATA names it, else with synthetic images."""
+    """With the real data where FASTCIFAR_DATA names it, else with synthetic images; two steps of each."""
     monkeypatch.chdir(tmp_path)
+    for name in choose(["smoke/*"]):
+        if isinstance(recipe := catalogue()[name], Recipe):
+            smaller = {part: getattr(recipe, part).model_copy(update=change) for part, change in FEWER.items()}
+            monkeypatch.setitem(catalogue(), name, recipe.model_copy(update=smaller))
     jobs = jobs_for(choose(["smoke/*"]), 1, tmp_path)
     assert len(jobs) == 36
     ledger = Ledger(jobs)
