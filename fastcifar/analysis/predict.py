@@ -38,7 +38,7 @@ class Trained:
 
     def normalized(self, images: Tensor) -> Tensor:
         """Return uint8 (B, S, S, C) images as normalized float32 (B, C, S, S)."""
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        mean, std = torch.tensor(self.mean, device=images.device), torch.tensor(self.std, device=images.device)
         return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
@@ -91,7 +91,6 @@ def read_image(path: Path, image_px: int) -> np.ndarray:
     return np.array(picture)
 
 
-@torch.inference_mode()
 def predict(trained: Trained, images: np.ndarray, tta: str = "none", batch_size: int = 250) -> np.ndarray:
     """Return probabilities float32 (N, K) for uint8 (N, S, S, C) images.
 
@@ -101,11 +100,18 @@ def predict(trained: Trained, images: np.ndarray, tta: str = "none", batch_size:
         tta: ``none``, ``flip`` or ``multicrop``.
         batch_size: images a forward pass.
     """
+    return torch.from_numpy(logits_of(trained, images, tta, batch_size)).softmax(1).numpy()
+
+
+@torch.inference_mode()
+def logits_of(trained: Trained, images: np.ndarray, tta: str = "none", batch_size: int = 250) -> np.ndarray:
+    """Return logits float32 (N, K), as `predict` takes them, computed where the model is."""
+    device = next(trained.model.parameters()).device
     parts = [
-        tta_logits(trained.model, trained.normalized(part), tta)
+        tta_logits(trained.model, trained.normalized(part.to(device)), tta).cpu()
         for part in torch.from_numpy(np.ascontiguousarray(images)).split(batch_size)
     ]
-    return torch.cat(parts).softmax(1).numpy()
+    return torch.cat(parts).numpy()
 
 
 def predict_files(trained: Trained, files: Sequence[Path], tta: str = "none", top: int = 3) -> list[dict[str, Any]]:

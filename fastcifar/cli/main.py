@@ -12,6 +12,7 @@ from fastcifar.cli.bench import bench
 from fastcifar.cli.compare import compare
 from fastcifar.cli.doctor import doctor
 from fastcifar.cli.ensemble import ensemble
+from fastcifar.cli.evaluate import evaluate
 from fastcifar.cli.export import export
 from fastcifar.cli.ladder import ladder
 from fastcifar.cli.models import models
@@ -48,7 +49,7 @@ def fastcifar(
 
 
 TRAIN = (run, recipes, show, plan, ladder)
-EXPLAIN = (report, compare, ensemble, stack, predict, export)
+EXPLAIN = (report, compare, evaluate, ensemble, stack, predict, export)
 ABOUT = (models, bench, doctor)
 for panel, commands in (("Train", TRAIN), ("Explain and combine", EXPLAIN), ("About this machine", ABOUT)):
     for command in commands:
