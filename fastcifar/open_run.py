@@ -34,9 +34,12 @@ def open_run(
             yield run
         return
     assert recipe is not None
+    from fastcifar.config.user_code import record
     from fastcifar.environment import describe
 
     environment = describe()  # takes seconds: before the folder is there
+    if code := record(recipe):
+        environment["user_code"] = code
     run = _made(recipe, out)
     with run.alone():
         run.begin(recipe, environment)

@@ -212,7 +212,7 @@ class RunDirectory:
         from fastcifar.config import load_recipe
 
         path, manifest = self.folder / "recipe.toml", self.manifest()
-        found = load_recipe(path)
+        found = load_recipe(path, user_code=False)  # results can be read where the code that made them is gone
         if manifest is None or sha256(self._bytes(path, None)) in manifest.files.get("recipe.toml", []):
             return found
         changed = differences(manifest.recipe, found.model_dump(mode="json"))

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcifar.config.operations import check_size
+from fastcifar.config.operations import Op, UserOp, check_size
 from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.batch import Batch
 from fastcifar.errors import UserError
@@ -19,6 +19,8 @@ from fastcifar.kernels.augment.decisions import Program, build_program, decide_b
 BITS = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.float32}
 
 
+BYTES = torch.arange(256, dtype=torch.float32).repeat(3, 1)
+"""In place of `normal_table`, where the result is to be bytes again."""
 NOT_LINEAR = (np.zeros(0, np.float32), np.zeros(0, np.float32))
 
 
@@ -202,8 +204,19 @@ def build_augment(
             f"got {channels} channels, {len(mean)} means, {len(std)} deviations"
         )
     check_size(config.ops, min(image_shape[:2]))
-    program = build_program([] if config.where == "loader" else config.ops, *image_shape[:2], mean)
     normal = normal_table(mean, std, dtype)
-    if device.type == "cuda":
-        return GpuAugment(program, normal, image_shape, seed, device)
-    return Augment(program, normal, image_shape, seed, linear_form(normal, mean, std, image_shape[1]))
+    linear = linear_form(normal, mean, std, image_shape[1])
+
+    def make(ops: Sequence[Op], before: Sequence[Op], table: Tensor, form: Any) -> Augment:
+        program = build_program(ops, *image_shape[:2], mean, before)
+        if device.type == "cuda":
+            return GpuAugment(program, table, image_shape, seed, device)
+        return Augment(program, table, image_shape, seed, form)
+
+    ops: list[Op] = [] if config.where == "loader" else config.ops
+    if any(isinstance(op, UserOp) for op in ops):
+        from fastcifar.augment.staged import StagedAugment, build_stages
+
+        stages, start = build_stages(ops, seed, lambda own, before: make(own, before, BYTES, NOT_LINEAR))
+        return StagedAugment(stages, make(ops[start:], ops[:start], normal, linear))
+    return make(ops, [], normal, linear)

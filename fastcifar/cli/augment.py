@@ -74,13 +74,17 @@ def seen(recipe: "Recipe", data: Path | None, count: int, epochs: range) -> "lis
 
     from fastcifar.augment.augment import build_augment
     from fastcifar.augment.mix import build_mix
+    from fastcifar.config.operations import UserOp
     from fastcifar.data.batch import Batch
     from fastcifar.data.store import resolve_store
+    from fastcifar.errors import UserError
 
     split = resolve_store(recipe.data, data).split("train")
     originals = np.array(split.images[:count])
     rows = torch.arange(len(originals))
     batch = Batch(torch.from_numpy(originals), rows, torch.from_numpy(np.array(split.labels[:count])), rows)
+    if recipe.augment.where == "loader" and any(isinstance(op, UserOp) for op in recipe.augment.ops):
+        raise UserError("the preview is of operations on the device, not of a loader's transforms by import path")
     # The loader's own transforms follow the same law, with numbers of their own.
     config = recipe.augment.model_copy(update={"where": "device"})
     augment = build_augment(

@@ -55,6 +55,7 @@ def plan(
 
 def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str, float]) -> dict[str, Any]:
     """Return the plan of a training run as plain values; memory in MiB, times in seconds."""
+    from fastcifar.config.user_code import is_import_path, record
     from fastcifar.models import budget
     from fastcifar.models.cost import cost_of_config
     from fastcifar.models.memory import check_memory, memory_mib
@@ -63,7 +64,7 @@ def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str
 
     where, store, images = find_data(recipe, data)
     device = pick_device(recipe.engine)
-    compiled, captured, why = choose_mode(recipe.engine, device)
+    compiled, captured, why = choose_mode(recipe.engine, device, is_import_path(recipe.optimizer.name))
     mode = " + ".join(["compiled"] * compiled + ["CUDA graph"] * captured) or "eager"
     cost = cost_of_config(recipe.model)
     trained = budget.images_to_train(recipe, images)
@@ -88,6 +89,8 @@ def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str
         "memory_mib": memory,
         "time": {"hardware": hardware, "total_s": prediction.total_s if prediction else None},
         "predicted": predicted(recipe, hardware),
+        "optimizer": {"name": recipe.optimizer.name, "fused": not is_import_path(recipe.optimizer.name)},
+        "user_code": record(recipe),
     }  # fmt: skip
 
 
@@ -169,7 +172,18 @@ def lines(told: dict[str, Any]) -> list[str]:
         f"{memory['activations']:,.0f} activations (eager), {memory['images']:,.0f} images where they are resident",
         f"time     {time}",
         *predicted_lines(told["predicted"]),
+        *user_code_lines(told),
     ]
+
+
+def user_code_lines(told: dict[str, Any]) -> list[str]:
+    """Return what a plan has to say of code by import path; nothing where the recipe names none."""
+    from fastcifar.config.user_code import identity_in_words
+
+    found = [f"code     {path}: {identity_in_words(of)}" for path, of in told["user_code"].items()]
+    if not told["optimizer"]["fused"]:
+        found.append(f"update   {told['optimizer']['name']}, without the fused update and not captured as a CUDA graph")
+    return found
 
 
 def predicted_lines(told: dict[str, Any] | None) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fastcifar.config.schema import PRESETS
+from fastcifar.config.schema import BY_IMPORT_PATH, OURS, PRESETS
 from fastcifar.errors import nearest, plain, shown
 
 MOST_PROBLEMS = 10
@@ -20,7 +20,7 @@ def explain_all(path: Path, kind: type[BaseModel], errors: list[Any]) -> str:
 
 def explain(path: Path, kind: type[BaseModel], error: Any) -> str:
     """Turn one pydantic error into ``file: key.path: what was wrong; what is allowed``."""
-    where = [str(part) for part in error["loc"]]
+    where = [str(part) for part in error["loc"] if part != OURS]
     key, message = _EXPLAIN.get(error["type"], _explain_other)(kind, where, error)
     return f"{path}: {_key_path(kind, key)}{message}"
 
@@ -42,7 +42,9 @@ def _explain_no_tag(kind: type[BaseModel], where: list[str], error: Any) -> tupl
 def _explain_tag(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
     tag = error["ctx"]["tag"]
     names = _tags(kind, where)
-    return [*where, "name"], f'unknown name "{plain(str(tag))}"{nearest(str(tag), names)}; allowed: {", ".join(names)}'
+    own = ', or an import path "package.module:Name"' if where in (["model"], ["optimizer"]) else ""
+    allowed = f"allowed: {', '.join(names)}{own}"
+    return [*where, "name"], f'unknown name "{plain(str(tag))}"{nearest(str(tag), names)}; {allowed}'
 
 
 def _explain_literal(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
@@ -78,15 +80,15 @@ _EXPLAIN = {
 
 def _tags(kind: type[BaseModel], where: list[str]) -> list[str]:
     """Return the names that the union at ``where`` knows, a model's presets among them."""
-    union = _at(kind, where)
-    options = [o.model_fields for o in getattr(union, "__args__", ()) if hasattr(o, "model_fields")]
-    tags = [tag for fields in options if "name" in fields for tag in fields["name"].annotation.__args__]
+    options = [o.model_fields for o in _members(_at(kind, where))]
+    names = [fields["name"].annotation for fields in options if "name" in fields]
+    tags = [tag for annotation in names for tag in getattr(annotation, "__args__", ())]
     return tags + (list(PRESETS) if where == ["model"] else [])
 
 
 def _key_path(kind: type[BaseModel], where: list[str]) -> str:
     """Join a location, leaving out the tags that pydantic adds for discriminated unions."""
-    kept = [p for i, p in enumerate(where) if not (i == 1 and p in _tags(kind, where[:1]))]
+    kept = [p for i, p in enumerate(where) if not (i == 1 and p in (*_tags(kind, where[:1]), BY_IMPORT_PATH))]
     return f"{'.'.join(plain(part) for part in kept)}: " if kept else ""
 
 
@@ -100,21 +102,26 @@ def _at(kind: type[BaseModel], where: list[str]) -> Any:
 
 def _allowed_keys(kind: type[BaseModel], where: list[str]) -> list[str]:
     """Return the keys of the table at ``where``."""
-    current = _at(kind, where)
-    options = [current, *getattr(current, "__args__", ())]
-    models = [o for o in options if hasattr(o, "model_fields")]
+    models = _members(_at(kind, where))
     return list(models[0].model_fields) if len(models) == 1 else []
+
+
+def _members(annotation: Any) -> list[Any]:
+    """Return the models of a type, of a union, or of a union of unions."""
+    if hasattr(annotation, "__metadata__"):  # Annotated[...]
+        return _members(annotation.__origin__)
+    if hasattr(annotation, "model_fields"):
+        return [annotation]
+    return [model for member in getattr(annotation, "__args__", ()) for model in _members(member)]
 
 
 def _step_into(current: Any, part: str) -> Any:
     """Return the model below ``current`` that ``part`` (a key, or a union's tag) leads to."""
     if hasattr(current, "model_fields"):
         return current.model_fields[part].annotation if part in current.model_fields else None
-    for option in getattr(current, "__args__", ()):
-        if not hasattr(option, "model_fields"):
-            continue
+    for option in _members(current):
         tag = option.model_fields.get("name")
-        if tag is not None and part in getattr(tag.annotation, "__args__", ()):
+        if tag is not None and part in getattr(tag.annotation, "__args__", (BY_IMPORT_PATH,)):
             return option
         if part in option.model_fields:
             return option.model_fields[part].annotation

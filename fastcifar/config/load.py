@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from fastcifar.config.explain import explain_all
 from fastcifar.config.schema import MAX_NAME, CombineRecipe, Recipe
 from fastcifar.config.toml import MAX_DEPTH, parse_toml, read_toml, write_toml
+from fastcifar.config.user_code import check_user_code
 from fastcifar.errors import UserError, nearest, plain, shown
 from fastcifar.locations import recipes_folder
 
@@ -71,12 +72,15 @@ def _without_suffix(path: Path) -> str:
     return name.as_posix().removeprefix("recipes/")
 
 
-def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe | CombineRecipe:
+def load_recipe(
+    name: str | Path, overrides: Iterable[str] = (), *, user_code: bool = True
+) -> Recipe | CombineRecipe:
     """Read, extend, override and check a recipe.
 
     Args:
         name: a path or a shipped recipe's name.
         overrides: texts such as ``train.epochs=2``; values are TOML, a bare word counts as a string.
+        user_code: import what the recipe names by import path, and check its options.
 
     Raises:
         UserError: with the file, the key path, what was wrong and what is allowed.
@@ -90,10 +94,15 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe | Com
     kind = CombineRecipe if "combine" in table else Recipe
     table = {k: v for k, v in table.items() if not (v is False and k in OPTIONAL_TABLES)}
     try:
-        return kind.model_validate(table)
+        recipe: Recipe | CombineRecipe = kind.model_validate(table)
+        if user_code:
+            check_user_code(recipe)
+        return recipe
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=True)
         raise UserError(explain_all(path, kind, problems)) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 MAX_EXTENDS = 16

@@ -1,6 +1,7 @@
 """What a recipe may write in ``augment``: one frozen, checked model per operation, and the text form ``crop(4)``."""
 
 import ast
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -92,6 +93,31 @@ class TrivialAugmentWide(Op):
     name: Literal["trivialaugment"] = "trivialaugment"
 
 
+class UserOp(Op):
+    """An operation of the user's own, by import path: ``mypkg.ops:Grid(3, p=0.5)``; see `fastcifar.config.user_code`.
+
+    Attributes:
+        path: ``package.module:Name``.
+        called: whether values in parentheses follow, maybe none.
+        args: the values without a name; literals.
+        kwargs: those with one.
+    """
+
+    path: str
+    called: bool = False
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """The import path, which is what tells one such operation from another."""
+        return self.path
+
+    def __str__(self) -> str:
+        given = [*map(_write, self.args), *(f"{k}={_write(v)}" for k, v in self.kwargs.items())]
+        return f"{self.path}({', '.join(given)})" if self.called else self.path
+
+
 OPS: dict[str, type[Op]] = {
     "crop": Crop,
     "flip": Flip,
@@ -140,11 +166,13 @@ def check_size(ops: Sequence[Op], side_px: int) -> None:
 def parse_op(text: str) -> Op:
     """Read one operation such as ``"flip"``, ``"crop(4)"`` or ``"cutout(16, p=0.5)"``.
 
-    Positional arguments fill the fields in their order.
+    Positional arguments fill the fields in their order. A name with a colon is an import path.
 
     Raises:
         UserError: not of that form, an unknown operation or setting, or a value out of range.
     """
+    if ":" in text.partition("(")[0]:
+        return _parse_user_op(text.strip())
     name, args, kwargs = _split_call(text)
     if name not in OPS:
         raise UserError(f'unknown augmentation "{plain(name)}"{nearest(name, OPS)}; allowed: {", ".join(OPS)}')
@@ -163,6 +191,24 @@ def parse_op(text: str) -> Op:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f'"{text}": {first["loc"][0]}: {first["msg"]}') from None
+
+
+IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.\w+)*")
+
+
+def _parse_user_op(text: str) -> UserOp:
+    """Read an operation of the user's own; whether it exists is found out when the whole recipe has been read."""
+    path = text.partition("(")[0].rstrip()
+    if not IMPORT_PATH.fullmatch(path):
+        raise UserError(f'"{plain(text)}" is not of the form "package.module:Name" or "package.module:Name(value)"')
+    # The values are read as those of our own operations, under a name that has no colon.
+    if path == text:
+        return UserOp(path=path)
+    try:
+        _, args, kwargs = _split_call("op" + text.removeprefix(path)[:MAX_TEXT])
+    except UserError:
+        raise UserError(f'"{plain(text)}": the values are not of the form "(value, key=value)"') from None
+    return UserOp(path=path, called=True, args=tuple(args), kwargs=kwargs)
 
 
 def _split_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:

@@ -11,13 +11,16 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     field_serializer,
     field_validator,
     model_validator,
 )
 
 from fastcifar.config.operations import Op, check_ops, check_size, parse_op
+from fastcifar.config.user_code import import_path, is_import_path
 from fastcifar.errors import UserError, shown
 
 # Bounds are far above what makes sense and below what would be computed for years or overflow float32.
@@ -47,8 +50,19 @@ def _file_name(text: str) -> str:
     return text
 
 
+ImportPath = Annotated[str, Field(max_length=200), AfterValidator(import_path)]
+"""``package.module:Name``, of something that is not ours; see `fastcifar.config.user_code`."""
 OneLine = Annotated[str, Field(max_length=200), AfterValidator(_one_line)]
 Name = Annotated[str, Field(max_length=MAX_NAME), AfterValidator(_file_name)]
+
+
+OURS, BY_IMPORT_PATH = "ours", "by import path"
+
+
+def _whose(value: Any) -> str:
+    """Return whether a table's ``name`` is one of ours or an import path."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return BY_IMPORT_PATH if is_import_path(name) else OURS
 
 
 class Section(BaseModel):
@@ -239,6 +253,17 @@ class SpeedNetConfig(ModelBase):
     scale: Positive = 1 / 9
 
 
+class UserModelConfig(ModelBase):
+    """A model by import path: ``mypkg.nets:MyNet``, or ``timm:resnet18`` (with the extra ``timm``).
+
+    It is called with the options, and with ``num_classes`` and ``image_px`` where its signature has them and the
+    options do not; it maps images (B, 3, S, S) to logits (B, num_classes).
+    """
+
+    name: ImportPath
+    options: dict[str, Any] = {}
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "wrn16_8": {"name": "wide_resnet", "depth": 16, "widen": 8},
     "wrn28_10": {"name": "wide_resnet", "depth": 28, "widen": 10},
@@ -265,7 +290,11 @@ ModelUnion = Annotated[
     | SpeedNetConfig,
     Field(discriminator="name"),
 ]
-ModelConfig = Annotated[ModelUnion, BeforeValidator(expand_preset)]
+ModelConfig = Annotated[
+    Annotated[ModelUnion, Tag(OURS)] | Annotated[UserModelConfig, Tag(BY_IMPORT_PATH)],
+    Discriminator(_whose),
+    BeforeValidator(expand_preset),
+]
 
 # ------------------------------------------------------------------------------------------------------- optimization
 
@@ -317,7 +346,22 @@ class MuonConfig(OptimizerBase):
     decay_per: Literal["lr", "step"] = "lr"
 
 
-OptimizerConfig = Annotated[SGDConfig | AdamConfig | MuonConfig, Field(discriminator="name")]
+class UserOptimizerConfig(OptimizerBase):
+    """A ``torch.optim.Optimizer`` by import path, with the options that its class takes: ``mypkg.opt:Lion``.
+
+    It gets the model's parameters, which are views of the flat parameters; ``parameters = "flat"`` hands over all of
+    them as one tensor (n,): few launches instead of some for each, right only for what works element by element.
+    """
+
+    name: ImportPath
+    options: dict[str, Any] = {}
+    parameters: Literal["each", "flat"] = "each"
+
+
+OurOptimizer = Annotated[SGDConfig | AdamConfig | MuonConfig, Field(discriminator="name")]
+OptimizerConfig = Annotated[
+    Annotated[OurOptimizer, Tag(OURS)] | Annotated[UserOptimizerConfig, Tag(BY_IMPORT_PATH)], Discriminator(_whose)
+]
 
 
 class ScheduleConfig(Section):
@@ -501,7 +545,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
-        if self.asam and self.optimizer.name != "sgd":
+        if self.asam and self.optimizer.name in ("adam", "adamw", "muon"):
             raise ValueError(f'asam works with optimizer.name = "sgd", not "{self.optimizer.name}"')
         if self.lookahead and self.ema:
             raise ValueError("lookahead and ema are two averages of the same weights; remove one (ema = false)")

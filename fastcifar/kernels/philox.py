@@ -31,6 +31,7 @@ class Stream(IntEnum):
     HOLDOUT = 4
     TORCH = 5
     SYNTHETIC = 6
+    USER_OPERATION = 7
 
 
 def split_seed(seed: int) -> tuple[int, int]:

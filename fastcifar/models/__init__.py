@@ -1,4 +1,4 @@
-"""Every architecture of the ladder: plain modules in one explicit table, channels-last, fp32.
+"""Every architecture of the ladder: plain modules in one explicit table, channels-last, fp32; and the user's own.
 
 `build_model` is the way in. All networks map images (B, 3, S, S) to logits (B, K).
 """
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcifar.config.schema import ModelBase
+from fastcifar.config.schema import ModelBase, UserModelConfig
 from fastcifar.errors import UserError
-from fastcifar.models import deep_baseline, lenet, pyramidnet, residual, speednet, wide_resnet
+from fastcifar.models import deep_baseline, lenet, pyramidnet, residual, speednet, user, wide_resnet
 from fastcifar.models.hooks import bind_counter
 
 __all__ = ["MODELS", "bind_counter", "build_model", "kaiming_normal_fan_out"]
@@ -49,14 +49,17 @@ def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32,
         seed: 0..2**63-1.
 
     Raises:
-        UserError: the images are too small for this model.
+        UserError: the images are too small for this model, or a model of the user's own cannot be made.
     """
     name: str = config.name  # type: ignore[attr-defined]
     if image_px < SMALLEST_PX.get(name, 1):
         raise UserError(f"model.name = {name!r} needs images of {SMALLEST_PX[name]} px or more, these have {image_px}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MODELS[name](config, num_classes, image_px)
+        if isinstance(config, UserModelConfig):
+            model = user.build(config, num_classes, image_px)
+        else:
+            model = MODELS[name](config, num_classes, image_px)
         if config.init == "kaiming_normal_fan_out":
             kaiming_normal_fan_out(model)
     # The stubs of Module.to lack memory_format.

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fastcifar.config.schema import ModelBase
+from fastcifar.config.schema import ModelBase, UserModelConfig
 from fastcifar.models import bind_counter, build_model
 
 aten = torch.ops.aten
@@ -145,10 +145,13 @@ def cost_of(model: nn.Module, image_px: int = 32) -> Cost:
         model: any model of `fastcifar.models`.
         image_px: side of the square input.
     """
-    model = model.to("meta")
+    return _count(ready(model.to("meta")), torch.zeros(1, 3, image_px, image_px, device="meta"))
+
+
+def _count(model: nn.Module, image: torch.Tensor) -> Cost:
     counter = OperationCounter()
     with torch.no_grad(), counter:
-        ready(model)(torch.zeros(1, 3, image_px, image_px, device="meta"))
+        model(image)
     return Cost(count_parameters(model), counter.operations)
 
 
@@ -158,7 +161,10 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def meta_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32) -> nn.Module:
-    """Return the model of a recipe's config on the meta device, where neither its weights nor a pass take memory."""
+    """Return the model of a recipe's config on the meta device, where neither its weights nor a pass take memory.
+
+    Not for a model of the user's own, which may do what that device cannot.
+    """
     with torch.device("meta"):
         return build_model(config, num_classes=num_classes, image_px=image_px, seed=0)
 
@@ -170,7 +176,15 @@ def ready(model: nn.Module) -> nn.Module:
 
 
 def cost_of_config(config: ModelBase, *, num_classes: int = 10, image_px: int = 32) -> Cost:
-    """Return what the model of a recipe's config costs; no memory is taken for its weights."""
+    """Return what the model of a recipe's config costs; no memory is taken for its weights.
+
+    A model of the user's own is made and run on the CPU, because code may do what the meta device cannot. It runs in
+    evaluation mode, so that its BatchNorms do not count.
+    """
+    if isinstance(config, UserModelConfig):
+        model = build_model(config, num_classes=num_classes, image_px=image_px, seed=0).eval()
+        bind_counter(model, torch.zeros(1, dtype=torch.int64), seed=0)
+        return _count(model, torch.zeros(1, 3, image_px, image_px))
     return cost_of(meta_model(config, num_classes=num_classes, image_px=image_px), image_px)
 
 

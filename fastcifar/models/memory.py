@@ -1,10 +1,21 @@
 """How much memory a recipe needs on the device that trains it, found on the meta device before anything is made."""
 
-import torch
+from contextlib import nullcontext
 
-from fastcifar.config.schema import PyramidNetConfig, Recipe, SpeedNetConfig, WideResNetConfig
+import torch
+from torch import nn
+
+from fastcifar.config.schema import (
+    ModelBase,
+    PyramidNetConfig,
+    Recipe,
+    SpeedNetConfig,
+    UserModelConfig,
+    WideResNetConfig,
+)
 from fastcifar.errors import UserError
 from fastcifar.host_memory import total_bytes
+from fastcifar.models import bind_counter, build_model
 from fastcifar.models.cost import count_parameters, meta_model, ready
 
 # The estimate is of eager mode, which keeps more activations than a compiled model: twice the memory is no proof yet.
@@ -22,7 +33,7 @@ def refuse_what_cannot_fit(recipe: Recipe, device: torch.device) -> None:
     """
     if not is_large(recipe):
         return
-    parameters = count_parameters(meta_model(recipe.model))
+    parameters = count_parameters(_own(recipe.model) or meta_model(recipe.model))
     check_memory(recipe.name, memory_mib(recipe, parameters, 0), device)
 
 
@@ -72,7 +83,8 @@ def micro_batch(recipe: Recipe) -> int:
 
 def memory_mib(recipe: Recipe, parameters: int, images: int, image_bytes: int = 3 * 32 * 32) -> dict[str, float]:
     """Return the expected memory on the training device in MiB, without what CUDA itself takes (about 500 MiB)."""
-    buffers = 2 + (2 if recipe.optimizer.name in ("adam", "adamw") else 1)  # weights, gradients, moments
+    # Weights, gradients, moments; of an optimizer by import path, as many as Adam has.
+    buffers = 2 + (1 if recipe.optimizer.name in ("sgd", "muon") else 2)
     buffers += sum(1 for kept in (recipe.ema, recipe.asam, recipe.lookahead) if kept)  # one copy of the weights each
     parts = {
         "weights_and_state": 4 * parameters * buffers,
@@ -85,7 +97,25 @@ def memory_mib(recipe: Recipe, parameters: int, images: int, image_bytes: int = 
 def saved_bytes(recipe: Recipe) -> int:
     """Return the bytes that autograd keeps of one image's forward pass in eager mode, found on the meta device."""
     half = recipe.engine.precision in ("bf16", "fp16")
-    model = ready(meta_model(recipe.model).to(torch.bfloat16 if half else torch.float32))
+    own_model = _own(recipe.model)
+    if own_model is not None:
+        return _saved_bytes(own_model, torch.zeros(2, 3, 32, 32), autocast=half)
+    dtype = torch.bfloat16 if half else torch.float32
+    model = ready(meta_model(recipe.model).to(dtype))
+    return _saved_bytes(model, torch.zeros(2, 3, 32, 32, device="meta", dtype=dtype), autocast=False)
+
+
+def _own(config: ModelBase) -> nn.Module | None:
+    """Return a model of the user's own, on the CPU and ready for a pass; None for ours, which need no memory for it."""
+    if not isinstance(config, UserModelConfig):
+        return None
+    model = build_model(config, seed=0)
+    bind_counter(model, torch.zeros(1, dtype=torch.int64), seed=0)
+    return model.train()
+
+
+def _saved_bytes(model: nn.Module, images: torch.Tensor, autocast: bool) -> int:
+    """Return the bytes that autograd keeps of one of these images; two or more, as BatchNorm wants."""
     own = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -95,8 +125,8 @@ def saved_bytes(recipe: Recipe) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    batch = 2  # BatchNorm wants more than one value per channel
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = model(torch.zeros(batch, 3, 32, 32, device="meta", dtype=next(model.parameters()).dtype))
+    casts = torch.autocast(images.device.type, torch.bfloat16) if autocast else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), casts:
+        result = model(images)
     del result
-    return sum(storage.nbytes() for storage in kept.values()) // batch
+    return sum(storage.nbytes() for storage in kept.values()) // len(images)

@@ -17,7 +17,7 @@ leaves a trace in the training state.
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -53,7 +53,8 @@ class Execution:
     def __init__(self, step: "Step"):
         self._step, self._plain, self.warm = step, (step.forward, step.score), False
         device = step.losses.device
-        self.compiled, captured, self.fallback = choose_mode(step.recipe.engine, device)
+        own = step.user_optimizer is not None
+        self.compiled, captured, self.fallback = choose_mode(step.recipe.engine, device, own)
         self.graph = GraphedStep(step.execute) if captured else None
         if self.compiled:
             # The loss is a graph of its own, outside autocast.
@@ -83,7 +84,8 @@ class Execution:
             UserError: out of memory, a capture that failed, or, with ``engine.strict``, any fallback.
         """
         for batch in batches:
-            with preserved(self._step.changing()), out_of_memory_explained():
+            own = self._step.user_optimizer
+            with preserved(self._step.changing()), own.unchanged() if own else nullcontext(), out_of_memory_explained():
                 self._rehearse(batch)
                 if self.graph is not None:
                     self.graph.capture(batch)
@@ -132,12 +134,17 @@ def repeat(times: int, execute: Callable[[Batch], None], batch: Batch) -> None:
         execute(batch)
 
 
-def choose_mode(config: EngineConfig, device: torch.device) -> tuple[bool, bool, str | None]:
+def choose_mode(
+    config: EngineConfig, device: torch.device, user_optimizer: bool = False
+) -> tuple[bool, bool, str | None]:
     """Return whether to compile, whether to capture, and why that is less than the recipe asks for, or None.
 
-    ``auto`` compiles and captures on a GPU; on a CPU torch.compile costs minutes and wins nothing.
+    ``auto`` compiles and captures on a GPU; on a CPU torch.compile costs minutes and wins nothing. The step of an
+    optimizer of the user's own may do anything, so it is not captured.
     """
     on_gpu = device.type == "cuda"
+    if user_optimizer and on_gpu and config.mode in ("auto", "graph"):
+        return config.mode == "auto", False, "an optimizer by import path is not captured as a CUDA graph"
     if config.mode == "auto":
         return on_gpu, on_gpu, None
     if config.mode == "graph" and not on_gpu:

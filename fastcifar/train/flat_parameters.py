@@ -140,6 +140,11 @@ class FlatParameters:
         if self.working_copy is not None:
             self.working_copy.copy_(self.weights[: self.matrix_end])
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the model's own parameters by name, in the buffers' order; their memory is that of `weights`."""
+        own = dict(self._model.named_parameters())
+        return {segment.name: own[segment.name] for segment in self.segments}
+
     def named(self, buffer: Tensor) -> dict[str, Tensor]:
         """Return the views of any buffer of n elements by parameter name (to read momentum or EMA per tensor)."""
         return {segment.name: segment.view(buffer) for segment in self.segments}

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastcifar.config.schema import AdamConfig, OptimizerConfig, SGDConfig
+from fastcifar.config.schema import AdamConfig, OptimizerConfig, SGDConfig, UserOptimizerConfig
 from fastcifar.kernels.sgd_ema import Averages, SGDSettings, average, sgd_step
 from fastcifar.train.flat_parameters import FlatParameters, Segment
 from fastcifar.train.groups import Group, decay_per_step, rate_groups
@@ -29,6 +29,8 @@ def build_optimizer(
 ) -> Optimizer:
     """Make the optimizer that a recipe names; its state are buffers of ``flat``, so that checkpoints hold it.
 
+    One of the user's own keeps its state itself: see `fastcifar.train.user_optimizer`.
+
     Args:
         config: the recipe's ``optimizer`` table.
         flat: the parameters.
@@ -39,6 +41,10 @@ def build_optimizer(
         return SGD(config, flat, averages, skip)
     if isinstance(config, AdamConfig):
         return Adam(config, flat, averages, skip)
+    if isinstance(config, UserOptimizerConfig):
+        from fastcifar.train.user_optimizer import UserOptimizer
+
+        return UserOptimizer(config, flat, averages, skip)
     from fastcifar.train.muon import Muon
 
     return Muon(config, flat, averages)
@@ -110,7 +116,8 @@ class Adam:
             flat.weights.copy_(saved)
         if coefficient is not None:
             missed = 1.0 - torch.isfinite(coefficient).float() if self._skip else None
-            flat.grads.mul_(coefficient)
+            # Not by NaN: that would stay in the padding between tensors, and every later norm would count it.
+            flat.grads.mul_(coefficient.nan_to_num(nan=0.0) if self._skip else coefficient)
         self._steps.add_(1)
         self._kernel(
             [flat.weights], [flat.grads], [self._first], [self._second], [], [self._steps],

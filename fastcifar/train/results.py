@@ -17,6 +17,7 @@ from fastcifar.logits_file import write_arrays
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.evaluate import EvaluationSet, Metrics
 from fastcifar.train.step import Step
+from fastcifar.train.step_state import USER
 
 BEST = "best epoch on the test set, as published"
 SELECTED = "epoch chosen on the holdout, test set looked at once"
@@ -207,7 +208,9 @@ class Results:
         Raises:
             UserError: one is.
         """
-        floating = [t for t in self.step.state_dict().values() if t.is_floating_point()]
+        # An optimizer of the user's own may keep an infinity on purpose.
+        own = [t for name, t in self.step.state_dict().items() if not name.startswith(USER)]
+        floating = [t for t in own if t.is_floating_point()]
         # One wait for the device; a sum is not finite where an element is not, but may overflow: so look at each.
         spoiled = torch.stack([torch.isfinite(t).all() for t in floating]).logical_not()
         if bool(spoiled.any()):  # "none" is zero, as all else that says nothing happened, on the null device too

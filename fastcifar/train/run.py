@@ -18,6 +18,7 @@ from fastcifar import interrupt
 from fastcifar.augment.augment import Augment, build_augment
 from fastcifar.augment.mix import build_mix
 from fastcifar.config.schema import DataConfig, EngineConfig, Recipe
+from fastcifar.config.user_code import changes, check_user_code
 from fastcifar.data.batch import Batch
 from fastcifar.data.loaders import Loader, build_loader
 from fastcifar.data.split import holdout_split, subset_rows
@@ -28,7 +29,7 @@ from fastcifar.run_directory import RunDirectory
 from fastcifar.train.check_nan import check_finite
 from fastcifar.train.checks import check_data
 from fastcifar.train.clock import Clock
-from fastcifar.train.display import Display, Steps
+from fastcifar.train.display import Display, Steps, tell
 from fastcifar.train.evaluate import EvaluationSet, Evaluator
 from fastcifar.train.execution import is_strict
 from fastcifar.train.precision import PRECISIONS
@@ -55,6 +56,7 @@ def train(
     """
     if check_nan:
         recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"mode": "eager"})})
+    tell_changes(recipe, run)
     device = pick_device(recipe.engine)
     store = resolve_store(recipe.data, data, progress=Steps(quiet))
     rows = choose_rows(recipe.data, store, recipe.seed)
@@ -87,6 +89,17 @@ def train(
     how = step.execution
     setting = RunSetting(loader.name, how.mode, how.fallback, store.classes, px, rows.holdout)
     return results.finish(clock.seconds(), setting)
+
+
+def tell_changes(recipe: Recipe, run: RunDirectory) -> None:
+    """Say which code of the user's own is not what the run began with; the run goes on with what there is now.
+
+    Raises:
+        UserError: the code cannot be found any more.
+    """
+    check_user_code(recipe)
+    for change in changes(recipe, run.environment.get("user_code")):
+        tell(change)
 
 
 def train_epochs(

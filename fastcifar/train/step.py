@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcifar.config.schema import Recipe
+from fastcifar.config.schema import Recipe, UserModelConfig
 from fastcifar.data.batch import Batch
 from fastcifar.kernels.sam import Ascent, ascend, norm_squared
 from fastcifar.models import hooks
@@ -32,6 +32,7 @@ from fastcifar.train.optimizers import build_optimizer
 from fastcifar.train.precision import PRECISIONS, LossScaler
 from fastcifar.train.schedule import learning_rate
 from fastcifar.train.step_state import StepState
+from fastcifar.train.user_optimizer import UserOptimizer
 
 
 @dataclass(eq=False)
@@ -190,6 +191,7 @@ def build_step(
     use_fused_batch_norm(model, device.type == "cuda" and recipe.engine.fused_batch_norm is not False)
     skip = precision.scaled or recipe.engine.on_nonfinite == "skip"
     optimizer = build_optimizer(recipe.optimizer, flat, averages, skip=skip)
+    user_optimizer = optimizer if isinstance(optimizer, UserOptimizer) else None
     if recipe.lookahead:
         optimizer = Lookahead(optimizer, recipe.lookahead, flat, recipe.train.epochs * steps_per_epoch)
     # Outermost, so that nothing moves what is frozen.
@@ -202,10 +204,10 @@ def build_step(
         optimizer=optimizer, averages=averages,
         ascent=Ascent(asam.rho, asam.adaptive, asam.eta, scaled_end) if asam else None,
         scaler=LossScaler(device) if precision.scaled else None,
-        class_weights=class_weights(recipe.loss, _classes(model), device),
+        class_weights=class_weights(recipe.loss, _classes(recipe, model), device),
         forward_passes=forward_passes,
         losses=torch.zeros(steps_per_epoch, device=device),
-        correct=torch.zeros(steps_per_epoch, device=device),
+        correct=torch.zeros(steps_per_epoch, device=device), user_optimizer=user_optimizer,
     )  # fmt: skip
 
 
@@ -220,7 +222,9 @@ def working_copy_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | No
     return PRECISIONS[recipe.engine.precision].autocast if wanted else None
 
 
-def _classes(model: nn.Module) -> int:
-    """Return the number of outputs: that of the last linear layer."""
+def _classes(recipe: Recipe, model: nn.Module) -> int:
+    """Return the number of outputs: that of the last linear layer; of a model of the user's own, as many as weights."""
+    if isinstance(recipe.model, UserModelConfig):
+        return len(recipe.loss.class_weights or [])  # `check_data` has compared them with the classes of the data
     widths = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
     return widths[-1] if widths else 0

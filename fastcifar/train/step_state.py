@@ -21,6 +21,9 @@ from fastcifar.train.flat_parameters import FlatParameters
 from fastcifar.train.optimizers import Optimizer
 from fastcifar.train.precision import LossScaler, Precision
 from fastcifar.train.schedule import LearningRate
+from fastcifar.train.user_optimizer import UserOptimizer
+
+USER = "optimizer."  # before the names of the state of an optimizer of the user's own
 
 
 @dataclass(eq=False)
@@ -45,6 +48,7 @@ class StepState:
         forward_passes: int64 (1,), the number of forward passes so far: what random layers draw from.
         losses: float32 (steps_per_epoch,), each step's mean loss, at w and on augmented images.
         correct: float32 (steps_per_epoch,), how many samples it got right; mixed labels count by their shares.
+        user_optimizer: the optimizer of the user's own that ``optimizer`` steps, which keeps state of its own, or None.
     """
 
     recipe: Recipe
@@ -64,6 +68,7 @@ class StepState:
     forward_passes: Tensor
     losses: Tensor
     correct: Tensor
+    user_optimizer: UserOptimizer | None = None
     _sizes: list[int] = field(default_factory=list)
 
     # ----------------------------------------------------------------------------------------------------------- epochs
@@ -151,6 +156,8 @@ class StepState:
         state |= {f"model.{n}": t for n, t in self.model.state_dict().items() if not t.is_floating_point()}
         if self.scaler is not None:
             state |= {f"scaler.{name}": tensor for name, tensor in self.scaler.tensors().items()}
+        if self.user_optimizer is not None:
+            state |= {f"{USER}{name}": tensor for name, tensor in self.user_optimizer.tensors().items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -159,17 +166,23 @@ class StepState:
         Raises:
             ValueError: a tensor is missing or has another size.
         """
-        own = self.state_dict()
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(USER)}
         for name, tensor in own.items():
             if name not in state or state[name].shape != tensor.shape:
                 raise ValueError(f"{name} is missing or has another size: the state belongs to another recipe")
         for name, tensor in own.items():
             tensor.copy_(state[name])
+        if self.user_optimizer is not None:
+            self.user_optimizer.load_tensors({k.removeprefix(USER): v for k, v in state.items() if k.startswith(USER)})
         self.flat.cast()
 
     def changing(self) -> Iterable[Tensor]:
-        """Return every tensor that a step changes and that matters after it: what a warm-up has to put back."""
-        tensors = [*self.state_dict().values(), *self.cursor.tensors(), self.losses, self.correct]
+        """Return every tensor that a step changes and that matters after it: what a warm-up has to put back.
+
+        The state of an optimizer of the user's own comes and goes; its `unchanged` keeps that.
+        """
+        own = [tensor for name, tensor in self.state_dict().items() if not name.startswith(USER)]
+        tensors = [*own, *self.cursor.tensors(), self.losses, self.correct]
         return tensors if self.flat.working_copy is None else [*tensors, self.flat.working_copy]
 
     def weights(self, which: str) -> AbstractContextManager[None]:

@@ -11,7 +11,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastcifar.config.operations import AutoAugment, Crop, Cutout, Flip, Op, RandAugment, Rotate, TrivialAugmentWide
+from fastcifar.config import user_code
+from fastcifar.config.operations import (
+    AutoAugment,
+    Crop,
+    Cutout,
+    Flip,
+    Op,
+    RandAugment,
+    Rotate,
+    TrivialAugmentWide,
+    UserOp,
+)
+from fastcifar.errors import UserError
 from fastcifar.kernels.augment.decisions import check_sizes
 from fastcifar.kernels.augment.policy import GATE_BITS
 from fastcifar.kernels.philox import Stream, philox
@@ -38,6 +50,52 @@ class PilCutout:
             top, left = low + int(torch.randint(height + places, ())), low + int(torch.randint(width + places, ()))
             pixels[max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)] = 0
         return Image.fromarray(pixels)
+
+
+class UserTransform:
+    """A transform of the user's own: of a PIL image, or where it says ``takes = "tensor"`` of uint8 (3, H, W).
+
+    Raises:
+        UserError: it cannot be found or made, or fails on an image of black.
+    """
+
+    def __init__(self, op: UserOp, height_px: int, width_px: int):
+        self._op, self._made = op, user_code.operation(op)
+        user_code.check_operation(op, "loader")
+        self._of_tensors = getattr(self._made, "takes", "pil") == "tensor"
+        generator = torch.get_rng_state()
+        self(Image.new("RGB", (width_px, height_px)))
+        torch.set_rng_state(generator)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the image transformed.
+
+        Raises:
+            UserError: the transform failed, or returned what is no RGB image of the same size.
+        """
+        given: Any = pil_to_tensor(image) if self._of_tensors else image
+        found = user_code.call(self._made, f'augment: "{self._op}"', given)
+        if isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.ndim == 3:
+            found = Image.fromarray(found.permute(1, 2, 0).numpy())
+        if not isinstance(found, Image.Image) or (found.size, found.mode) != (image.size, image.mode):
+            raise UserError(
+                f'augment: "{self._op}" returned {self._told(found)}, not an RGB image of {image.width}x{image.height} '
+                "pixels or a tensor uint8 (3, H, W) of it"
+            )
+        return found
+
+    @staticmethod
+    def _told(found: Any) -> str:
+        if isinstance(found, torch.Tensor):
+            return f"a tensor {found.dtype} {tuple(found.shape)}"
+        if isinstance(found, Image.Image):
+            return f"a {found.mode} image of {found.width}x{found.height}"
+        return f"a {type(found).__name__}"
+
+
+def pil_to_tensor(image: Image.Image) -> torch.Tensor:
+    """Return an RGB image as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Alternating:
@@ -82,6 +140,7 @@ def pil_transforms(ops: Sequence[Op], height_px: int, width_px: int) -> list[Cal
         AutoAugment: lambda op: t.AutoAugment(t.AutoAugmentPolicy.CIFAR10),
         RandAugment: lambda op: t.RandAugment(op.num_ops, op.magnitude),
         TrivialAugmentWide: lambda op: t.TrivialAugmentWide(),
+        UserOp: lambda op: UserTransform(op, height_px, width_px),
     }
     return [makers[type(op)](op) for op in ops]
 

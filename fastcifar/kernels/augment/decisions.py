@@ -28,6 +28,7 @@ A word w gives a uniform integer below n as ``w * n >> 32`` (bias below n / 2**3
 where ``w >> 8 < p * 2**24``.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,9 @@ class Slot:
         return [base, count_a, self.count_b, first + a // 4, a % 4, b % 4, first + self.gate // 4, self.gate % 4]
 
 
-def build_program(ops: Sequence[Op], height: int, width: int, mean: Sequence[float] = (0.0, 0.0, 0.0)) -> Program:
+def build_program(
+    ops: Sequence[Op], height: int, width: int, mean: Sequence[float] = (0.0, 0.0, 0.0), before: Sequence[Op] = ()
+) -> Program:
     """Compile a list of operations for images of ``height`` x ``width`` pixels; the order is kept.
 
     Args:
@@ -95,16 +98,17 @@ def build_program(ops: Sequence[Op], height: int, width: int, mean: Sequence[flo
         height: of the images, in pixels.
         width: of the images, in pixels.
         mean: per channel, in 0..1, for operations that fill with the mean colour.
+        before: the operations of a program that runs before this one, so that none shares a draw with these.
 
     Raises:
         UserError: an operation needs larger images.
     """
     check_sizes(ops, height, width)
     table, slots = [step_row(Code.IDENTITY)], []
-    seen: dict[type[Op], int] = {}
+    seen = Counter(type(op) for op in before)
     for op in ops:
-        occurrence = seen.get(type(op), 0)
-        seen[type(op)] = occurrence + 1
+        occurrence = seen[type(op)]
+        seen[type(op)] += 1
         for slot in op_slots(op, height, width, mean):
             slots.append(slot.encode(len(table), occurrence))
             table.extend(slot.rows)
