@@ -7,6 +7,7 @@ from fastcifar.config.schema import MuonConfig
 from fastcifar.kernels.sgd_ema import Averages, SGDSettings, average, sgd_step
 from fastcifar.train.flat_parameters import FlatParameters, Segment
 from fastcifar.train.groups import Group, decay_per_step, rate_groups
+from fastcifar.train.padded_matrices import PaddedMatrices, padding_pays
 
 # The quintic iteration x -> a x + b x^3 + c x^5 that takes every singular value in (0, 1] to about 1 (0.7 to 1.2).
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -17,14 +18,25 @@ class Muon:
 
     A convolution's weight counts as a matrix of one row per output. All learning rates follow the schedule. Weight
     decay is decoupled or, with ``decay_per = "step"``, airbench's: see `MuonConfig`.
+
+    Args:
+        config: the recipe's ``optimizer`` table.
+        flat: the parameters.
+        averages: what moves along, or None.
+        padded: move matrices of all shapes together, padded with zeros, instead of those of one shape; None for where
+            that pays, on a GPU. The results differ by rounding.
     """
 
-    def __init__(self, config: MuonConfig, flat: FlatParameters, averages: Averages | None):
+    def __init__(self, config: MuonConfig, flat: FlatParameters, averages: Averages | None, padded: bool | None = None):
         self._config, self._flat, self._averages = config, flat, averages
         self._momentum = flat.add("momentum")
         self._others = _others(config, flat)
         self._decoupled = config.weight_decay if config.decay_per == "lr" else 0.0
-        self._groups = _by_shape([s for s in flat.segments if s.offset < flat.conv_end])
+        convolutions = [s for s in flat.segments if s.offset < flat.conv_end]
+        if padded is None:
+            padded = flat.weights.is_cuda and padding_pays(convolutions)
+        self._groups = _by_shape(convolutions)
+        self._padded = PaddedMatrices(convolutions, flat.conv_end, flat.weights.device) if padded else None
 
     def step(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
         """Take one step; see `fastcifar.train.optimizers.Optimizer`."""
@@ -54,6 +66,9 @@ class Muon:
         momentum, grads = self._momentum[:end], flat.grads[:end]
         momentum.mul_(config.momentum).add_(grads)
         grads.add_(momentum, alpha=config.momentum)
+        if self._padded is not None:
+            self._all_shapes(self._padded, lr)
+            return
         for group in self._groups:
             # Memory order (channels-last) permutes columns, and orthogonalizing does not care about their order.
             steps = orthogonal(torch.stack([_matrix(grads, s) for s in group]))
@@ -65,6 +80,19 @@ class Muon:
                 moved.mul_(moved.shape[1] ** 0.5 / norms)
             moved.sub_(steps * lr)
             torch._foreach_copy_(weights, list(moved.unbind()))
+
+    def _all_shapes(self, matrices: PaddedMatrices, lr: Tensor | float) -> None:
+        """Move all convolution weights at once, in some twenty launches whatever their shapes.
+
+        Rows and columns of zeros stay zero in every product and add nothing to a norm.
+        """
+        weights, grads = self._flat.weights[: self._flat.conv_end], self._flat.grads[: self._flat.conv_end]
+        steps = orthogonal(matrices.spread(grads, product_dtype(grads)))
+        moved = matrices.spread(weights, torch.float32)
+        if self._config.normalize:
+            moved.mul_(matrices.sqrt_rows / torch.linalg.vector_norm(moved, dim=(1, 2), keepdim=True))
+        moved.addcmul_(steps, torch.as_tensor(lr, device=steps.device), value=-1)
+        matrices.gather(weights)
 
 
 def _others(config: MuonConfig, flat: FlatParameters) -> list[Group]:
@@ -93,18 +121,23 @@ def _matrix(buffer: Tensor, segment: Segment) -> Tensor:
     return buffer[segment.offset : segment.offset + segment.size].view(segment.shape[0], -1)
 
 
+def product_dtype(values: Tensor) -> torch.dtype:
+    """Return the dtype of the matrix products on the device where ``values`` lies."""
+    return torch.bfloat16 if values.is_cuda else torch.float32
+
+
 def orthogonal(matrices: Tensor, iterations: int = 3) -> Tensor:
     """Return the matrices with their singular values moved to about 1 by a Newton-Schulz iteration.
 
     Args:
-        matrices: float32 (G, R, C).
+        matrices: float32 or `product_dtype` (G, R, C).
         iterations: three are enough for training small networks (Jordan, 2024, airbench).
 
     Returns:
         float32 (G, R, C). The products are computed in bfloat16 on a GPU.
     """
     a, b, c = QUINTIC
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = matrices.to(product_dtype(matrices))
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT

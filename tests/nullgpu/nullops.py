@@ -117,9 +117,11 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def baddbmm(added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """Stand for ``beta * added + alpha * a @ b``, in batches."""
+    """Stand for ``beta * added + alpha * a @ b``, in batches; torch copies ``added`` to where the result will be."""
+    result = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    result.copy_(added)
     note("baddbmm")
-    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return result
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastcifar.config.schema import MuonConfig
-from fastcifar.train.flat_parameters import FlatParameters
+from fastcifar.train.flat_parameters import FlatParameters, Segment
 from fastcifar.train.muon import Muon, orthogonal
+from fastcifar.train.padded_matrices import PaddedMatrices, padding_pays
 from tests.train.reference import error, loss_of, make_data, make_net
 
 
@@ -50,15 +51,16 @@ def reference_step(model: torch.nn.Module, momenta: dict[str, Tensor], config: M
         p.grad = None
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("lr_head", [None, 0.05])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_steps_equal_the_transcription(normalize: bool, lr_head: float | None) -> None:
+def test_steps_equal_the_transcription(normalize: bool, lr_head: float | None, padded: bool) -> None:
     rates = {"lr": 0.02, "lr_head": lr_head, "lr_other": 0.01}
     config = MuonConfig(name="muon", **rates, weight_decay=0.01, normalize=normalize)
     net, momenta = make_net(1), {}
     expected = copy.deepcopy(net).double()
     flat = FlatParameters(net)
-    optimizer = Muon(config, flat, None)
+    optimizer = Muon(config, flat, None, padded)
     for x, y in make_data(2, 20):
         loss_of(net, x.to(memory_format=torch.channels_last), y).backward()
         flat.collect_gradients()
@@ -67,3 +69,31 @@ def test_steps_equal_the_transcription(normalize: bool, lr_head: float | None) -
         loss_of(expected, x.double(), y).backward()
         reference_step(expected, momenta, config)
     assert error(net.state_dict(), expected) < 1e-5
+
+
+def test_padded_matrices_keep_every_element_and_the_gaps(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(  # 4 x 27, 9 x 4 (more rows than columns), 2 x 81; gaps between them
+        torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.Conv2d(4, 9, 1, bias=False), torch.nn.Conv2d(9, 2, 3, bias=False)
+    )  # fmt: skip
+    flat = FlatParameters(net)
+    matrices = PaddedMatrices(flat.segments, flat.conv_end, torch.device("cpu"))
+    before = flat.weights.clone()
+    batch = matrices.spread(flat.weights, torch.float32)
+    assert batch.shape == (3, 4, 81)
+    assert torch.equal(batch[1, :4, :9].mT, net[1].weight.detach().view(9, 4))
+    squares = torch.stack([p.detach().square().sum() for p in net.parameters()])
+    torch.testing.assert_close(batch.square().sum((1, 2)), squares)
+    torch.testing.assert_close(matrices.sqrt_rows.flatten(), torch.tensor([4.0, 9.0, 2.0]).sqrt())
+    batch.mul_(2)
+    matrices.gather(flat.weights)
+    assert torch.equal(flat.weights, 2 * before)
+
+
+def test_padding_is_for_shapes_that_differ_a_little() -> None:
+    def segments(*shapes: tuple[int, int]) -> list[Segment]:
+        return [Segment("", 0, rows * columns, (rows, columns, 1, 1), ()) for rows, columns in shapes]
+
+    assert padding_pays(segments((256, 576), (256, 2304), (256, 2304)))
+    assert not padding_pays(segments((256, 2304), (256, 2304)))  # one shape: nothing to gain
+    assert not padding_pays(segments((16, 144), (16, 144), (512, 4608)))
