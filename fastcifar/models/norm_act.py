@@ -56,13 +56,16 @@ def norm_act(
     seed: Tensor | None = None,
     residual: Tensor | None = None,
     scales: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    partials: Tensor | None = None,
+    summarize: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Apply a BatchNorm layer in training mode, and what follows it; see `fastcifar.kernels.batch_norm.batch_norm`.
 
     ``num_batches_tracked`` is not counted: the momentum is fixed, so that nothing reads it.
 
     Returns:
-        The output, and ``x`` for a shortcut that starts before the layer.
+        The output, ``x`` for a shortcut that starts before the layer, and with ``summarize`` the output's sums, the
+        ``partials`` of a layer that reads it next.
 
     Raises:
         ValueError: the layer has no fixed momentum.
@@ -72,5 +75,6 @@ def norm_act(
     running, variance_at = cast(tuple[Tensor, int], norm.running_stats) if norm.track_running_stats else (None, 0)
     weight, bias = cast(Tensor, norm.weight), cast(Tensor, norm.bias)
     return batch_norm(
-        x, weight, bias, running, variance_at, residual, scales, seed, norm.momentum, norm.eps, relu, drop
-    )
+        x, weight, bias, running, variance_at, residual, scales, seed, norm.momentum, norm.eps, relu, drop,
+        partials, summarize,
+    )  # fmt: skip

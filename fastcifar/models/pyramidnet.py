@@ -7,6 +7,7 @@ Most of these widths are no multiple of 8. With ``align = 8`` all are computed a
 `fastcifar.models.aligned`), and the shortcut is a plain addition wherever two neighbours share a multiple.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast
 
@@ -56,12 +57,9 @@ class PyramidBlock(nn.Module):
         self.shakedrop = None if death_rate is None else ShakeDrop(death_rate)
         self.stride = stride
         self.channels = round_up(outputs, align)
-        self.fused_batch_norm = False
 
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
         """Map (B, inputs, H, W) to (B, outputs, H / stride, W / stride), widths rounded up; see `ShakeDrop`."""
-        if fuses(self, x):
-            return self._fused(x, scales)
         branch = self.branch(x)
         if self.shakedrop is not None:
             branch = self.shakedrop(branch, scales)
@@ -69,15 +67,25 @@ class PyramidBlock(nn.Module):
         shortcut = F.avg_pool2d(x, 2, ceil_mode=True) if self.stride == 2 else x
         return branch + pad_channels(shortcut, self.channels)
 
-    def _fused(self, x: Tensor, scales: Tensor | None) -> Tensor:
-        """Do the same with each BatchNorm, its ReLU and, after the last one, scale and addition in one."""
+    def fused(self, x: Tensor, scales: Tensor | None, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Do the same with each BatchNorm, its ReLU and, after the last one, scale and addition in one.
+
+        Args:
+            x: as in `forward`.
+            scales: as in `forward`.
+            sums: of ``x``; see `fastcifar.kernels.batch_norm.batch_norm`.
+
+        Returns:
+            The output and its sums: the next block starts with a BatchNorm too.
+        """
         norms = [m for m in self.branch if isinstance(m, nn.BatchNorm2d)]
         convolutions = [m for m in self.branch if isinstance(m, nn.Conv2d)]
-        branch, x = norm_act(norms[0], x)
+        branch, x, _ = norm_act(norms[0], x, partials=sums)
         shortcut = F.avg_pool2d(x, 2, ceil_mode=True) if self.stride == 2 else x
         for convolution, norm in zip(convolutions[:-1], norms[1:-1], strict=True):
-            branch, _ = norm_act(norm, convolution(branch), relu=True)
-        return norm_act(norms[-1], convolutions[-1](branch), residual=shortcut, scales=scales)[0]
+            branch, _, _ = norm_act(norm, convolution(branch), relu=True)
+        out, _, sums = norm_act(norms[-1], convolutions[-1](branch), residual=shortcut, scales=scales, summarize=True)
+        return out, sums
 
 
 class PyramidNet(nn.Module):
@@ -109,12 +117,21 @@ class PyramidNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 3, S, S) to logits (B, num_classes)."""
         scales = self.draws(len(x)) if self.draws is not None and self.training else [None] * len(self.blocks)
-        fused = fuses(self, x)
-        x = norm_act(cast(nn.BatchNorm2d, self.stem[1]), self.stem[0](x))[0] if fused else self.stem(x)
+        x = self._fused(x, scales) if fuses(self, x) else self._plain(x, scales)
+        return self.head(x.mean((2, 3))[:, : self.width])
+
+    def _plain(self, x: Tensor, scales: Sequence[Tensor | None]) -> Tensor:
+        x = self.stem(x)
         for block, scale in zip(self.blocks, scales, strict=True):
             x = block(x, scale)
-        x = norm_act(self.bn, x, relu=True)[0] if fused else F.relu(self.bn(x))
-        return self.head(x.mean((2, 3))[:, : self.width])
+        return F.relu(self.bn(x))
+
+    def _fused(self, x: Tensor, scales: Sequence[Tensor | None]) -> Tensor:
+        """Do the same with fused BatchNorm, each of which hands its output's sums to the next."""
+        x, _, sums = norm_act(cast(nn.BatchNorm2d, self.stem[1]), self.stem[0](x), summarize=True)
+        for block, scale in zip(self.blocks, scales, strict=True):
+            x, sums = cast(PyramidBlock, block).fused(x, scale, sums)
+        return norm_act(self.bn, x, relu=True, partials=sums)[0]
 
 
 def build(config: PyramidNetConfig, num_classes: int, image_px: int) -> nn.Module:

@@ -58,9 +58,9 @@ class WideBlock(nn.Module):
 
     def _fused(self, x: Tensor, scales: Tensor | None, seed: Tensor | None) -> Tensor:
         """Do the same with BatchNorm, activation, dropout and, after a last BatchNorm, the addition in one."""
-        active, x = norm_act(self.bn1, x, relu=isinstance(self.relu1, nn.ReLU))
+        active, x, _ = norm_act(self.bn1, x, relu=isinstance(self.relu1, nn.ReLU))
         shortcut = x if self.shortcut is None else self.shortcut(active)
-        branch, _ = norm_act(self.bn2, self.conv1(active), relu=True, drop=self.dropout.p, seed=seed)
+        branch, _, _ = norm_act(self.bn2, self.conv1(active), relu=True, drop=self.dropout.p, seed=seed)
         branch = self.conv2(branch)
         if isinstance(self.bn3, nn.BatchNorm2d):
             return norm_act(self.bn3, branch, residual=shortcut, scales=scales)[0]

@@ -28,25 +28,30 @@ def forward_op(
     residual: Tensor | None,
     scales: Tensor | None,
     seed: Tensor | None,
+    partials: Tensor | None,
     momentum: float,
     eps: float,
     relu: bool,
     drop: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the output (B, C, H, W), channels-last, and what the backward pass needs: float32 (2, C)."""
+    summarize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output (B, C, H, W), channels-last, what the backward pass needs, float32 (2, C), and the sums."""
     from fastcifar.kernels.batch_norm import triton as kernels
 
     shortcut = None if residual is None else _dense(residual)
     mean = None if running is None else running[: x.shape[1]]
     variance = None if running is None else running[variance_at : variance_at + x.shape[1]]
     return kernels.forward(
-        _dense(x), weight, bias, mean, variance, shortcut, scales, seed, momentum, eps, relu, drop
+        _dense(x), weight, bias, mean, variance, shortcut, scales, seed, partials, momentum, eps, relu, drop, summarize
     )
 
 
 @forward_op.register_fake
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=NHWC), x.new_empty((2, x.shape[1]), dtype=torch.float32)
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from fastcifar.kernels.batch_norm.triton import sums_shape
+
+    saved, sums = (x.new_empty(shape, dtype=torch.float32) for shape in ((2, x.shape[1]), sums_shape(x, rest[-1])))
+    return torch.empty_like(x, memory_format=NHWC), saved, sums
 
 
 @torch.library.custom_op("fastcifar::batch_norm_backward", mutates_args=())
@@ -86,29 +91,34 @@ def _rows(images: Tensor) -> bool:
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Joins the two operators; its second output is the input itself, for a shortcut that starts there."""
+    """Joins the two operators; its second output is the input itself, for a shortcut that starts there.
+
+    The third are the sums of the first; they are no function of anything as far as autograd is concerned.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *rest: Any) -> Any:
-        running, variance_at, scales, seed, momentum, eps, relu, drop = rest
-        y, saved = forward_op(
-            x, weight, bias, running, variance_at, residual, scales, seed, momentum, eps, relu, drop
-        )
+        running, variance_at, scales, seed, partials, momentum, eps, relu, drop, summarize = rest
+        y, saved, sums = forward_op(
+            x, weight, bias, running, variance_at, residual, scales, seed, partials,
+            momentum, eps, relu, drop, summarize,
+        )  # fmt: skip
         ctx.save_for_backward(x, saved, weight, bias, scales, seed)
         ctx.relu, ctx.drop = relu, drop
         ctx.channels = 0 if residual is None else residual.shape[1]
         ctx.set_materialize_grads(False)
-        return y, x.view_as(x)
+        ctx.mark_non_differentiable(sums)
+        return y, x.view_as(x), sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad, extra = grads
+        grad, extra, _ = grads
         x, saved, weight, bias, scales, seed = ctx.saved_tensors
         if grad is None:
-            return extra, *(None,) * 11
+            return extra, *(None,) * 13
         dx, dweight, dbias = backward_op(grad, x, saved, weight, bias, extra, scales, seed, ctx.relu, ctx.drop)
         shortcut = grad[:, : ctx.channels] if ctx.channels and ctx.needs_input_grad[3] else None
-        return dx, dweight, dbias, shortcut, *(None,) * 8
+        return dx, dweight, dbias, shortcut, *(None,) * 10
 
 
 def batch_norm(
@@ -124,7 +134,9 @@ def batch_norm(
     eps: float = 1e-5,
     relu: bool = False,
     drop: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    partials: Tensor | None = None,
+    summarize: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize a batch with its own statistics, activate, drop, scale per sample and add a shortcut.
 
     Every image tensor is bf16, fp16 or fp32 on one CUDA device; sums are float32, the output is rounded once.
@@ -144,14 +156,17 @@ def batch_norm(
         eps: added to the variance.
         relu: whether negative values become 0.
         drop: probability of dropout in 0..1, after the activation.
+        partials: the sums of ``x``, where the BatchNorm that made it has ``summarize``: they save a launch and one pass
+            over memory, and change no bit.
+        summarize: return the output's sums, for a BatchNorm that reads it as it is.
 
     Returns:
-        The output (B, C, H, W), channels-last, and ``x`` itself. A shortcut that starts from the second output has its
-        gradient added inside the backward kernel; one that starts from ``x`` costs a launch and three passes over
-        memory.
+        The output (B, C, H, W), channels-last; ``x`` itself; and the output's sums, float32 (2, strips, C), or (0,)
+        without ``summarize``. A shortcut that starts from the second output has its gradient added inside the backward
+        kernel; one that starts from ``x`` costs a launch and three passes over memory.
     """
     return _BatchNorm.apply(
-        x, weight, bias, residual, running, variance_at, scales, seed, momentum, eps, relu, drop
+        x, weight, bias, residual, running, variance_at, scales, seed, partials, momentum, eps, relu, drop, summarize
     )
 
 

@@ -7,8 +7,10 @@ those of its own columns, in the same order, before it uses them. These sums are
 cache; `strips` keeps them well below the strips' own size.
 
 Bytes moved, in units of one activation tensor: forward 2 reads and 1 write, backward 4 reads and 1 write, plus 1 read
-for each of the shortcut and its gradient. Nothing but the input, which the graph keeps anyway, and 2 floats a
-channel is saved for the backward pass: the ReLU's mask is computed again, dropout's random numbers are drawn again.
+for each of the shortcut and its gradient. Where another BatchNorm reads the output next, the second launch writes that
+one's sums while it has the values, which saves it its first launch and a read. Nothing but the input, which the graph
+keeps anyway, and 2 floats a channel is saved for the backward pass: the ReLU's mask is computed again, dropout's random
+numbers are drawn again.
 """
 
 from typing import NamedTuple
@@ -142,13 +144,38 @@ def _combined(partials, column, count, C, STRIPS: tl.constexpr, STRIP: tl.conste
 
 
 @triton.jit
+def _output(  # type: ignore[no-untyped-def]
+    x, residual, scales, seed, row, column, exists, mean, rstd, w, b, count, C, R, HW, drop,
+    RELU: tl.constexpr, DROP: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of the output, float32."""
+    inside = (row < count)[:, None] & exists[None, :]
+    value = tl.load(x + row[:, None] * C + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    _, value = _normalized(value, mean, rstd, w, b)
+    if RELU:
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if DROP:
+        value *= _kept(seed, row, column, C, drop)
+    if SCALE:
+        value *= tl.load(scales + row // HW, mask=row < count, other=0.0)[:, None]
+    if ADD:
+        there = (row < count)[:, None] & (column < R)[None, :]
+        value += tl.load(residual + row[:, None] * R + column[None, :], mask=there, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
 def normalize_kernel(  # type: ignore[no-untyped-def]
-    x, partials, weight, bias, running_mean, running_var, residual, scales, seed, y, saved,
+    x, partials, weight, bias, running_mean, running_var, residual, scales, seed, y, saved, sums,
     count, C, R, HW, B, eps, momentum, drop,
     TRACK: tl.constexpr, RELU: tl.constexpr, DROP: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
+    SUM: tl.constexpr,
     STRIPS: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Normalize, activate, drop, scale, add; the first strip's programs save and average the statistics."""
+    """Normalize, activate, drop, scale, add; the first strip's programs save and average the statistics.
+
+    With ``SUM`` it writes into ``sums`` what `statistics_kernel` would find in the output, bit for bit.
+    """
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = column < C
     mean, squares = _combined(partials, column, count, C, STRIPS, ROUNDS * ROWS, COLUMNS)
@@ -163,22 +190,37 @@ def normalize_kernel(  # type: ignore[no-untyped-def]
             tl.store(running_var + column, old + momentum * (squares / (count - 1) - old), mask=exists)
     w = tl.load(weight + column, mask=exists, other=0.0)
     b = tl.load(bias + column, mask=exists, other=0.0)
-    for k in range(ROUNDS):
-        row = (tl.program_id(0) * ROUNDS + k) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROUNDS * ROWS
+    row = first + tl.arange(0, ROWS)
+    inside = (row < count)[:, None] & exists[None, :]
+    value = _output(
+        x, residual, scales, seed, row, column, exists, mean, rstd, w, b, count, C, R, HW, drop, RELU, DROP, SCALE, ADD
+    ).to(y.dtype.element_ty)
+    tl.store(y + row[:, None] * C + column[None, :], value, mask=inside)
+    if SUM:
+        # Of the values as they are stored, rounded: the next BatchNorm reads those.
+        value = tl.where(inside, value.to(tl.float32), 0.0)
+        origin = tl.sum(value, 0) / tl.minimum(count - first, ROWS).to(tl.float32)
+        value = tl.where(inside, value - origin[None, :], 0.0)
+        total, squared = value, value * value
+    for k in range(1, ROUNDS):
+        row = first + k * ROWS + tl.arange(0, ROWS)
         inside = (row < count)[:, None] & exists[None, :]
-        place = row[:, None] * C + column[None, :]
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        _, value = _normalized(value, mean, rstd, w, b)
-        if RELU:
-            value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        if DROP:
-            value *= _kept(seed, row, column, C, drop)
-        if SCALE:
-            value *= tl.load(scales + row // HW, mask=row < count, other=0.0)[:, None]
-        if ADD:
-            there = (row < count)[:, None] & (column < R)[None, :]
-            value += tl.load(residual + row[:, None] * R + column[None, :], mask=there, other=0.0).to(tl.float32)
-        tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
+        value = _output(
+            x, residual, scales, seed, row, column, exists, mean, rstd, w, b, count, C, R, HW, drop,
+            RELU, DROP, SCALE, ADD,
+        ).to(y.dtype.element_ty)  # fmt: skip
+        tl.store(y + row[:, None] * C + column[None, :], value, mask=inside)
+        if SUM:
+            value = tl.where(inside, value.to(tl.float32) - origin[None, :], 0.0)
+            total += value
+            squared += value * value
+    if SUM:
+        size = tl.minimum(count - first, ROUNDS * ROWS).to(tl.float32)
+        moved = tl.sum(total, 0) / size
+        place = sums + tl.program_id(0) * C + column
+        tl.store(place, origin + moved, mask=exists)
+        tl.store(place + tl.num_programs(0) * C, tl.sum(squared, 0) - moved * moved * size, mask=exists)
 
 
 @triton.jit
@@ -260,30 +302,36 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
-    residual: Tensor | None, scales: Tensor | None, seed: Tensor | None,
-    momentum: float, eps: float, relu: bool, drop: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the output (B, C, H, W) and the saved statistics (2, C); running statistics move in place.
+    residual: Tensor | None, scales: Tensor | None, seed: Tensor | None, partials: Tensor | None,
+    momentum: float, eps: float, relu: bool, drop: float, summarize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the output (B, C, H, W), the saved statistics (2, C), and `sums_shape`; running statistics move in place.
 
     All images are dense channels-last; see `fastcifar.kernels.batch_norm.batch_norm` for the arguments.
     """
     b, c, h, w = x.shape
     count, plan = b * h * w, strips(b * h * w, c)
-    partials = torch.empty((2, plan.programs, c), dtype=torch.float32, device=x.device)
     y, saved = torch.empty_like(x), torch.empty((2, c), dtype=torch.float32, device=x.device)
-    statistics_kernel[plan.grid](
-        x, partials, count, c, ROUNDS=plan.rounds, ROWS=plan.rows, COLUMNS=plan.columns,
-        num_warps=WARPS, maxnreg=REGISTERS,
-    )  # fmt: skip
+    sums = torch.empty(sums_shape(x, summarize), dtype=torch.float32, device=x.device)
+    sizes = {"ROUNDS": plan.rounds, "ROWS": plan.rows, "COLUMNS": plan.columns}
+    sizes |= {"num_warps": WARPS, "maxnreg": REGISTERS}
+    if partials is None:
+        partials = torch.empty(sums_shape(x, True), dtype=torch.float32, device=x.device)
+        statistics_kernel[plan.grid](x, partials, count, c, **sizes)
     normalize_kernel[plan.grid](
         x, partials, weight, bias, _or(running_mean, saved), _or(running_var, saved), _or(residual, x),
-        _or(scales, saved), _or(seed, saved), y, saved,
+        _or(scales, saved), _or(seed, saved), y, saved, sums if summarize else saved,
         count, c, c if residual is None else residual.shape[1], h * w, b, eps, momentum, drop,
         TRACK=running_mean is not None, RELU=relu, DROP=drop > 0, SCALE=scales is not None, ADD=residual is not None,
-        STRIPS=plan.programs, ROUNDS=plan.rounds, ROWS=plan.rows, COLUMNS=plan.columns,
-        num_warps=WARPS, maxnreg=REGISTERS,
+        SUM=summarize, STRIPS=plan.programs, **sizes,
     )  # fmt: skip
-    return y, saved
+    return y, saved, sums
+
+
+def sums_shape(images: Tensor, summarize: bool) -> tuple[int, ...]:
+    """Return the shape of the sums of these images, each strip's mean and squares: (2, strips, C), or (0,) for none."""
+    b, c, h, w = images.shape
+    return (2, strips(b * h * w, c).programs, c) if summarize else (0,)
 
 
 def backward(

@@ -54,7 +54,7 @@ def check_values(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, scaled:
     )  # fmt: skip
     # The variance lies somewhere behind the mean, as in flat parameters, where segments are padded.
     running = torch.cat([mean, torch.full((3,), 7.0), var])
-    y, skip = batch_norm(x, weight, bias, running, c + 3, shortcut, scales, momentum=0.3, relu=relu)
+    y, skip, _ = batch_norm(x, weight, bias, running, c + 3, shortcut, scales, momentum=0.3, relu=relu)
     # What comes back along a shortcut is a part of a wider gradient, as PyramidNet's padding leaves it.
     grads = [images(b, c, h, w, dtype=dtype), images(b, c + 5, h, w, dtype=dtype)[:, :c]]
     torch.autograd.backward([y, skip], grads)
@@ -72,6 +72,21 @@ def check_values(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, scaled:
         note(what + f"gradient of {name}", leaf.grad, other.grad, ulps, *grads, grads[0] * rstd)
 
 
+def check_sums(shape: tuple[int, ...], dtype: torch.dtype, scaled: bool) -> None:
+    """See that a BatchNorm that is given its input's sums returns the bits that it returns without them."""
+    b, c, h, w, r = shape
+    x, weight, bias = images(b, c, h, w, dtype=dtype), torch.rand(c) + 0.5, torch.randn(c)
+    shortcut, scales = images(b, r, h, w, dtype=dtype) if r else None, torch.rand(2, b) if scaled else None
+    y, _, sums = batch_norm(x, weight, bias, None, 0, shortcut, scales, relu=not r, summarize=True)
+    sides = []
+    for partials in (sums, None):
+        leaf, running = y.detach().clone().requires_grad_(), torch.ones(2 * c)
+        z, skip, _ = batch_norm(leaf, bias, weight, running, c, partials=partials)
+        sides.append([z, running, *torch.autograd.grad([z, skip], leaf, [x, y])])
+    different = sum(not torch.equal(*pair) for pair in zip(*sides, strict=True))
+    found.append((f"{shape} {dtype}: tensors that differ with given sums", float(different), 0.0))
+
+
 def check_against_torch() -> None:
     """Compare with F.batch_norm and ReLU, also where a channel's mean is 10,000 times its deviation."""
     for mean in (0.5, 30_000.0):
@@ -79,7 +94,7 @@ def check_against_torch() -> None:
         ours, theirs = stats.clone(), stats.clone()
         wide = [t.double() for t in (x, weight, bias, stats[0], stats[1])]
         exact = reference.batch_norm(*wide, relu=True)
-        y, _ = batch_norm(x, weight, bias, ours.view(-1), 19, relu=True)
+        y, _, _ = batch_norm(x, weight, bias, ours.view(-1), 19, relu=True)
         other = F.relu(F.batch_norm(x, theirs[0], theirs[1], weight, bias, training=True))
         theirs_off = float((other - exact.output).abs().max() / exact.output.abs().max()) / 2.0**-23
         note(f"output at mean {mean}; torch's own error times 2", y, exact.output, 2 * theirs_off + SUM_ULPS)
@@ -90,16 +105,16 @@ def check_against_torch() -> None:
 def check_dropout() -> None:
     """See that dropout keeps the right share, scales it, and drops the same places on the way back."""
     x, weight, bias = images(8, 43, 8, 8).requires_grad_(), torch.rand(43) + 0.5, torch.randn(43)
-    plain, _ = batch_norm(x, weight, bias, None)
+    plain, _, _ = batch_norm(x, weight, bias, None)
     draws = []
     for relu, seed in itertools.product((False, True), (5, 6)):
-        y, _ = batch_norm(x, weight, bias, None, 0, None, None, torch.tensor([seed]), relu=relu, drop=0.3)
+        y, _, _ = batch_norm(x, weight, bias, None, 0, None, None, torch.tensor([seed]), relu=relu, drop=0.3)
         draws.append(y.detach())
     keep = ((draws[0] != 0) / 0.7).double()
     found.append(("share of kept values", abs(float((draws[0] != 0).double().mean()) - 0.7), 0.02))
     found.append(("equal masks of two seeds", float(((draws[0] != 0) == (draws[1] != 0)).double().mean()), 0.65))
     note("dropout after ReLU", draws[2], plain.relu() * keep, 2.0)
-    y, _ = batch_norm(x, weight, bias, None, 0, None, None, torch.tensor([5]), relu=True, drop=0.3)
+    y, _, _ = batch_norm(x, weight, bias, None, 0, None, None, torch.tensor([5]), relu=True, drop=0.3)
     grad = images(8, 43, 8, 8)
     (ours,) = torch.autograd.grad(y, x, grad)
     wide, zeros = x.detach().double().requires_grad_(), torch.zeros(43).double()
@@ -113,8 +128,9 @@ def check_operators() -> None:
     running = torch.cat([torch.zeros(27), torch.ones(27)])
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        forward_op, (x, weight, bias, running, 27, x.clone(), None, None, 0.1, 1e-5, True, 0.0), test_utils=tests
-    )
+        forward_op, (x, weight, bias, running, 27, x.clone(), None, None, None, 0.1, 1e-5, True, 0.0, True),
+        test_utils=tests,
+    )  # fmt: skip
     saved, extra = torch.rand(2, 27), images(3, 30, 5, 5)[:, :27]
     arguments = (x.clone(), x, saved, weight, bias, extra, None, None, True, 0.0)
     torch.library.opcheck(backward_op, arguments, test_utils=tests)
@@ -141,7 +157,7 @@ def check_rerun() -> None:
     runs = []
     for _ in range(2):
         leaf = x.clone().requires_grad_()
-        y, _ = batch_norm(leaf, weight, bias, None, relu=True)
+        y, _, _ = batch_norm(leaf, weight, bias, None, relu=True)
         runs.append([y, *torch.autograd.grad(y, leaf, x)])
     found.append(("bits that differ between runs", float(sum(not torch.equal(*pair) for pair in zip(*runs))), 0.0))  # noqa: B905
 
@@ -183,8 +199,10 @@ def main() -> list[tuple[str, float, float]]:
     """Return all comparisons."""
     for number, shape in enumerate(SHAPES):
         check_values(shape, torch.float32, relu=number % 2 == 0, scaled=number % 3 != 2)
+        check_sums(shape, torch.float32, scaled=number % 3 != 2)
     for dtype in (torch.bfloat16, torch.float16):
         check_values(SHAPES[0], dtype, relu=True, scaled=True)
+        check_sums(SHAPES[2], dtype, scaled=True)
     for check in (check_against_torch, check_dropout, check_rerun, check_operators, check_models):
         check()
     return found

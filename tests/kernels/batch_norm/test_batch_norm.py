@@ -25,7 +25,7 @@ def test_strips_cover_every_element_once(count: int, channels: int) -> None:
     assert plan.programs == 1 or 8 * plan.programs <= 0.5 * 4 * height
 
 
-FLOATS = set("partials weight bias running_mean running_var scales saved dweight dbias".split())
+FLOATS = set("partials sums weight bias running_mean running_var scales saved dweight dbias".split())
 IMAGES = set("x grad residual y extra dx".split())
 # Rows and channels: WideResNet's widths are multiples of 16, PyramidNet's are anything.
 SIZES = {"wide_resnet": (131_072, 128), "pyramidnet": (8_192, 166)}
@@ -44,7 +44,7 @@ def test_compiles_for_sm90_without_spills(name: str, size: str, capsys: pytest.C
     plan, aligned = kernels.strips(count, channels), channels % 16 == 0
     # Everything that its model may ask for at once.
     constants: dict[str, Any] = {
-        "TRACK": True, "RELU": True, "DROP": aligned, "SCALE": True, "ADD": True, "STRIPS": plan.programs,
+        "TRACK": True, "RELU": True, "DROP": aligned, "SCALE": True, "ADD": True, "SUM": True, "STRIPS": plan.programs,
         "ROUNDS": plan.rounds, "ROWS": plan.rows, "COLUMNS": plan.columns,
     }  # fmt: skip
     compiled = compile_for_sm90(kernel, {k: v for k, v in constants.items() if k in kernel.arg_names}, aligned)
@@ -88,7 +88,7 @@ def test_on_the_gpu_equals_the_reference(channels: int) -> None:
     stats, scales = draw(2, channels).abs(), draw(2, 127)
     wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     expected = reference.batch_norm(*wide, *stats.double(), relu=True, scales=scales.double())
-    y, _ = batch_norm(x, weight, bias, stats.view(-1), channels, None, scales, relu=True)
+    y, _, _ = batch_norm(x, weight, bias, stats.view(-1), channels, None, scales, relu=True)
     grad = draw(*y.shape)
     y.backward(grad)
     expected.output.backward(grad.double())
