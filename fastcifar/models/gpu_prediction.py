@@ -14,7 +14,7 @@ assumed, and nothing else does.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -50,7 +50,11 @@ class Card(NamedTuple):
     source: str
 
 
-# The sheets give tensor core peaks "with sparsity"; dense is half of that.
+# NVIDIA's data sheets of the H100 and the H200 give the same peaks for the SXM boards: 1,979 TFLOP/s in bf16 and fp16
+# and 989 in TF32, "with sparsity", of which dense is half, and 67 in fp32; 3.35 and 4.8 TB/s of bandwidth. Checked
+# on 2026-11-25 in copies of the sheets, NVIDIA's own pages being out of reach: the H100's table at
+# archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html, its dense peaks (989.4 and 494.7, from the white paper) at
+# glennklockwood.com/garden/processors/h100, the H200's peaks and bandwidth at saulelectric.com/nvidia-h200.html.
 HOPPER_TFLOPS = {"bf16": 989.5, "fp16": 989.5, "tf32": 494.5, "fp32": 67.0}
 CARDS = {
     "h100": Card("H100 SXM", HOPPER_TFLOPS, 3350.0, "NVIDIA H100 Tensor Core GPU data sheet"),
@@ -249,19 +253,22 @@ def kernels_of(work: dict[str, Any]) -> int:
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def own_bytes(recipe: Recipe, cost: Cost, names: Iterable[str]) -> float:
+def own_bytes(recipe: Recipe, cost: Cost, names: Mapping[str, int]) -> float:
     """Return the bytes that our own kernels read and write in a step, and the gathering of gradients.
 
     Args:
         recipe: the run.
         cost: of its model.
-        names: of the kernels in the ledger's step: they tell whether BatchNorm is ours or the compiler's.
+        names: the kernels in the ledger's step, with how often: they tell whether BatchNorm is ours or the compiler's,
+            and how many of its layers were given their input's sums.
     """
     wide = _bytes_per_value(recipe)
-    moved = flat_bytes(recipe) * cost.parameters + recipe.train.batch_size * IMAGE_VALUES * (1 + wide)
+    moved: float = flat_bytes(recipe) * cost.parameters + recipe.train.batch_size * IMAGE_VALUES * (1 + wide)
     if "statistics_kernel" in names:
         norms = sum(o.values for o in cost.operations if o.kind == "batch_norm")
-        moved += recipe.train.batch_size * _passes(recipe) * norms * wide
+        # One of the eight reads and writes of each input is for its statistics; all layers are taken for one size.
+        moves = 1 - (1 - names["statistics_kernel"] / names["normalize_kernel"]) / 8
+        moved += recipe.train.batch_size * _passes(recipe) * norms * moves * wide
     return moved
 
 

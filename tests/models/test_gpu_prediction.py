@@ -87,8 +87,10 @@ def test_flat_bytes_by_optimizer():
 
 def test_our_batch_norm_counts_where_the_ledger_names_it():
     recipe = load_recipe("wrn-asam")
-    with_norm, without = (own_bytes(recipe, COST, names) for names in (["statistics_kernel"], ["triton_red"]))
-    assert with_norm - without == 128 * 2 * 5 * 10**6 * 2
+    every, half = ({"statistics_kernel": count, "normalize_kernel": 26} for count in (26, 13))
+    every_layer, half_given, without = (own_bytes(recipe, COST, names) for names in (every, half, {"triton_red": 1}))
+    assert every_layer - without == 128 * 2 * 5 * 10**6 * 2
+    assert half_given - without == (every_layer - without) * 15 / 16  # half of the layers save one of eight passes
 
 
 def test_fp32_has_its_own_peak_and_wider_values():
