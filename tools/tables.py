@@ -266,7 +266,7 @@ def speed_table(root: Path) -> str:
 
 LAUNCHES_HEADER = (
     "recipe", "batch", "launches a step", "generated, own, ATen, copies", "library calls", "generated traffic",
-    "evaluation of a batch", "peak memory", "kernels", "most registers", "compile",
+    "evaluation of a batch", "peak memory", "kernels", "most registers", "compile", "from the caches",
 )  # fmt: skip
 
 
@@ -287,7 +287,7 @@ def launches_table(root: Path) -> str:
 def _launches_cells(entry: dict[str, Any]) -> list[str]:
     step, evaluation = entry["step"], entry["evaluation"]
     parts = [f"{step['launches'].get(kind, 0):,}" for kind in ("generated", "own", "aten", "copy")]
-    moved, compiled = entry.get("generated_bytes"), entry.get("compile_cpu_s")
+    moved, compiled, cached = (entry.get(key) for key in ("generated_bytes", "compile_cpu_s", "cached_cpu_s"))
     return [
         f"`{entry['recipe']}`" + (f" ({entry['mode']})" if entry["fallback"] else ""),
         str(entry["batch_size"]),
@@ -300,6 +300,7 @@ def _launches_cells(entry: dict[str, Any]) -> list[str]:
         str(entry.get("kernels", NOT_MEASURED)),
         str(entry.get("registers", NOT_MEASURED)),
         NOT_MEASURED if compiled is None else f"{_number(compiled)} CPU s",
+        NOT_MEASURED if cached is None else f"{_number(cached)} CPU s",
     ]
 
 

@@ -1,5 +1,6 @@
 """The ratchet: a captured step has no more launches than the committed ledger says. And the ledger itself."""
 
+import ast
 import json
 import sys
 from collections import Counter
@@ -68,28 +69,36 @@ def report() -> Report:
     return Report(facts=facts, regions=[steps, evaluation], graphs=graphs, kernels=kernels)
 
 
+def made() -> launches.Entry:
+    again = report()
+    again.facts["compile_cpu_s"] = 0.44
+    return launches.entry_of("lenet5", report(), again)
+
+
 def test_an_entry_says_what_was_seen() -> None:
-    entry = launches.entry_of("lenet5", report())
+    entry = made()
     assert entry["step"] == {"launches": {"aten": 4, "generated": 2, "own": 1}, "library": {"convolution": 2}}
     assert launches.total(entry["step"]) == 7
     assert entry["evaluation"] == {"launches": {"aten": 3}, "library": {}}
-    assert (entry["generated_bytes"], entry["compile_cpu_s"]) == (150, 1.3)
+    assert (entry["generated_bytes"], entry["compile_cpu_s"], entry["cached_cpu_s"]) == (150, 1.3, 0.4)
     assert (entry["kernels"], entry["registers"], entry["stack"]) == (2, 40, {"augment_kernel": 8})
 
 
 def test_bytes_out_of_a_cache_are_unknown() -> None:
     seen = report()
     seen.regions[0].captures[0].graphs.append(-1)
-    assert launches.entry_of("lenet5", seen)["generated_bytes"] is None
+    assert launches.entry_of("lenet5", seen, seen)["generated_bytes"] is None
 
 
 def test_a_failed_step_is_no_entry() -> None:
-    with pytest.raises(UserError, match="lenet5: ValueError: no"):
-        launches.entry_of("lenet5", Report(error="Traceback\nValueError: no\n"))
+    failed = Report(error="Traceback\nValueError: no\n")
+    for runs in ((failed, report()), (report(), failed)):
+        with pytest.raises(UserError, match="lenet5: ValueError: no"):
+            launches.entry_of("lenet5", *runs)
 
 
 def test_more_launches_are_told_with_what_to_do() -> None:
-    entry, seen = launches.entry_of("lenet5", report()), report()
+    entry, seen = made(), report()
     step = seen.regions[0].captures[0]
     assert launches.grown("lenet5", entry, step) is None
     step.launches["triton_b"] += 2
@@ -104,7 +113,7 @@ def test_more_launches_are_told_with_what_to_do() -> None:
 def test_entries_are_kept_one_by_one_in_the_order_of_the_ladder(tmp_path: Path) -> None:
     path = tmp_path / "launches.json"
     for name in ("wrn-200", "lenet5", "wrn-200"):
-        launches.write_entry("null device", launches.entry_of("lenet5", report()) | {"recipe": name}, path)
+        launches.write_entry("null device", made() | {"recipe": name}, path)
     assert list(launches.read_ledger(path)["null device"]) == ["lenet5", "wrn-200"]
     path.write_text(json.dumps([]))
     with pytest.raises(UserError, match=r"launches\.json"):
@@ -118,6 +127,18 @@ def test_only_what_changed_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launches.due(["lenet5"], "d", named=True) == ["lenet5"]
 
 
+def test_words_are_no_change_and_code_is() -> None:
+    def code(text: str) -> str:
+        return ast.dump(launches.without_docstrings(ast.parse(text)))
+
+    plain = code("def f(x):\n    return x + 1")
+    assert code('"""Words."""\ndef f(x):  # more\n    """Words."""\n    return x + 1') == plain
+    assert code("def f(x):\n    return x + 2") != plain
+    tree = ast.parse("def f():\n    from fastcifar.kernels import philox\nfrom fastcifar.train.muon import Muon")
+    found = {str(path.relative_to(ROOT / "fastcifar")) for path in launches.imports(tree)}
+    assert found == {"kernels/__init__.py", "kernels/philox.py", "train/muon.py"}
+
+
 def test_a_gpu_is_compared_by_origin() -> None:
     names = {
         "triton_poi_fused_add_0": "generated", "augment_kernel": "own", "Memcpy DtoD (Device -> Device)": "copy",
@@ -126,14 +147,14 @@ def test_a_gpu_is_compared_by_origin() -> None:
         "void cudnn::(anonymous namespace)::nhwcToNchw(float*)": "library",
     }  # fmt: skip
     assert {name: launches.real_origin(name) for name in names} == names
-    entry = launches.entry_of("lenet5", report())
+    entry = made()
     assert launches.compare("lenet5", entry, entry) == []
     other = entry | {"step": {"launches": {"generated": 3, "own": 1, "aten": 4, "copy": 9}, "library": {}}}
     assert launches.compare("lenet5", entry, other) == ["lenet5: generated: 2 launches in the ledger, 3 on the GPU"]
 
 
 def test_a_gpu_is_held_against_the_null_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = launches.entry_of("lenet5", report())
+    entry = made()
     monkeypatch.setattr(launches, "read_ledger", lambda: {launches.NULL: {"lenet5": entry}})
     assert launches.against_null({"lenet5": entry, "wrn-200": entry}) == [
         "the GPU launches what the ledger says, for lenet5"
