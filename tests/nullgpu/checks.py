@@ -16,13 +16,14 @@ def assert_clean(report: Report) -> None:
     assert report.error is None, report.error
     for call in report.facts.get("calls", []):
         assert call["status"] == 0, call["stderr"]
-    assert report.facts.get("fallback") is None
+    assert report.facts.get("fallback") is None, report.facts["fallback"]
     assert report.facts.get("row", {}).get("nonfinite_step") is None
-    assert report.violations == []
-    assert report.graph_breaks == {}
+    assert report.violations == [], report.violations
+    assert report.graph_breaks == {}, report.graph_breaks
     assert [each for each in sorted(report.convolutions) if not each.channels_last] == []
     assert {kernel.target for kernel in report.kernels} <= {"sm_90"}
-    assert [kernel for kernel in report.kernels if spills(kernel)] == []
+    spilling = [kernel for kernel in report.kernels if spills(kernel)]
+    assert spilling == [], spilling
 
 
 def spills(kernel: Kernel) -> bool:
@@ -63,3 +64,23 @@ def assert_evaluation_is_replayed(report: Report) -> None:
         assert region.replays
         assert dict(region.library) == {}
         assert region.kinds()["generated"] == 0
+
+
+def assert_prepared_before_training(report: Report) -> None:
+    """Check that every shape was compiled and captured while the clock ``compilation_s`` ran, not in training time."""
+    spans = {capture.span for _, capture in report.captures() + report.captures("evaluation")}
+    assert spans == {"compilation_s"}, f"captured while these clocks ran: {spans}"
+
+
+MOST_GROWN_BYTES = 200_000_000
+
+
+def assert_torch_is_whole_or_stopped(report: Report) -> None:
+    """Check what a step that cannot be captured leaves: one clear message and an end, or a torch that works."""
+    facts = report.facts
+    assert report.error is None, report.error
+    if facts["ended"].startswith("UserError"):
+        return
+    assert facts["fallback"]
+    assert facts["dropout"] == "works"
+    assert facts["grown_bytes"] < MOST_GROWN_BYTES

@@ -7,9 +7,10 @@ import contextlib
 import io
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,20 @@ from fastcifar.augment.augment import build_augment
 from fastcifar.augment.mix import build_mix
 from fastcifar.config import Recipe, load_recipe
 from fastcifar.data.batch import Batch
+from fastcifar.errors import UserError
 from fastcifar.models import build_model
+from fastcifar.models.shakedrop import ShakeDraws
+from fastcifar.train import execution
 from fastcifar.train.clock import Clock
 from fastcifar.train.cuda_graph import GraphedStep
 from fastcifar.train.evaluate import Evaluator
+from fastcifar.train.execution import Execution
 from fastcifar.train.precision import PRECISIONS
 from fastcifar.train.step import Step, build_step
 
 IMAGE_SHAPE = (32, 32, 3)
+Patches = Iterator[tuple[Any, str, Any]]
+"""Owners, names of their attributes, and what to put there."""
 
 seen_steps: list[Step] = []
 """Every step object that was called, in order; the last one belongs to the running job."""
@@ -110,6 +117,72 @@ def run_summary(folder: Path) -> dict[str, Any]:
     from fastcifar.run_directory import RunDirectory
 
     return dict(RunDirectory.open(folder).summary)
+
+
+# --------------------------------------------------------------------------- faults that the project once had, put back
+
+
+def draw_in_the_model() -> Patches:
+    """Draw ShakeDrop's factors inside the compiled model, with Philox's constants, instead of in an operator."""
+
+    def forward(self: ShakeDraws, batch: int) -> torch.Tensor:
+        blocks = torch.arange(len(self.thresholds), device=self.counter.device) * 0xCD9E8D57
+        words = (
+            blocks[:, None, None] + torch.arange(2 * batch, device=self.counter.device).view(2, batch)
+        ) ^ self.counter
+        return (words & 0xFFFFFF).float() / 2**24
+
+    yield ShakeDraws, "forward", forward
+
+
+def capture_without_a_rehearsal() -> Patches:
+    """Capture without looking for waits first, and go on without a graph where the capture fails."""
+    capture = Execution.warm_up
+
+    def first_wait(run: Callable[[], Any]) -> None:
+        run()
+
+    def warm_up(self: Execution, batches: Iterable[Batch]) -> None:
+        batches = list(batches)
+        try:
+            capture(self, batches)
+        except UserError as error:
+            self.graph, self.fallback = None, f"the step cannot be captured: {error}"
+
+    yield execution, "first_wait", first_wait
+    yield Execution, "warm_up", warm_up
+
+
+def warm_up_one_shape() -> Patches:
+    """Prepare the whole batch only, and leave the odd last one to the first epoch."""
+    warm_up = Execution.warm_up
+
+    def first_only(self: Execution, batches: Iterable[Batch]) -> None:
+        warm_up(self, islice(batches, 1))
+
+    yield Execution, "warm_up", first_only
+
+
+FAULTS: dict[str, Callable[[], Patches]] = {
+    "wide indices": draw_in_the_model, "failed capture": capture_without_a_rehearsal, "odd batch": warm_up_one_shape,
+}  # fmt: skip
+
+
+@contextmanager
+def fault(name: str) -> Iterator[None]:
+    """Have a fault of `FAULTS` for the time of a block."""
+    patches = list(FAULTS[name]())
+    before = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in patches]
+    for owner, attribute, spoilt in patches:
+        setattr(owner, attribute, spoilt)
+    try:
+        yield
+    finally:
+        for owner, attribute, sound in before:
+            setattr(owner, attribute, sound)
+
+
+# ---------------------------------------------------------------------------------------------- a step without a loader
 
 
 class Waiting:

@@ -78,20 +78,25 @@ def observe(work: Callable[[], dict[str, Any]], log: Path) -> Report:
     counters.clear()
     torch.cuda.reset_peak_memory_stats()
     DEVICE.nullgpu_open(str(log).encode())
-    facts, error = {}, None
+    facts, error, began_cpu_s = {}, None, cpu_s()
     try:
         facts = work()
     except Exception:
         error = traceback.format_exc()
     report = LogReader().read(log)
     DEVICE.nullgpu_open(None)
-    report.facts, report.error = facts, error
+    report.facts, report.error, report.cpu_s = facts, error, cpu_s() - began_cpu_s
     report.graph_breaks = {str(k): int(v) for k, v in counters["graph_break"].items()}
     report.graphs = dict(graphs)
     report.kernels = loaded_kernels(log)
     report.peak_bytes = torch.cuda.max_memory_allocated()
     report.reserved_bytes = torch.cuda.memory_reserved()
     return report
+
+
+def cpu_s() -> float:
+    """Return the processor seconds so far of this process and of its children that have ended (ptxas)."""
+    return sum(os.times()[:4])
 
 
 # ------------------------------------------------------------------------------------------------------------- cubins

@@ -145,6 +145,7 @@ class Report:
         kernels: the compiled modules that were loaded.
         peak_bytes: most that torch's allocator had given out at once.
         reserved_bytes: what it held at the end.
+        cpu_s: processor seconds of the job, ptxas included.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -158,6 +159,7 @@ class Report:
     kernels: list[Kernel] = field(default_factory=list)
     peak_bytes: int = 0
     reserved_bytes: int = 0
+    cpu_s: float = 0.0
 
     def of(self, kind: str) -> list[Region]:
         """Return the regions of a kind."""

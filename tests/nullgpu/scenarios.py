@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tests.nullgpu import internals
+from tests.nullgpu.observe import cpu_s
 
 SYNTHETIC = ("data.source=synthetic", "data.test_subset=30")
 
@@ -49,11 +50,6 @@ def steps(recipe: str, changes: list[str], odd: bool = True, evaluate: bool = Tr
     parameters = sum(p.numel() for p in bench.model.parameters())
     facts = {"parameters": parameters, "peak_bytes": first_peak, "compile_cpu_s": compile_cpu_s}
     return {"row": row, **facts, **internals.modes()}
-
-
-def cpu_s() -> float:
-    """Return the processor seconds so far of this process and of its children that have ended (ptxas)."""
-    return sum(os.times()[:4])
 
 
 # ------------------------------------------------------------------------------------------ the rules of stream capture
@@ -171,6 +167,13 @@ def out_of_memory(recipe: str, changes: list[str], spare_bytes: int) -> dict[str
     finally:
         del os.environ["NULLGPU_MEMORY_BYTES"]
     return {"ended": ended, **internals.modes()}
+
+
+def with_fault(fault: str, scenario: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Execute another scenario while the project has a fault that it once had; see `internals.FAULTS`."""
+    with internals.fault(fault):
+        facts: dict[str, Any] = globals()[scenario](**arguments)
+    return facts
 
 
 class WideIndices(torch.nn.Module):

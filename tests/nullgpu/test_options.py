@@ -33,7 +33,7 @@ CAPTURED: dict[str, list[str]] = {
     "accumulate": ["train.accumulate=3"],
     "accumulate, asam": ["train.accumulate=3", SAM],
     "clipping": ["train.grad_clip=1.0"],
-    "per step": ["schedule={name='cosine',per='step',warmup_epochs=1}"],
+    "per step": ["schedule={name='cosine',per='step',warmup_epochs=1}", "train.epochs=2"],
     "smoothing": ["loss.label_smoothing=0.1"],
     "class weights": ["loss.class_weights=[1,1,1,1,1,1,1,1,1,2]"],
     "cutmix": ["mix={name='cutmix'}"],
