@@ -1,6 +1,6 @@
 """What a training step is made of on a GPU: launches, library calls, bytes, memory, kernels, for each kind of recipe.
 
-    python benchmarks/launches.py [RECIPE ...] [--quick] [--json]
+    python benchmarks/launches.py [RECIPE ...] [--cached] [--quick] [--json]
 
 Without a GPU the step is compiled and captured on the null device (``tests/nullgpu``), which computes nothing and so
 measures no time; with one, the launches of a replayed step are counted by torch's profiler. Both go into
@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -129,18 +129,18 @@ def _is_docstring(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def entry_of(recipe: str, report: Report, again: Report) -> Entry:
+def entry_of(recipe: str, report: Report, again: Report | None = None) -> Entry:
     """Return a recipe's entry from what the null device saw of its `steps`.
 
     Args:
         recipe: its name.
         report: with nothing in the compilers' caches.
-        again: of another process that finds in them what the first one compiled.
+        again: of another process that finds in them what the first one compiled, or None.
 
     Raises:
         UserError: the step failed or was not captured.
     """
-    for seen in (report, again):
+    for seen in (report, again or report):
         if seen.error is not None or not seen.captures():
             reason = (seen.error or "the step was not captured").strip().splitlines()[-1]
             raise UserError(f"{recipe}: {reason}")
@@ -156,7 +156,7 @@ def entry_of(recipe: str, report: Report, again: Report) -> Entry:
         "generated_bytes": report.generated_bytes(step),
         "peak_bytes": report.facts["peak_bytes"],
         "compile_cpu_s": round(report.facts["compile_cpu_s"], 1),
-        "cached_cpu_s": round(again.facts["compile_cpu_s"], 1),
+        "cached_cpu_s": round(again.facts["compile_cpu_s"], 1) if again else None,
         "kernels": len(report.kernels),
         "registers": max((kernel.registers for kernel in report.kernels), default=0),
         "stack": {kernel.name: kernel.stack_bytes for kernel in report.kernels if kernel.stack_bytes},
@@ -181,8 +181,12 @@ def total(work: Entry) -> int:
     return sum(work["launches"].values())
 
 
-def measure_null(recipe: str) -> Entry:
-    """Return a recipe's entry as the null device sees it: compiled anew, and once more out of the compilers' caches.
+def measure_null(recipe: str, cached: bool = False) -> Entry:
+    """Return a recipe's entry as the null device sees it, compiled anew.
+
+    Args:
+        recipe: its name.
+        cached: go through its first step once more, in a process that finds the compilers' caches filled.
 
     Raises:
         UserError: the null device cannot run here, or the step failed on it.
@@ -193,7 +197,7 @@ def measure_null(recipe: str) -> Entry:
     with tempfile.TemporaryDirectory() as folder:
         runs = [
             on_null_device([job], Path(folder) / run, deadline_s=DEADLINE_S, compiled=Path(folder) / "compiled")[0]
-            for run in ("first", "second")
+            for run in (("first", "second") if cached else ("first",))
         ]
     return entry_of(recipe, *runs)
 
@@ -323,12 +327,13 @@ def main() -> None:
     """Measure what is due, recipe by recipe, and print the whole."""
     parser = argparse.ArgumentParser(prog="benchmarks/launches.py")
     parser.add_argument("recipes", nargs="*", help="recipes to measure in any case; default: all that are due")
+    parser.add_argument("--cached", action="store_true", help="compile twice, the second time out of the caches")
     parser.add_argument("--quick", action="store_true", help="one cheap recipe, and the ledger is left alone")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     arguments = parser.parse_args()
     be_strict()
     try:
-        entries = execute(arguments.recipes, arguments.quick)
+        entries = execute(arguments.recipes, arguments.quick, arguments.cached)
     except UserError as error:
         sys.exit(f"benchmarks/launches.py: {error}")
     report = report_of("launches", arguments.quick, rows_of(entries))
@@ -340,7 +345,7 @@ def main() -> None:
         print()
 
 
-def execute(names: list[str], quick: bool) -> dict[str, Entry]:
+def execute(names: list[str], quick: bool, cached: bool = False) -> dict[str, Entry]:
     """Measure and return the device's entries by recipe; each is in the ledger as soon as it is known.
 
     A recipe whose step fails does not keep the others from being measured.
@@ -350,7 +355,7 @@ def execute(names: list[str], quick: bool) -> dict[str, Entry]:
     """
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else NULL
-    measure = measure_gpu if gpu else measure_null
+    measure = measure_gpu if gpu else partial(measure_null, cached=cached)
     if quick:
         return {name: measure(name) for name in QUICK}
     failed = []

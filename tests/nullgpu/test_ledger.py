@@ -82,6 +82,7 @@ def test_an_entry_says_what_was_seen() -> None:
     assert entry["evaluation"] == {"launches": {"aten": 3}, "library": {}}
     assert (entry["generated_bytes"], entry["compile_cpu_s"], entry["cached_cpu_s"]) == (150, 1.3, 0.4)
     assert (entry["kernels"], entry["registers"], entry["stack"]) == (2, 40, {"augment_kernel": 8})
+    assert launches.entry_of("lenet5", report())["cached_cpu_s"] is None
 
 
 def test_bytes_out_of_a_cache_are_unknown() -> None:
