@@ -253,6 +253,95 @@ class SpeedNetConfig(ModelBase):
     scale: Positive = 1 / 9
 
 
+def _whole_heads(config: "ViTConfig | CCTConfig") -> None:
+    if config.dim % config.heads:
+        raise ValueError(f"dim = {config.dim} is not a multiple of heads = {config.heads}")
+
+
+class TransformerBase(ModelBase):
+    """What the transformers share.
+
+    Attributes:
+        dim: width of the tokens, a multiple of ``heads``.
+        depth: number of encoder blocks.
+        heads: attention heads.
+        mlp_ratio: width of a block's MLP as a multiple of ``dim``.
+        dropout: after embeddings and each layer of an MLP.
+        drop_path: probability that the last block's residual branches are left out (stochastic depth, Huang et al.,
+            2016); the first block's is 0, the others lie between.
+    """
+
+    dim: int = Field(256, ge=1, le=8192)
+    depth: int = Field(7, ge=1, le=200)
+    heads: int = Field(4, ge=1, le=256)
+    mlp_ratio: float = Field(2.0, gt=0, le=64)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(0.1, ge=0, lt=1)
+
+
+class ViTConfig(TransformerBase):
+    """A plain vision transformer (Dosovitskiy et al., 2021) on patches of ``patch`` x ``patch`` pixels: 6.35 M."""
+
+    name: Literal["vit"]
+    patch: int = Field(4, ge=1, le=64)
+    depth: int = Field(8, ge=1, le=200)
+    heads: int = Field(8, ge=1, le=256)
+    mlp_ratio: float = Field(4.0, gt=0, le=64)
+
+    @model_validator(mode="after")
+    def _heads(self) -> "ViTConfig":
+        _whole_heads(self)
+        return self
+
+
+class CCTConfig(TransformerBase):
+    """Compact convolutional transformer (Hassani et al., 2021); the defaults are CCT-7/3x1 for 32 px: 3.76 M.
+
+    ``convs`` convolutions of ``kernel`` x ``kernel`` pixels, each with a max pooling that halves the side, make tokens.
+    """
+
+    name: Literal["cct"]
+    kernel: Literal[1, 3, 5, 7] = 3
+    convs: int = Field(1, ge=1, le=4)
+    attention_dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads(self) -> "CCTConfig":
+        _whole_heads(self)
+        return self
+
+
+class ConvNeXtV2Config(ModelBase):
+    """ConvNeXt V2 (Woo et al., 2023); the defaults are Atto with a stem of stride 1 for small images.
+
+    Attributes:
+        widths: channels of the four stages.
+        depths: blocks of the four stages.
+        stem_stride: 1 for small images; 4 is the published one, for 224 px.
+        drop_path: probability that the last block's residual branch is left out; the first one's is 0.
+    """
+
+    name: Literal["convnextv2"]
+    widths: list[Annotated[int, Field(ge=1, le=4096)]] = Field([40, 80, 160, 320], min_length=4, max_length=4)
+    depths: list[Annotated[int, Field(ge=1, le=100)]] = Field([2, 2, 6, 2], min_length=4, max_length=4)
+    stem_stride: Literal[1, 2, 4] = 1
+    drop_path: float = Field(0.1, ge=0, lt=1)
+
+
+class ShakeShakeConfig(ModelBase):
+    """Shake-Shake (Gastaldi, 2017): two branches per block, ``width`` channels in the first stage; 26 2x32d here."""
+
+    name: Literal["shake_shake"]
+    depth: int = Field(26, ge=8, le=2000)
+    width: int = Field(32, ge=2, le=4096, multiple_of=2)
+
+    @model_validator(mode="after")
+    def _depth(self) -> "ShakeShakeConfig":
+        if (self.depth - 2) % 6:
+            raise ValueError(f"depth {self.depth} is not 6n + 2; the nearest is {(self.depth - 2) // 6 * 6 + 2}")
+        return self
+
+
 class UserModelConfig(ModelBase):
     """A model by import path: ``mypkg.nets:MyNet``, or ``timm:resnet18`` (with the extra ``timm``).
 
@@ -270,6 +359,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pyramidnet110_a150": {"name": "pyramidnet", "depth": 110, "alpha": 150},
     "pyramidnet110_a270": {"name": "pyramidnet", "depth": 110, "alpha": 270},
     "pyramidnet272_a200": {"name": "pyramidnet", "depth": 272, "alpha": 200, "block": "bottleneck"},
+    "cct7_3x1": {"name": "cct", "depth": 7, "kernel": 3, "convs": 1},
+    "convnextv2_atto": {"name": "convnextv2", "widths": [40, 80, 160, 320], "depths": [2, 2, 6, 2]},
+    "convnextv2_femto": {"name": "convnextv2", "widths": [48, 96, 192, 384], "depths": [2, 2, 6, 2]},
+    "shake_shake26_2x32d": {"name": "shake_shake", "depth": 26, "width": 32},
+    "shake_shake26_2x64d": {"name": "shake_shake", "depth": 26, "width": 64},
 }
 
 
@@ -287,7 +381,11 @@ ModelUnion = Annotated[
     | Residual15Config
     | WideResNetConfig
     | PyramidNetConfig
-    | SpeedNetConfig,
+    | SpeedNetConfig
+    | ViTConfig
+    | CCTConfig
+    | ConvNeXtV2Config
+    | ShakeShakeConfig,
     Field(discriminator="name"),
 ]
 ModelConfig = Annotated[
@@ -322,9 +420,14 @@ class SGDConfig(OptimizerBase):
 
 
 class AdamConfig(OptimizerBase):
-    """Adam (Kingma & Ba, 2015) or AdamW (Loshchilov & Hutter, 2019)."""
+    """Adam (Kingma & Ba, 2015) or AdamW (Loshchilov & Hutter, 2019).
+
+    ``decay = "matrices"`` keeps the weight decay to the weights of convolutions and linear layers, as is usual for
+    transformers: not on norms, biases, tokens and position embeddings.
+    """
 
     name: Literal["adam", "adamw"]
+    decay: Literal["all", "matrices"] = "all"
     betas: list[Fraction] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: Positive = 1e-8
 

@@ -11,7 +11,18 @@ from torch import nn
 
 from fastcifar.config.schema import ModelBase, UserModelConfig
 from fastcifar.errors import UserError
-from fastcifar.models import deep_baseline, lenet, pyramidnet, residual, speednet, user, wide_resnet
+from fastcifar.models import (
+    convnext,
+    deep_baseline,
+    lenet,
+    pyramidnet,
+    residual,
+    shake_shake,
+    speednet,
+    transformer,
+    user,
+    wide_resnet,
+)
 from fastcifar.models.hooks import bind_counter
 
 __all__ = ["MODELS", "bind_counter", "build_model", "kaiming_normal_fan_out"]
@@ -27,14 +38,18 @@ MODELS: dict[str, Builder] = {
     "wide_resnet": wide_resnet.build,
     "pyramidnet": pyramidnet.build,
     "speednet": speednet.build,
+    "vit": transformer.build_vit,
+    "cct": transformer.build_cct,
+    "convnextv2": convnext.build,
+    "shake_shake": shake_shake.build,
 }
 """A model's name in a recipe -> (config, num_classes, image_px) -> the network with torch's default weights."""
 
-SMALLEST_PX = {"lenet5": 16, "deep_baseline": 8, "deep_baseline_bn": 8, "residual5": 8, "speednet": 9}
+SMALLEST_PX = {"lenet5": 16, "deep_baseline": 8, "deep_baseline_bn": 8, "residual5": 8, "speednet": 9, "convnextv2": 8}
 """The smallest image of which something is left after a model's poolings; the others take any."""
 
-NEED_SQUARE = ("lenet5", "deep_baseline", "deep_baseline_bn", "residual5")
-"""Models whose linear layers are made for square images; the others end in global pooling and take any shape."""
+NEED_SQUARE = ("lenet5", "deep_baseline", "deep_baseline_bn", "residual5", "vit", "cct")
+"""Models whose linear layers or positions are made for square images; the others pool globally and take any shape."""
 
 
 def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32, seed: int) -> nn.Module:

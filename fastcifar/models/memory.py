@@ -9,7 +9,6 @@ from fastcifar.config.schema import (
     ModelBase,
     PyramidNetConfig,
     Recipe,
-    SpeedNetConfig,
     UserModelConfig,
     WideResNetConfig,
 )
@@ -46,7 +45,13 @@ def is_large(recipe: Recipe) -> bool:
         return model.widen > USUAL_WIDEN or model.depth > USUAL_DEPTH
     if isinstance(model, PyramidNetConfig):
         return model.alpha > USUAL_ALPHA or model.depth > USUAL_DEPTH
-    return isinstance(model, SpeedNetConfig) and max(model.widths) > USUAL_WIDTH
+    return widest(model) > USUAL_WIDTH
+
+
+def widest(model: ModelBase) -> int:
+    """Return the largest of the widths that a model's config names (``width``, ``widths``, ``dim``); 0 for none."""
+    named = model.model_dump(include={"width", "widths", "dim"}).values()
+    return max((width for value in named for width in (value if isinstance(value, list) else [value])), default=0)
 
 
 def check_memory(name: str, memory: dict[str, float], device: torch.device) -> None:

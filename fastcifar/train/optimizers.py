@@ -102,8 +102,12 @@ class Adam:
     def __init__(self, config: AdamConfig, flat: FlatParameters, averages: Averages | None, skip: bool):
         self._settings: dict[str, Any] = {
             "beta1": config.betas[0], "beta2": config.betas[1], "eps": config.eps,
-            "weight_decay": config.weight_decay, "amsgrad": False, "maximize": False,
+            "amsgrad": False, "maximize": False,
         }  # fmt: skip
+        # The flat parameters begin with the matrices: a range that decays, and one that does not.
+        end = flat.matrix_end if config.decay == "matrices" else flat.weights.numel()
+        self._parts = [(slice(0, end), config.weight_decay), (slice(end, flat.weights.numel()), 0.0)]
+        self._parts = [(part, decay) for part, decay in self._parts if part.stop > part.start]
         self._kernel = torch._fused_adam_ if config.name == "adam" else torch._fused_adamw_
         self._first, self._second = flat.add("adam_first"), flat.add("adam_second")
         flat.buffers["adam_steps"] = self._steps = torch.zeros((), device=flat.weights.device)
@@ -119,10 +123,11 @@ class Adam:
             # Not by NaN: that would stay in the padding between tensors, and every later norm would count it.
             flat.grads.mul_(coefficient.nan_to_num(nan=0.0) if self._skip else coefficient)
         self._steps.add_(1)
-        self._kernel(
-            [flat.weights], [flat.grads], [self._first], [self._second], [], [self._steps],
-            lr=lr, found_inf=missed, **self._settings,
-        )  # fmt: skip
+        for part, decay in self._parts:
+            self._kernel(
+                [flat.weights[part]], [flat.grads[part]], [self._first[part]], [self._second[part]], [], [self._steps],
+                lr=lr, found_inf=missed, weight_decay=decay, **self._settings,
+            )  # fmt: skip
         if missed is not None:
             self._steps.sub_(missed[0])
         if self._averages is not None:

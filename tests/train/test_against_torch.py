@@ -1,5 +1,6 @@
 """The whole step, 50 times on a small real model, against float64 references that know nothing of flat parameters."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,15 @@ def train_ours(net: torch.nn.Module, data: Any, **tables: Any) -> Step:
 
 
 SGD = {"name": "sgd", "lr": 0.02, "weight_decay": 5e-4}
+
+
+def adamw_on_matrices(parameters: Iterable[torch.Tensor]) -> torch.optim.AdamW:
+    every = list(parameters)
+    matrices, others = [p for p in every if p.ndim > 1], [p for p in every if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3)
+
+
 ADAM = {"lr": 1e-3, "weight_decay": 5e-4}
 OPTIMIZERS = {
     "nesterov": (SGD, partial(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)),
@@ -44,6 +54,7 @@ OPTIMIZERS = {
     "plain": (SGD | {"momentum": 0.0, "weight_decay": 0.0}, partial(torch.optim.SGD, lr=0.02)),
     "adam": (ADAM | {"name": "adam"}, partial(torch.optim.Adam, lr=1e-3, weight_decay=5e-4)),
     "adamw": (ADAM | {"name": "adamw"}, partial(torch.optim.AdamW, lr=1e-3, weight_decay=5e-4)),
+    "adamw-matrices": (ADAM | {"name": "adamw", "decay": "matrices", "weight_decay": 0.5}, adamw_on_matrices),
 }
 
 
