@@ -93,11 +93,15 @@ class DataConfig(Section):
     ``subset`` and ``test_subset`` keep only the first images of each class (0 keeps all), for smoke tests. All three
     count images in total, each class in proportion (shares that are not whole by the largest remainder): of ten equal
     classes, ``subset = 100`` keeps ten each. A subset smaller than the number of classes is an error.
+
+    ``holdout_seed`` chooses the holdout, the run's ``seed`` by default: with one of its own, runs of several seeds hold
+    out the same images and can be combined on them.
     """
 
     source: Literal["cifar10", "cifar100", "folder", "synthetic", "cifar10-or-synthetic"] = "cifar10"
     loader: LoaderConfig = LoaderConfig()
     holdout: int = Field(0, ge=0, le=MAX_IMAGES)
+    holdout_seed: int | None = Field(None, ge=0, lt=2**63)
     subset: int = Field(0, ge=0, le=MAX_IMAGES)
     test_subset: int = Field(0, ge=0, le=MAX_IMAGES)
     mean: list[Annotated[float, Field(ge=-100, le=100)]] = Field([0.5, 0.5, 0.5], min_length=3, max_length=3)

@@ -231,7 +231,8 @@ def choose_rows(config: DataConfig, store: Store, seed: int) -> Rows:
     test = subset_rows(store.labels("test"), config.test_subset, "data.test_subset")
     holdout = train[:0]
     if config.holdout:
-        kept, held = holdout_split(labels[train], config.holdout, seed)
+        holdout_seed = seed if config.holdout_seed is None else config.holdout_seed
+        kept, held = holdout_split(labels[train], config.holdout, holdout_seed)
         train, holdout = train[kept], train[held]
     return Rows(train, holdout, test)
 

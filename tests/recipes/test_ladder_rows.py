@@ -37,7 +37,7 @@ MODELS = {
 TORCH_DECAY = {"lr_norm_bias": None, "decay_per": "lr"}
 INITS = {"default": "default", "kaiming_normal fan_out": "kaiming_normal_fan_out"}
 OPTIMIZERS = {
-    "adam": {"name": "adam", "betas": [0.9, 0.999], "eps": 1e-8},
+    "adam": {"name": "adam", "betas": [0.9, 0.999], "eps": 1e-8, "decay": "all"},
     "sgd nesterov momentum 0.9": {"name": "sgd", "momentum": 0.9, "nesterov": True} | TORCH_DECAY,
 }
 SCHEDULES = {"constant": "constant", "cosine per epoch to 0": "cosine"}
@@ -107,7 +107,15 @@ def test_training_row(row):
     assert recipe.target is None
     assert recipe.seed == wanted.pop("seed")
     mean, std = NORMALIZE[wanted.pop("normalize")]
-    data = {"source": "cifar10", "holdout": 0, "subset": 0, "test_subset": 0, "mean": mean, "std": std}
+    data = {
+        "source": "cifar10",
+        "holdout": 0,
+        "holdout_seed": None,
+        "subset": 0,
+        "test_subset": 0,
+        "mean": mean,
+        "std": std,
+    }
     assert recipe.data.model_dump(exclude={"loader"}) == data
     assert recipe.model.model_dump() == MODELS[row["model"]] | {"init": INITS[wanted.pop("init")]}
     optimizer = OPTIMIZERS[wanted.pop("optimizer")] | {"lr": wanted.pop("lr"), "weight_decay": wanted["weight_decay"]}

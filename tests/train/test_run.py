@@ -154,6 +154,16 @@ def test_the_holdout_is_stratified_and_not_trained_on():
     assert np.bincount(store.split("train").labels[rows.holdout]).tolist() == [5] * 10
 
 
+def test_a_holdout_seed_chooses_the_same_images_for_every_seed():
+    wanted = recipe(data={"source": "synthetic", "holdout": 50, "subset": 200, "holdout_seed": 7})
+    store = resolve_store(wanted.data, None)
+    one, other = (choose_rows(wanted.data, store, seed) for seed in (1, 2))
+    own = wanted.data.model_copy(update={"holdout_seed": None})
+    assert np.array_equal(one.holdout, other.holdout)
+    assert np.array_equal(choose_rows(own, store, 7).holdout, one.holdout)
+    assert not np.array_equal(choose_rows(own, store, 1).holdout, one.holdout)
+
+
 def test_the_whitening_layer_is_fitted_to_the_training_images(tmp_path):
     speed = {"name": "speednet", "widths": [8, 8, 8]}
     run_in(tmp_path / "run", recipe(model=speed, train={"epochs": 1, "batch_size": 100}))
