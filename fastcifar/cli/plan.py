@@ -79,7 +79,7 @@ def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str
         "training": {
             "images": trained, "holdout": recipe.data.holdout, "batch_size": recipe.train.batch_size,
             "steps_per_epoch": steps, "epochs": recipe.train.epochs, "steps": steps * recipe.train.epochs,
-            "passes_per_step": 2 if recipe.asam else 1,
+            "passes_per_step": recipe.passes_per_step,
         },
         "data": where,
         "backend": {

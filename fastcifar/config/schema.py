@@ -496,6 +496,9 @@ class AsamConfig(Section):
         eta: added to the scale abs(w) (ASAM).
         scope: scale all parameters by abs(w), or only weight tensors (the ASAM authors' choice).
         batch_norm: whether running statistics move in the second pass too (as published) or stay.
+        start: share of the run's steps after which it begins; the steps before it are plain ones, of one pass. Most of
+            what sharpness-aware minimization is worth comes from its last phase (Zhou et al., 2025, "Sharpness-aware
+            minimization efficiently selects flatter minima late in training").
     """
 
     rho: Positive
@@ -503,6 +506,7 @@ class AsamConfig(Section):
     eta: NotNegative = 0.0
     scope: Literal["all", "weights"] = "all"
     batch_norm: Literal["update", "freeze"] = "update"
+    start: float = Field(0.0, ge=0, lt=1)
 
 
 class EmaConfig(Section):
@@ -649,6 +653,11 @@ class Recipe(Section):
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def passes_per_step(self) -> float:
+        """How often a step goes through the model with each sample, forward and backward: the mean over the run."""
+        return 2 - self.asam.start if self.asam else 1
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":

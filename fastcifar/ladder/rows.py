@@ -152,5 +152,5 @@ def cost(recipe: Recipe) -> int:
     from fastcifar.models.budget import images_to_train
     from fastcifar.models.cost import forward_macs
 
-    passes = 2 if recipe.asam else 1  # what goes backward is in proportion
-    return forward_macs(recipe.model) * passes * images_to_train(recipe) * recipe.train.epochs
+    # What goes backward is in proportion.
+    return round(forward_macs(recipe.model) * recipe.passes_per_step * images_to_train(recipe) * recipe.train.epochs)

@@ -231,12 +231,12 @@ def _model_kind(recipe: Recipe) -> tuple[str, str]:
     return step_key(recipe).split(" | ")[0], recipe.engine.precision
 
 
-def _passes(recipe: Recipe) -> int:
-    """Return how often a step goes through the model with each sample, forward and backward."""
-    return 2 if recipe.asam else 1
+def _passes(recipe: Recipe) -> float:
+    """Return how often a step goes through the model with each sample, forward and backward: the mean over the run."""
+    return recipe.passes_per_step
 
 
-def _turns(recipe: Recipe) -> int:
+def _turns(recipe: Recipe) -> float:
     """Return how often a step calls the model: micro-batches times passes."""
     return _passes(recipe) * recipe.train.accumulate
 
@@ -272,7 +272,7 @@ def own_bytes(recipe: Recipe, cost: Cost, names: Mapping[str, int]) -> float:
     return moved
 
 
-def flat_bytes(recipe: Recipe) -> int:
+def flat_bytes(recipe: Recipe) -> float:
     """Return the bytes a parameter that a step moves in the flat buffers, all of float32 but the working copy."""
     copy = 2 if recipe.engine.precision in ("bf16", "fp16") and recipe.train.accumulate == 1 else 0
     gathering = (copy or 4) + 4  # of the gradients: read where autograd left them, written into the flat buffer
@@ -280,7 +280,7 @@ def flat_bytes(recipe: Recipe) -> int:
     moments = 2 if recipe.optimizer.name in ("adam", "adamw") else 1
     update = 4 * (3 + 2 * moments) + copy  # reads w, g and the moments; writes w and the moments
     averages = 4 * 2 if recipe.ema else 0
-    return _passes(recipe) * gathering + (ascent if recipe.asam else 0) + update + averages
+    return _passes(recipe) * gathering + (_passes(recipe) - 1) * ascent + update + averages
 
 
 def _bytes_per_value(recipe: Recipe) -> int:

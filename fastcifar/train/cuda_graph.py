@@ -19,22 +19,23 @@ class Captured(NamedTuple):
 
 
 class GraphedStep:
-    """Captures ``run(batch)`` once for each shape of batch, and replays it.
+    """Captures ``run(batch)`` once for each shape of batch and phase of the run, and replays it.
 
     A resident set (more images than rows) is read in place; whatever else a batch brings is copied into the graph's own
     input. All graphs share one private memory pool, since they never run at once.
 
     Args:
         run: one step, without any wait for the host.
+        phase: what else than the batch decides which kernels a step launches, now.
     """
 
-    def __init__(self, run: Callable[[Batch], None]):
-        self._run = run
+    def __init__(self, run: Callable[[Batch], None], phase: Callable[[], Hashable] = lambda: None):
+        self._run, self._phase = run, phase
         self._captured: dict[Hashable, Captured] = {}
 
     def knows(self, batch: Batch) -> bool:
-        """Tell whether a graph for batches of this shape has been captured."""
-        return _shape(batch) in self._captured
+        """Tell whether a graph for batches of this shape has been captured in this phase."""
+        return self._key(batch) in self._captured
 
     def capture(self, batch: Batch) -> None:
         """Capture the step for batches of this shape; the step must have run before, see `beside`.
@@ -58,15 +59,18 @@ class GraphedStep:
                 f'capturing the step as a CUDA graph failed: {root_cause(error)}; set engine.mode = "compile" to train '
                 "without a graph"
             ) from error
-        self._captured[_shape(batch)] = Captured(graph, own)
+        self._captured[self._key(batch)] = Captured(graph, own)
 
     def replay(self, batch: Batch) -> None:
         """Run the captured step on a batch whose shape is known."""
-        captured = self._captured[_shape(batch)]
+        captured = self._captured[self._key(batch)]
         for own, given in zip(captured.batch.tensors(), batch.tensors(), strict=True):
             if own is not given:
                 own.copy_(given, non_blocking=True)
         captured.graph.replay()
+
+    def _key(self, batch: Batch) -> Hashable:
+        return self._phase(), _shape(batch)
 
     @staticmethod
     def beside(work: Callable[[], T]) -> T:

@@ -14,6 +14,7 @@ Whatever is less than the recipe asks for is kept in `Execution.fallback`, with 
 leaves a trace in the training state.
 """
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -55,7 +56,7 @@ class Execution:
         device = step.losses.device
         own = step.user_optimizer is not None
         self.compiled, captured, self.fallback = choose_mode(step.recipe.engine, device, own)
-        self.graph = GraphedStep(step.execute) if captured else None
+        self.graph = GraphedStep(step.execute, lambda: step.ascending) if captured else None
         if self.compiled:
             # The loss is a graph of its own, outside autocast.
             step.forward, step.score = compile_model(step.forward), compile_model(step.score)
@@ -83,12 +84,13 @@ class Execution:
         Raises:
             UserError: out of memory, a capture that failed, or, with ``engine.strict``, any fallback.
         """
-        for batch in batches:
-            own = self._step.user_optimizer
+        for ascending, batch in itertools.product(self._step.phases(), list(batches)):
+            own, self._step.ascending = self._step.user_optimizer, ascending
             with preserved(self._step.changing()), own.unchanged() if own else nullcontext(), out_of_memory_explained():
                 self._rehearse(batch)
                 if self.graph is not None:
                     self.graph.capture(batch)
+        self._step.ascending = self._step.ascends()
         self.warm = True
 
     def _rehearse(self, batch: Batch) -> None:

@@ -56,6 +56,7 @@ class Step(StepState):
 
     def __call__(self, batch: Batch) -> None:
         """Train on one batch: `execute`, or the CUDA graph that was captured from it."""
+        self.ascending = self.ascends()
         self.execution(batch)
         self._sizes.append(len(batch.rows))
 
@@ -71,7 +72,7 @@ class Step(StepState):
         cursor.record(self.losses, loss)
         cursor.record(self.correct, correct)
 
-        if self.ascent is not None and self._saved is not None:
+        if self.ascending and self.ascent is not None and self._saved is not None:
             # SAM's ascent step: to w + e, the point nearby where the loss is highest to first order. The norm of the
             # gradient stays on the device, as partial sums.
             partials = norm_squared(flat.weights, flat.grads, self.ascent)

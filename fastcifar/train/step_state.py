@@ -48,6 +48,7 @@ class StepState:
         forward_passes: int64 (1,), the number of forward passes so far: what random layers draw from.
         losses: float32 (steps_per_epoch,), each step's mean loss, at w and on augmented images.
         correct: float32 (steps_per_epoch,), how many samples it got right; mixed labels count by their shares.
+        ascending: whether this step makes SAM's ascent step and a second pass; the host decides it before each step.
         user_optimizer: the optimizer of the user's own that ``optimizer`` steps, which keeps state of its own, or None.
     """
 
@@ -70,6 +71,23 @@ class StepState:
     correct: Tensor
     user_optimizer: UserOptimizer | None = None
     _sizes: list[int] = field(default_factory=list)
+    _epoch: int = 0
+    ascending: bool = False
+
+    # ----------------------------------------------------------------------------------------------------------- phases
+
+    def ascends(self) -> bool:
+        """Return whether the next step makes SAM's ascent step and a second pass: from ``asam.start`` of the run on."""
+        if self.recipe.asam is None:
+            return False
+        steps = self.cursor.steps_per_epoch
+        return self._epoch * steps + len(self._sizes) >= self.recipe.asam.start * self.recipe.train.epochs * steps
+
+    def phases(self) -> list[bool]:
+        """Return what `ascending` will be in this run: each is a CUDA graph of its own."""
+        if self.recipe.asam is None:
+            return [False]
+        return [False, True] if self.recipe.asam.start else [True]
 
     # ----------------------------------------------------------------------------------------------------------- epochs
 
@@ -84,7 +102,7 @@ class StepState:
         hooks.begin_epoch(self.model, epoch)
         torch.manual_seed(torch_seed(self.recipe.seed, epoch))
         self.cursor.begin(epoch)
-        self._sizes = []
+        self._epoch, self._sizes = epoch, []
         return self.rate(epoch, 0)
 
     def end_epoch(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ OPTIMIZERS = {
 SCHEDULES = {"constant": "constant", "cosine per epoch to 0": "cosine"}
 ASAM = {
     None: None,
-    "asam rho 2.0": {"rho": 2.0, "adaptive": True, "eta": 0.0, "scope": "all", "batch_norm": "update"},
+    "asam rho 2.0": {"rho": 2.0, "adaptive": True, "eta": 0.0, "scope": "all", "batch_norm": "update", "start": 0.0},
 }
 EMA = {None: None, "decay 0.999": {"decay": 0.999}}
 NORMALIZE = {"0.5/0.5": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])}

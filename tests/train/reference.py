@@ -57,7 +57,8 @@ def perturb(model: nn.Module, *, rho: float, adaptive: bool, eta: float, weights
 
 
 def train_reference(
-    model: nn.Module, data: list[tuple[Tensor, Tensor]], make_optimizer, sam=None, decay: float | None = None, clip=0.0
+    model: nn.Module, data: list[tuple[Tensor, Tensor]], make_optimizer, sam=None, decay: float | None = None, clip=0.0,
+    sam_from: int = 0,
 ) -> tuple[nn.Module, nn.Module | None]:
     """Train a float64 copy, tensor by tensor, with torch.optim and swa_utils; return it and its average."""
     model = copy.deepcopy(model).double()
@@ -65,10 +66,10 @@ def train_reference(
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
     if average is not None:
         average.n_averaged += 1  # no warm-up: the average starts at the initial weights
-    for x, y in data:
+    for step, (x, y) in enumerate(data):
         optimizer.zero_grad()
         loss_of(model, x.double(), y).backward()
-        if sam is not None:
+        if sam is not None and step >= sam_from:
             before = perturb(model, **sam)
             optimizer.zero_grad()
             loss_of(model, x.double(), y).backward()

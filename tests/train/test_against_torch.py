@@ -1,5 +1,6 @@
 """The whole step, 50 times on a small real model, against float64 references that know nothing of flat parameters."""
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -78,6 +79,7 @@ SAMS = {
     "asam": {"rho": 0.5},
     "asam-published": {"rho": 2.0},
     "asam-eta-weights": {"rho": 0.5, "eta": 0.01, "scope": "weights"},
+    "asam-late": {"rho": 2.0, "start": 0.61},
 }
 
 
@@ -88,7 +90,9 @@ def test_sharpness_aware(name: str) -> None:
     sam |= {"weights_only": config.get("scope") == "weights"}
     net, data = make_net(3), make_data(4, STEPS)
     make = OPTIMIZERS["nesterov"][1]
-    expected, average = train_reference(net, data, make, sam, decay=0.9)
+    # 0.61 of 50 steps are 30.5: the 31st step, number 30, is the last plain one.
+    late = math.ceil(config.get("start", 0.0) * STEPS)
+    expected, average = train_reference(net, data, make, sam, decay=0.9, sam_from=late)
     step = train_ours(net, data, optimizer=SGD, asam=config, ema={"decay": 0.9})
     assert error(net.state_dict(), expected) < 1e-6
     with step.weights("ema"):
