@@ -97,14 +97,13 @@ def test_bombs_pipes_devices_and_folders_are_refused_at_once(tmp_path):
             read_image(path, 32)
 
 
-def test_damaged_images_are_refused_wherever_the_damage_is(tmp_path):
-    random = np.random.default_rng()
+def test_damaged_images_are_refused_wherever_the_damage_is(tmp_path, rng):
     for suffix in ("png", "jpg", "webp", "bmp", "gif"):
-        Image.fromarray(random.integers(0, 256, (24, 24, 3), np.uint8)).save(tmp_path / f"a.{suffix}")
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(tmp_path / f"a.{suffix}")
         content = (tmp_path / f"a.{suffix}").read_bytes()
         for _ in range(30):
-            bad = bytearray(content[: random.integers(1, len(content) + 1)])
-            bad[random.integers(len(bad))] ^= int(random.integers(1, 256))
+            bad = bytearray(content[: rng.integers(1, len(content) + 1)])
+            bad[rng.integers(len(bad))] ^= int(rng.integers(1, 256))
             (tmp_path / "bad").write_bytes(bad)
             try:
                 assert read_image(tmp_path / "bad", 32).shape == (32, 32, 3)

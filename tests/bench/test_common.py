@@ -1,7 +1,6 @@
 """The benchmarks' common ground: alternation, medians, pairwise ratios, one JSON object on stdout."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common  # noqa: E402
+from fastcifar.errors import UserError  # noqa: E402
 
 ROW = {"name", "value", "unit", "spread", "n", "baseline", "ratio", "ratio_spread"}
 
@@ -54,25 +54,25 @@ def test_a_time_is_positive():
     assert common.timed(lambda: sum(range(10_000))) > 0
 
 
-def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, *words]
-    return subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=120)
-
-
-def test_json_is_one_object_on_stdout_and_the_table_on_stderr():
-    code = "import common; common.main('x', lambda quick: [common.result('a', [1.0 + quick], 's')])"
-    done = run(code, "--json", "--quick")
-    report = json.loads(done.stdout)
+def test_json_is_one_object_on_stdout_and_the_table_on_stderr(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--json", "--quick"])
+    monkeypatch.setenv("FASTCIFAR_STRICT", "1")  # which main would set, and leave to the tests after this one
+    common.main("x", lambda quick: [common.result("a", [1.0 + quick], "s")])
+    done = capsys.readouterr()
+    report = json.loads(done.out)
     assert report["benchmark"] == "x"
     assert report["quick"] is True
     assert report["results"][0]["value"] == 2.0
     assert {"date", "hardware", "packages", "git"} <= set(report["environment"])
-    assert "x on" in done.stderr
+    assert "x on" in done.err
 
 
-def test_a_user_error_is_one_line():
-    code = "import common\nfrom fastcifar.errors import UserError\ndef run(quick): raise UserError('no data')\n"
-    done = run(code + "common.main('x', run)")
-    assert done.returncode == 1
-    assert done.stderr.strip() == "benchmarks/x.py: no data"
-    assert done.stdout == ""
+def test_a_user_error_is_one_line(monkeypatch, capsys):
+    def run(quick: bool) -> list[dict]:
+        raise UserError("no data")
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    monkeypatch.setenv("FASTCIFAR_STRICT", "1")
+    with pytest.raises(SystemExit, match=r"^benchmarks/x\.py: no data$"):  # which Python prints, with status 1
+        common.main("x", run)
+    assert capsys.readouterr().out == ""

@@ -1,8 +1,6 @@
 """``fastcifar plan``: what it says is what the engine would do."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -10,6 +8,7 @@ from fastcifar.cli import plan
 from fastcifar.config import load_recipe
 from fastcifar.errors import UserError
 from fastcifar.models import build_model
+from tests.command import fastcifar
 
 
 def told(name: str, *words: str, times: dict | None = None) -> dict:
@@ -140,8 +139,7 @@ def test_recipe_and_ladder_exclude_each_other():
 
 
 def test_json_is_one_object(tmp_path):
-    command = [sys.executable, "-m", "fastcifar", "plan", "--ladder", "--gpu", "nothing-like-it", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = fastcifar("plan", "--ladder", "--gpu", "nothing-like-it", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["hardware"] == "nothing-like-it"
 

@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.command import fastcifar, hangups_heard
+from tests.command import fastcifar
+from tests.forked import Forked
 
 TINY = """
 [data]
@@ -104,25 +104,15 @@ def start(tiny):
     """Return a function that starts a long run in a session of its own and waits until it trains."""
     children = []
 
-    def start(*words: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "fastcifar", "run", "tiny.toml", "--out", "here", "--set", "train.epochs=5000"]
-        with hangups_heard():
-            child = subprocess.Popen(
-                [*command, *words], cwd=tiny, stderr=subprocess.PIPE, text=True, start_new_session=True
-            )
+    def start(*words: str) -> Forked:
+        child = Forked("run", "tiny.toml", "--out", "here", "--set", "train.epochs=5000", *words, cwd=tiny)
         children.append(child)
-        limit = time.monotonic() + 300
-        while not list(tiny.glob("here/checkpoints/epoch-*/state.json")):
-            assert child.poll() is None, child.stderr.read()
-            assert time.monotonic() < limit
-            time.sleep(0.05)
+        child.wait_for("here/checkpoints/epoch-*/state.json", tiny)
         return child
 
     yield start
     for child in children:  # a failed test must not leave one training
         child.kill()
-        child.wait()
-        child.stderr.close()
 
 
 def test_two_processes_cannot_train_one_run_and_a_killed_one_leaves_it_free(tiny, start):
@@ -131,7 +121,6 @@ def test_two_processes_cannot_train_one_run_and_a_killed_one_leaves_it_free(tiny
     assert done.returncode == 2
     assert f"here: process {child.pid} is at work on this run" in done.stderr
     child.kill()
-    child.wait()
     done = fastcifar("run", "--resume", "here", "--stop-after", "1", cwd=tiny)
     assert done.returncode == 0, done.stderr
 
@@ -139,22 +128,20 @@ def test_two_processes_cannot_train_one_run_and_a_killed_one_leaves_it_free(tiny
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_with_a_checkpoint_and_the_way_to_go_on(tiny, start, number):
     child = start()
-    child.send_signal(number)
-    _, stderr = child.communicate(timeout=300)
-    assert child.returncode == 128 + number, stderr
-    assert "go on with `fastcifar run --resume here`" in stderr
-    assert "Traceback" not in stderr
+    os.kill(child.pid, number)
+    assert child.status() == 128 + number, child.printed()
+    assert "go on with `fastcifar run --resume here`" in child.printed()
+    assert "Traceback" not in child.printed()
     assert not list((tiny / "here").rglob("*.tmp"))
 
 
 def test_ctrl_c_with_worker_processes_is_no_error_of_theirs(start):
     child = start("--set", "data.loader.name=torchvision")
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the whole group, workers included
-    _, stderr = child.communicate(timeout=300)
-    assert child.returncode == 130, stderr
-    assert "go on with `fastcifar run --resume here`" in stderr
-    assert "DataLoader" not in stderr
-    assert "Traceback" not in stderr
+    assert child.status() == 130, child.printed()
+    assert "go on with `fastcifar run --resume here`" in child.printed()
+    assert "DataLoader" not in child.printed()
+    assert "Traceback" not in child.printed()
 
 
 ENDLESS = """

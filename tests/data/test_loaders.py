@@ -275,7 +275,7 @@ def test_worker_transforms_are_torchvisions(real_images):
         assert np.array_equal(augment_one(image, ours, seed), expected)
 
 
-def test_worker_reflection_is_torchvisions():
+def test_worker_reflection_is_torchvisions(rng):
     from PIL import Image
     from torchvision import transforms as t
 
@@ -283,7 +283,7 @@ def test_worker_reflection_is_torchvisions():
 
     ours = pil_transforms([parse_op("crop(6, pad='reflect')")], 32, 32)
     theirs = t.RandomCrop(32, padding=6, padding_mode="reflect")
-    for seed, image in enumerate(np.random.default_rng().integers(0, 256, (20, 32, 32, 3), np.uint8)):
+    for seed, image in enumerate(rng.integers(0, 256, (20, 32, 32, 3), np.uint8)):
         torch.manual_seed(seed)
         expected = np.asarray(theirs(Image.fromarray(image)))
         assert np.array_equal(augment_one(image, ours, seed), expected)
@@ -291,11 +291,11 @@ def test_worker_reflection_is_torchvisions():
         pil_transforms([parse_op("crop(31, pad='reflect')")], 28, 28)
 
 
-def test_worker_alternation_mirrors_in_the_epochs_of_the_device(synthetic_store):
+def test_worker_alternation_mirrors_in_the_epochs_of_the_device(synthetic_store, rng):
     from fastcifar.augment.augment import build_augment
 
     config = AugmentConfig(ops=["flip(0.3, alternate=true)"], where="loader")
-    rows, seed = np.arange(150), int(np.random.default_rng().integers(0, 2**63))
+    rows, seed = np.arange(150), int(rng.integers(0, 2**63))
     loader = build_loader(
         LoaderConfig(workers=1), synthetic_store, rows, seed=seed, batch_size=150, drop_last=False, device=CPU,
         augment=config,

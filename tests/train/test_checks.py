@@ -37,7 +37,7 @@ def folder(tmp_path):
     """Make a store of images of any shape, as an image folder would give it."""
 
     def make(height: int, width: int):
-        random = np.random.default_rng()
+        random = np.random.default_rng(0)
         images = random.integers(0, 256, (12, height, width, 3), np.uint8)
         splits = {name: Split(images, np.arange(12) % 3) for name in ("train", "test")}
         data = stores.DataSet(splits, ["a", "b", "c"], {"kind": "folder", "path": "x", "fingerprint": "0" * 64}, [])

@@ -1,6 +1,5 @@
 """A run from end to end on synthetic images: its record, its result, and every way in which it can stop."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -22,6 +21,7 @@ from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.run import choose_rows, pick_device, train
 from fastcifar.train.step import Step
+from tests.forked import CONTEXT
 from tests.train.tiny import assert_same_run, recipe
 
 
@@ -184,13 +184,11 @@ def _train_in_child(folder: str) -> None:
 
 
 def test_killed_at_twenty_random_moments_it_ends_in_the_same_bits(whole, tmp_path, seed):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastcifar.train.run", "tests.train.test_run"])
     chance, kills, finished = random.Random(seed), 0, 0
     folder = tmp_path / "victim-0"
     longest_s = 0.2
     while kills < 20 or not finished:
-        start, child = time.perf_counter(), context.Process(target=_train_in_child, args=(str(folder),))
+        start, child = time.perf_counter(), CONTEXT.Process(target=_train_in_child, args=(str(folder),))
         child.start()
         child.join(None if kills >= 20 else chance.uniform(0, longest_s))
         if child.is_alive():
