@@ -10,7 +10,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import FrameType
 
 # Windows has no SIGHUP.
@@ -30,9 +29,8 @@ class Interrupted(BaseException):
         self.status = 128 + number
 
 
-@dataclass
 class _State:
-    """What the handler needs to know.
+    """What the handler needs to know; not a dataclass, whose import would keep the handlers waiting.
 
     Attributes:
         process: whose handler it is; a forked worker inherits it.
@@ -99,12 +97,18 @@ def handled(message: str) -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within the block, the first signal only sets the flag that `requested` reads."""
+    """Within the block, the first signal only sets the flag that `requested` reads.
+
+    Raises:
+        Interrupted: a signal came that the block did not look at any more.
+    """
     _state.deferring += 1
     try:
         yield
     finally:
         _state.deferring -= 1
+    # A signal from here on ends the process itself; one from before is not forgotten.
+    stop_if_requested()
 
 
 def requested() -> int | None:

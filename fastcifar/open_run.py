@@ -1,8 +1,9 @@
 """Which directory a run lives in: a new one, the one to resume, or the newest unfinished one of the same recipe."""
 
+import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ from fastcifar.errors import UserError
 if TYPE_CHECKING:
     from fastcifar.config import CombineRecipe, Recipe
     from fastcifar.run_directory import RunDirectory
+
+OWN_NAME = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
+"""How the name of a folder ends that `_new_folder` made."""
 
 
 @contextmanager
@@ -40,8 +44,8 @@ def open_run(
     environment = describe()  # takes seconds: before the folder is there
     if code := record(recipe):
         environment["user_code"] = code
-    run = _made(recipe, out)
-    with run.alone():
+    with ExitStack() as stack:
+        run = _made(recipe, out, stack)
         run.begin(recipe, environment)
         yield run
 
@@ -97,16 +101,80 @@ def _newest_unfinished(recipe: "Recipe | CombineRecipe", out: Path | None) -> "R
     return None
 
 
-def _made(recipe: "Recipe | CombineRecipe", out: Path | None) -> "RunDirectory":
-    """Make the folder of a new run. One that is not named by ``out`` is this process's own, whoever starts at once."""
+def _made(recipe: "Recipe | CombineRecipe", out: Path | None, stack: ExitStack) -> "RunDirectory":
+    """Make the folder of a new run and take its lock, which ``stack`` keeps.
+
+    One that is not named by ``out`` is this process's own, whoever starts at once.
+    """
     from fastcifar.run_directory import RunDirectory, refuse_disk
 
     folder = out or Path("runs")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return RunDirectory(out if out is not None else _new_folder(recipe))
+        if out is None:
+            remove_empty_runs(folder)
+        for _ in range(100):
+            run = RunDirectory(out if out is not None else _new_folder(recipe))
+            if _taken(run, stack, own=out is None):
+                return run
     except OSError as error:
         refuse_disk(folder, error)
+    raise UserError(f"{folder}: other processes keep removing what is made here; name a folder with --out")
+
+
+def _taken(run: "RunDirectory", stack: ExitStack, own: bool) -> bool:
+    """Take the lock of a new folder; False where another process took an ``own`` one for a left-over.
+
+    That process saw it in the moment between its making and its lock, and is removing it.
+    """
+    from fastcifar.run_directory import AtWorkError
+
+    try:
+        stack.enter_context(run.alone())
+    except AtWorkError:
+        if not own:
+            raise
+        return False
+    except UserError:
+        if not own or run.folder.exists():
+            raise
+        return False
+    return True
+
+
+def remove_empty_runs(folder: Path) -> None:
+    """Remove the folders under ``runs/`` in which a process was killed before its run had begun.
+
+    Only a folder with the name of a run, without a recipe and with nothing in it that a run does not write before its
+    recipe; and none whose lock a living process holds. What cannot be removed stays.
+    """
+    from fastcifar.locks import LockedError, locked
+    from fastcifar.run_directory import BEFORE_RECIPE, OWNER
+
+    known = {".lock", OWNER, *BEFORE_RECIPE}
+    for found in folder.glob("*"):
+        with suppress(OSError, LockedError):
+            if not OWN_NAME.search(found.name) or found.is_symlink() or not found.is_dir():
+                continue
+            names = {path.name for path in found.iterdir()}
+            if not all(name in known or re.fullmatch(r"\..+\.tmp", name) for name in names):
+                continue
+            if ".lock" not in names:
+                found.rmdir()  # fails, as it should, where another process has put something there meanwhile
+                continue
+            with locked(found / ".lock"):
+                _remove_unless_begun(found)
+
+
+def _remove_unless_begun(folder: Path) -> None:
+    """Remove a folder whose lock is held, the lock last, so that nobody begins in what is left of it."""
+    names = [path for path in folder.iterdir() if path.name != ".lock"]
+    if any(path.name == "recipe.toml" for path in names):
+        return
+    for path in names:
+        path.unlink()
+    (folder / ".lock").unlink()
+    folder.rmdir()
 
 
 def _new_folder(recipe: "Recipe | CombineRecipe") -> Path:

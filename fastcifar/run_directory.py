@@ -37,10 +37,16 @@ if TYPE_CHECKING:
 FORMAT = manifests.FORMAT
 OWNER = ".lock-owner"
 """The file that names the process at work on a run."""
+BEFORE_RECIPE = ("environment.json", manifests.NAME)
+"""What `RunDirectory.begin` writes before ``recipe.toml``, the file that makes the folder a run."""
 # Far above what a run writes (a line of metrics has under 1 kB), far below what fills a memory.
 LARGEST_JSON = 64 << 20
 # A reader beside a training process may meet a file between two manifests; it looks again this often.
 LOOKS, LOOK_AGAIN_S = 10, 0.05
+
+
+class AtWorkError(UserError):
+    """Another process has the lock of a run directory."""
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -443,6 +449,7 @@ class RunDirectory:
         with _lock(self.folder):
             held = _Held(1, self.manifest())
             try:
+                self._remove_temporaries()
                 if held.manifest is not None:
                     self._tidy(held)
                 _HELD[key] = held
@@ -454,12 +461,15 @@ class RunDirectory:
                     with suppress(UserError):
                         write_atomic(self.folder / manifests.NAME, held.manifest.dump())
 
-    def _tidy(self, held: _Held) -> None:
-        """Remove temporary files and half checkpoints; find out which of two allowed contents each file has."""
-        manifest = held.manifest
-        assert manifest is not None
+    def _remove_temporaries(self) -> None:
+        """Remove what a killed process was writing; also from a folder in which its run had not begun."""
         for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp"), *self.folder.glob("*/*/.*.tmp")]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else _remove(path)
+
+    def _tidy(self, held: _Held) -> None:
+        """Remove half checkpoints; find out which of two allowed contents each file has."""
+        manifest = held.manifest
+        assert manifest is not None
         for name, allowed in list(manifest.files.items()):
             if len(allowed) > 1:
                 path = self.folder / name
@@ -571,7 +581,7 @@ def _lock(folder: Path) -> Iterator[None]:
     """Take the lock of a run directory.
 
     Raises:
-        UserError: another process has it.
+        AtWorkError: another process has it.
     """
     from fastcifar.locks import LockedError, locked
 
@@ -580,7 +590,7 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(locked(folder / ".lock"))
         except LockedError:
-            raise UserError(
+            raise AtWorkError(
                 f"{folder}: process {_owner(owner)} is at work on this run; wait until it ends, or stop it "
                 "with Ctrl-C or `kill`: nothing is lost"
             ) from None

@@ -7,14 +7,17 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
+from fastcifar import open_run as opening
 from fastcifar import run_directory
 from fastcifar.errors import UserError
+from fastcifar.locks import locked
 from fastcifar.manifest import parse
 from fastcifar.open_run import open_run
 from fastcifar.run_directory import RunDirectory
@@ -147,6 +150,66 @@ def test_no_mutated_run_is_used_without_a_word(seed):
     tally = Tally("run directories")
     run_directories.storm(tally, seed, 1)
     assert not tally.failures
+
+
+NAME = "a-seed42-20261125-120000"
+
+
+def killed_before_its_recipe(folder: Path) -> Path:
+    """Make what a process leaves that was killed between making its folder and writing its recipe."""
+    folder.mkdir(parents=True)
+    for name in (".lock", ".lock-owner", "environment.json", ".recipe.toml.7.tmp"):
+        (folder / name).write_text("")
+    return folder
+
+
+def test_an_empty_run_goes_with_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    killed_before_its_recipe(tmp_path / "runs" / NAME)
+    (tmp_path / "runs" / f"{NAME}-2").mkdir()  # killed before the lock
+    with open_run(recipe("a"), None, None) as run:
+        assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.folder.name]
+
+
+def test_what_is_no_empty_run_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    kept = [runs / "mine", runs / f"{NAME}-2", runs / f"{NAME}-3"]
+    kept[0].mkdir(parents=True)  # not the name of a run
+    (killed_before_its_recipe(kept[1]) / "notes.txt").write_text("mine")
+    with locked(killed_before_its_recipe(kept[2]) / ".lock"):  # its process lives
+        with open_run(recipe("a"), None, None) as run:
+            assert {path.name for path in runs.iterdir()} == {run.folder.name, *(path.name for path in kept)}
+    assert (kept[1] / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("still", ["removed", "being removed"])
+def test_a_folder_that_is_taken_for_empty_before_its_lock_is_no_loss(tmp_path, monkeypatch, still):
+    monkeypatch.chdir(tmp_path)
+    make, made, stack = opening._new_folder, [], ExitStack()
+
+    def removed_at_once(*words) -> Path:
+        made.append(make(*words))
+        if len(made) == 1 and still == "removed":
+            opening.remove_empty_runs(Path("runs"))
+            assert not made[0].exists()
+        elif len(made) == 1:
+            stack.enter_context(locked(made[0] / ".lock"))
+        return made[-1]
+
+    monkeypatch.setattr(opening, "_new_folder", removed_at_once)
+    with stack, open_run(recipe("a"), None, None) as run:
+        assert run.folder == made[-1]
+        assert len(made) == (1 if still == "removed" else 2)
+        assert RunDirectory.open(run.folder).recipe == recipe("a")
+
+
+def test_a_named_folder_in_which_a_run_was_killed_before_it_began_is_used(tmp_path):
+    folder = killed_before_its_recipe(tmp_path / "mine")
+    with open_run(recipe("a"), folder, None) as run:
+        assert run.recipe == recipe("a")
+    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("cut", ["before the manifest", "after the manifest", "after the file"])

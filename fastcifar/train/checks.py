@@ -31,7 +31,14 @@ def check_before(recipe: Recipe, data: Path | None, verify: bool = False) -> Non
     store = resolve_store(recipe.data, data)
     if verify:
         verify_store(store.root)
-    check_data(recipe, store, choose_rows(recipe.data, store, recipe.seed))
+    rows = choose_rows(recipe.data, store, recipe.seed)
+    check_data(recipe, store, rows)
+    # Only here: a run that an earlier version began so can still be resumed.
+    if recipe.train.batch_size > len(rows.train):
+        raise UserError(
+            f"train.batch_size = {recipe.train.batch_size:,} is larger than the {len(rows.train):,} training images "
+            f"of {store.root}, after data.subset and data.holdout; set it to {len(rows.train):,} or less"
+        )
 
 
 def check_data(recipe: Recipe, store: Store, rows: "Rows") -> None:

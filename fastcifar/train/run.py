@@ -109,15 +109,14 @@ def train_epochs(
 
     Raises:
         UserError: see `train_epoch`.
-        Interrupted: a signal came before the last epoch's end.
+        Interrupted: a signal came, at the last step too; what is left then is the run's end, without training.
     """
     with interrupt.deferred():
         for epoch in epochs:
             row = train_epoch(epoch, loader, step, clock, display, results)
             results.add(row, clock.seconds(), save=interrupt.requested() is not None)
             display.epoch(row)
-            if epoch + 1 < epochs.stop:
-                interrupt.stop_if_requested()
+            interrupt.stop_if_requested()
 
 
 def train_epoch(
@@ -246,13 +245,18 @@ def fit_images(model: nn.Module, store: Store, rows: Rows, augment: Augment, dev
 
 
 def evaluation_sets(recipe: Recipe, store: Store, rows: Rows, evaluator: Evaluator) -> dict[str, EvaluationSet]:
-    """Return what to evaluate on, by name: test, holdout if there is one, train if its logits are wanted."""
+    """Return what to evaluate on, by name: test, holdout if there is one, train if its logits are wanted.
+
+    Raises:
+        UserError: the files of a split are damaged. They are hashed here, where they are read.
+    """
     wanted = {"test": ("test", rows.test), "holdout": ("train", rows.holdout)}
     if recipe.eval.train_logits:
         wanted["train"] = ("train", rows.train)
     sets = {}
     for name, (split_name, chosen) in wanted.items():
         if len(chosen):
+            store.check_split(split_name)
             split = store.split(split_name)  # once: a store that is not raw reads all of its pixels for it
             sets[name] = EvaluationSet(split.images[chosen], split.labels[chosen], evaluator)
     return sets

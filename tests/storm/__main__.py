@@ -4,7 +4,7 @@
 
 A subject is a module of this package with ``COUNT`` (how many inputs, unless ``--count`` says otherwise) and
 ``storm(tally, seed, count)``. The seed is printed; the same seed gives the same inputs. Ends with status 1 where
-anything failed.
+anything failed. With its full count, a subject's row in docs/robustness.md is written anew.
 """
 
 import argparse
@@ -14,9 +14,10 @@ import sys
 import time
 from typing import Any
 
+from tests.storm import results
 from tests.storm.tally import Tally, report
 
-SUBJECTS: tuple[str, ...] = ("recipes", "stores", "run_directories", "kills_and_signals")
+SUBJECTS: tuple[str, ...] = ("recipes", "stores", "run_directories", "resumes", "kills", "signals", "full_disks")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,7 +40,10 @@ def _storm(name: str, seed: int, count: int | None) -> Tally:
     module: Any = importlib.import_module(f"tests.storm.{name}")
     tally, began = Tally(name.replace("_", " ")), time.monotonic()
     module.storm(tally, seed, module.COUNT if count is None else count)
-    print(f"storm: {tally.subject}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    seconds = time.monotonic() - began
+    print(f"storm: {tally.subject}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    if count is None:
+        results.record(tally, seed, seconds)
     return tally
 
 

@@ -91,10 +91,15 @@ def table(tallies: list[Tally]) -> str:
     """Return the table of all subjects as aligned text, valid as Markdown."""
     rows = [["subject", "tried", "refused", "survived", "failed"]]
     rows += [[t.subject, *(f"{n:,}" for n in (t.tried, t.refused, t.survived, t.failed))] for t in tallies]
-    widths = [max(len(row[k]) for row in rows) for k in range(5)]
+    return aligned(rows, numbers=range(1, 5))
+
+
+def aligned(rows: list[list[str]], numbers: range) -> str:
+    """Return rows, the first of which is the head, as a Markdown table; columns ``numbers`` are set to the right."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    rule = "| " + " | ".join(["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    rules = ["-" * (w - 1) + ":" if k in numbers else "-" * w for k, w in enumerate(widths)]
+    return "\n".join([lines[0], "| " + " | ".join(rules) + " |", *lines[1:]])
 
 
 def report(tallies: list[Tally]) -> None:

@@ -26,6 +26,14 @@ def test_fewer_images_than_a_batch(synthetic_store, per):
     check_before(Recipe.model_validate(TABLE | {"train": {"epochs": 4, "batch_size": 200, "drop_last": True}}), None)
 
 
+def test_a_batch_larger_than_the_images(synthetic_store):
+    data = {"source": "synthetic", "subset": 100, "holdout": 20}
+    said = message(data=data, train={"epochs": 4, "batch_size": 81})
+    assert "train.batch_size = 81 is larger than the 80 training images" in said
+    assert "80 or less" in said
+    check_before(Recipe.model_validate(TABLE | {"data": data, "train": {"epochs": 4, "batch_size": 80}}), None)
+
+
 def test_weights_for_other_classes(synthetic_store, folder):
     loss = {"class_weights": [1.0, 2.0]}
     source = {"source": "folder"}
@@ -65,7 +73,8 @@ def test_models_that_take_any_shape(folder, name):
 
     from fastcifar.models import build_model
 
-    recipe = Recipe.model_validate(TABLE | {"data": {"source": "folder"}, "model": {"name": name}})
+    train = {"epochs": 4, "batch_size": 12}
+    recipe = Recipe.model_validate(TABLE | {"data": {"source": "folder"}, "model": {"name": name}, "train": train})
     check_before(recipe, folder(20, 24))
     with torch.device("meta"):
         model = build_model(recipe.model, num_classes=3, image_px=20, seed=0)

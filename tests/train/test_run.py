@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from safetensors.numpy import load_file
 from fastcifar import interrupt, run_directory
 from fastcifar.analysis.predict import load_trained
 from fastcifar.config import Recipe
-from fastcifar.data.store import resolve_store
+from fastcifar.data.store import open_store, resolve_store
 from fastcifar.environment import describe
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
-from fastcifar.train.run import choose_rows, pick_device, train
+from fastcifar.train.run import choose_rows, evaluation_sets, pick_device, train
 from fastcifar.train.step import Step
 from tests.forked import CONTEXT
 from tests.train.tiny import assert_same_run, recipe
@@ -261,6 +262,18 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def test_test_images_that_rot_after_they_were_hashed_are_not_used(tmp_path, synthetic_store):
+    store = open_store(Path(shutil.copytree(synthetic_store.root, tmp_path / "set")))
+    with (store.root / "test_images.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    evaluator: Any = None  # is not asked for anything
+    with pytest.raises(UserError, match=r"test_images\.npy: damaged"):
+        evaluation_sets(recipe(), store, choose_rows(recipe().data, store, 0), evaluator)
+
+
 def test_divergence_in_an_epochs_last_step_is_no_success(tmp_path, monkeypatch):
     calls, step = [], Step.__call__
 
@@ -320,7 +333,7 @@ def test_interrupted_within_epochs_it_ends_in_the_same_bits(tmp_path, monkeypatc
     def stop(self: Step, batch: object) -> None:
         step(self, batch)
         calls.append(batch)
-        if len(calls) in (1, 4, 6):  # the first, the last and a middle step of an epoch
+        if len(calls) in (1, 4, 6, 8):  # the first, the last and a middle step of an epoch, and the run's last
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Step, "__call__", stop)
@@ -333,7 +346,7 @@ def test_interrupted_within_epochs_it_ends_in_the_same_bits(tmp_path, monkeypatc
         except interrupt.Interrupted as interrupted:
             interrupts += 1
             assert interrupted.status == 143  # noqa: PT017
-    assert interrupts == 3
+    assert interrupts == 4
     assert len(calls) == 8, "no step is taken twice"
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
