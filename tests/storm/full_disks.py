@@ -54,7 +54,7 @@ def storm(tally: Tally, seed: int, count: int) -> None:
         folder = Path(scratch)
         training.prepare(folder)
         make_images(folder / "images", seed)
-        with server(*training.WARM_UP, cwd=folder) as forks:
+        with server(*training.WARM_UP, "warm", cwd=folder) as forks:
             training.undisturbed(forks, folder)
             training.undisturbed(forks, folder, *IMAGES, "--data", str(folder / "images"), name=FIRST)
             for command in commands(folder):

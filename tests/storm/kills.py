@@ -22,7 +22,7 @@ def storm(tally: Tally, seed: int, count: int) -> None:
     with tempfile.TemporaryDirectory(prefix="fastcifar-storm-") as scratch:
         folder = Path(scratch)
         training.prepare(folder)
-        with server(*training.WARM_UP, cwd=folder) as forks:
+        with server(*training.WARM_UP, "warm", cwd=folder) as forks:
             runs(tally, forks, folder, chance, count)
             for to in ("raw", "ffcv", "dali"):
                 conversions(tally, forks, folder, to)

@@ -21,7 +21,7 @@ def storm(tally: Tally, seed: int, count: int) -> None:
     with tempfile.TemporaryDirectory(prefix="fastcifar-storm-") as scratch:
         folder = Path(scratch)
         training.prepare(folder)
-        with server(*training.WARM_UP, cwd=folder) as forks:
+        with server(*training.WARM_UP, "warm", cwd=folder) as forks:
             training.undisturbed(forks, folder, "--set", "train.epochs=4")
             words = training.words(folder, "stopped", "--set", "train.epochs=4")
             stopped = forks.run(*words, cwd=folder, plans=_in_the_second_epoch(forks, folder))

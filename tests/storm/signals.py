@@ -35,7 +35,7 @@ def storm(tally: Tally, seed: int, count: int) -> None:
     with tempfile.TemporaryDirectory(prefix="fastcifar-storm-") as scratch:
         folder = Path(scratch)
         training.prepare(folder)
-        with server(*training.WARM_UP, cwd=folder) as forks:
+        with server(*training.WARM_UP, "warm", cwd=folder) as forks:
             every_operation(tally, forks, folder)
             twice(tally, forks, folder, chance, 3 * count)
             some_operations(tally, forks, folder, chance, count, "workers", WORKERS)
@@ -109,7 +109,7 @@ def compilation(tally: Tally, folder: Path, chance: random.Random, count: int) -
     """Signals while torch compiles, each with an empty cache, and so far more file operations than a run has."""
     cache = folder / "inductor"
     where = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    with server(*training.WARM_UP[:2], *COMPILED, *training.WARM_UP[2:], cwd=folder, environment=where) as forks:
+    with server(*training.WARM_UP, "warm-compiled", *COMPILED, cwd=folder, environment=where) as forks:
         shutil.rmtree(cache)
         operations = training.undisturbed(forks, folder, *COMPILED, name="compiled").operations
         within = [op for op in operations if op.what.startswith(str(cache))]

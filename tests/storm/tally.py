@@ -71,6 +71,7 @@ class Tally:
         self.failed += 1
         if len(self.failures) < KEPT_FAILURES:
             self.failures.append(what)
+            print(f"{self.subject}: {what}", file=sys.stderr, flush=True)
 
     def note(self, what: str) -> None:
         """Count that something happened, to show that the storm reached what it is meant to reach."""
@@ -103,10 +104,8 @@ def aligned(rows: list[list[str]], numbers: range) -> str:
 
 
 def report(tallies: list[Tally]) -> None:
-    """Print the table to stdout; what failed and what was reached to stderr."""
+    """Print the table to stdout and what was reached to stderr, where what failed stands already."""
     for tally in tallies:
-        for failure in tally.failures:
-            print(f"{tally.subject}: {failure}", file=sys.stderr)
         if tally.reached:
             reached = ", ".join(f"{what} {count:,}" for what, count in sorted(tally.reached.items()))
             print(f"{tally.subject}: reached: {reached}", file=sys.stderr)

@@ -29,7 +29,8 @@ batch_size = 10
 [engine]
 device = "cpu"
 """
-WARM_UP = ("run", "storm.toml", "--out", "warm", "--quiet")
+WARM_UP = ("run", "storm.toml", "--quiet", "--out")
+"""What a server executes once, before the name of the run."""
 
 
 def prepare(folder: Path) -> None:
