@@ -7,6 +7,7 @@
 - ``weights/``: last, best and selected weights as safetensors.
 - ``checkpoints/``: what a resume needs, one folder each.
 - ``summary.json``: the result.
+- ``README.md``: the model card: what this is, for whoever finds it.
 - ``manifest.json``: the SHA-256 of every other file; see `fastcifar.manifest`.
 
 Reading the results needs neither torch nor the code that trained.
@@ -567,9 +568,20 @@ class RunDirectory:
         self.commit({"logits.npz": write_arrays(arrays)})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write ``summary.json``; its presence says that the run has ended."""
-        self.commit({"summary.json": as_json({"format": FORMAT, **summary})})
+        """Write ``summary.json``, whose presence says that the run has ended, and the model card that tells it."""
+        content = {"format": FORMAT, **summary}
+        # The card first: a run whose summary is there is complete.
+        self.commit({"README.md": self.model_card(content), "summary.json": as_json(content)})
         self.__dict__.pop("summary", None)
+
+    def model_card(self, summary: dict[str, Any] | None = None) -> str:
+        """Return the model card of a run; without ``summary`` that of the run as it ended."""
+        from fastcifar.model_card import model_card
+
+        images = None
+        with suppress(UserError):  # a run without logits is told without an interval
+            images = len(self.logits("test/labels"))
+        return model_card(self.recipe, summary or self.summary, self.environment, images)
 
     def clear(self) -> None:
         """Delete the run directory."""

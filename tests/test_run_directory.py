@@ -62,6 +62,7 @@ def read_everything(run: RunDirectory) -> None:
     for key in run.logits_keys():
         run.logits(key)
     run.weights("last")
+    run.read("README.md")
 
 
 def test_processes_started_at_once_each_have_their_own_folder_and_recipe(tmp_path):

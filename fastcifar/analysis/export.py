@@ -1,5 +1,7 @@
-"""A trained run for other programs: a torch state dict, or ONNX checked against torch."""
+"""A trained run for other programs: safetensors, torch.export or ONNX, each read back and run against the model."""
 
+import copy
+import dataclasses
 import json
 import os
 import warnings
@@ -37,19 +39,67 @@ class FromPixels(nn.Module):
         return self.model(((pixels.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2))
 
 
-def export_safetensors(trained: Trained, path: Path) -> None:
+def export_safetensors(trained: Trained, path: Path) -> float:
     """Write the state dict under torch's names; the metadata holds classes, mean, std and image size as JSON.
 
+    Returns:
+        The largest difference of logits between the model and a copy of it with the weights of the file: 0.
+
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or the copy answers differently (the file is removed).
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     facts = {"classes": trained.classes, "mean": trained.mean, "std": trained.std, "image_px": trained.image_px}
     state = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
     metadata = {key: json.dumps(value) for key, value in facts.items()}
     with _whole_or_absent(path) as temporary:
         save_file(state, temporary, metadata=metadata)
+        copied = copy.deepcopy(trained.model)
+        copied.load_state_dict(load_file(temporary))
+        pixels = _random_pixels(trained.image_px, 7)
+        theirs = FromPixels(dataclasses.replace(trained, model=copied)).eval()
+        return _checked(path, "a copy with these weights", FromPixels(trained).eval(), theirs, pixels, 0.0)
+
+
+def export_torch(trained: Trained, path: Path) -> float:
+    """Write a ``torch.export`` program from uint8 pixels (batch, S, S, 3) to logits (batch, K).
+
+    It needs no code of ours: read it with ``torch.export.load(path).module()``.
+
+    Returns:
+        The largest difference between the program's and the model's logits on random images, over the largest logit.
+
+    Raises:
+        UserError: the file cannot be written, or the difference is above 1e-3 (the file is removed).
+    """
+    model = FromPixels(trained).eval()
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about parts of torch that the exporter itself uses
+        program = torch.export.export(model, (_random_pixels(trained.image_px, 2),), dynamic_shapes=shapes)
+        with _whole_or_absent(path) as temporary:
+            torch.export.save(program, temporary)
+            read = torch.export.load(temporary).module()
+            return _checked(path, "the program", model, read, _random_pixels(trained.image_px, 7), TOLERANCE)
+
+
+@torch.inference_mode()
+def _checked(path: Path, what: str, model: nn.Module, other: nn.Module, pixels: Tensor, tolerance: float) -> float:
+    """Return the largest difference of logits, relative to the largest one.
+
+    Raises:
+        UserError: it is above the tolerance.
+    """
+    difference = relative_difference(other(pixels).numpy(), model(pixels).numpy())
+    if difference <= tolerance:
+        return difference
+    raise UserError(f"{path}: {what} differs from the model by {difference:.1e} of the largest logit; not written")
+
+
+def relative_difference(theirs: np.ndarray, ours: np.ndarray) -> float:
+    """Return the largest difference over the largest of ``ours``."""
+    return float(np.abs(theirs - ours).max() / max(np.abs(ours).max(), 1e-6))
 
 
 @contextmanager
@@ -123,5 +173,4 @@ def onnx_difference(runtime: Any, model: nn.Module, path: Path, pixels: Tensor) 
     """Return the largest difference of logits between onnxruntime and torch, relative to the largest logit."""
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (theirs,) = session.run(["logits"], {"pixels": pixels.numpy()})
-    ours = model(pixels).numpy()
-    return float(np.abs(theirs - ours).max() / max(np.abs(ours).max(), 1e-6))
+    return relative_difference(theirs, model(pixels).numpy())

@@ -9,8 +9,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fastcifar.intervals import wilson_interval
+
 if TYPE_CHECKING:
     import numpy as np
+
+__all__ = [
+    "Difference", "Mean", "accuracy", "binomial_error", "difference", "mcnemar", "mean_of", "negative_log_likelihood",
+    "p_value", "wilson_interval",
+]  # fmt: skip
 
 TEST_IMAGES = 10_000
 
@@ -51,22 +58,6 @@ def binomial_error(accuracy: float, images: int = TEST_IMAGES) -> float:
     """Return the standard error, in points, of one model's accuracy (percent) on so many test images."""
     share = accuracy / 100
     return 100 * math.sqrt(share * (1 - share) / images)
-
-
-def wilson_interval(right: int, images: int) -> tuple[float, float]:
-    """Return the 95% confidence interval of an accuracy, in percent (Wilson, 1927).
-
-    Unlike the normal one it stays within 0..100 and says something for 0 or all images right.
-
-    Args:
-        right: images that were called right, 0..images.
-        images: at least 1.
-    """
-    z = statistics.NormalDist().inv_cdf(0.975)
-    share, grown = right / images, 1 + z * z / images
-    middle = (share + z * z / (2 * images)) / grown
-    half = z * math.sqrt(share * (1 - share) / images + z * z / (4 * images * images)) / grown
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from fastcifar.cli.ladder import ladder
 from fastcifar.cli.models import models
 from fastcifar.cli.plan import plan
 from fastcifar.cli.predict import predict
+from fastcifar.cli.push import push
 from fastcifar.cli.recipes import recipes, show
 from fastcifar.cli.report import report
 from fastcifar.cli.run_command import run
@@ -49,7 +50,7 @@ def fastcifar(
 
 
 TRAIN = (run, recipes, show, plan, ladder)
-EXPLAIN = (report, compare, evaluate, ensemble, stack, predict, export)
+EXPLAIN = (report, compare, evaluate, ensemble, stack, predict, export, push)
 ABOUT = (models, bench, doctor)
 for panel, commands in (("Train", TRAIN), ("Explain and combine", EXPLAIN), ("About this machine", ABOUT)):
     for command in commands:

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastcifar.analysis.export import FromPixels, _whole_or_absent, export_onnx, export_safetensors
+from fastcifar.analysis.export import FromPixels, _whole_or_absent, export_onnx, export_safetensors, export_torch
 from fastcifar.analysis.predict import Trained
 from fastcifar.errors import UserError
 from fastcifar.models import build_model
@@ -24,7 +24,7 @@ def trained(model):
 
 def test_safetensors_hold_the_state_dict_and_what_the_input_must_be(tmp_path):
     model = trained({"name": "deep_baseline_bn"})
-    export_safetensors(model, tmp_path / "m.safetensors")
+    assert export_safetensors(model, tmp_path / "m.safetensors") == 0
     loaded = load_file(tmp_path / "m.safetensors")
     for name, tensor in model.model.state_dict().items():
         assert torch.equal(loaded[name], tensor)
@@ -46,6 +46,29 @@ def test_onnx_gives_torchs_logits_for_any_batch(tmp_path, model):
         with torch.no_grad():
             expected = FromPixels(made)(torch.from_numpy(pixels)).numpy()
         np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_torch_program_gives_the_models_logits_for_any_batch(tmp_path):
+    made = trained({"name": "lenet5"})
+    assert export_torch(made, tmp_path / "m.pt2") < 1e-5
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    for count in (1, 5):
+        pixels = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8)
+        with torch.no_grad():
+            torch.testing.assert_close(program(pixels), FromPixels(made)(pixels), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_the_file_has_not_kept_are_refused(tmp_path, monkeypatch):
+    model = trained({"name": "lenet5"})
+    real = load_file
+
+    def damaged(path):
+        return {name: tensor + 1e-3 for name, tensor in real(path).items()}
+
+    monkeypatch.setattr("safetensors.torch.load_file", damaged)
+    with pytest.raises(UserError, match="differs from the model"):
+        export_safetensors(model, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_export_leaves_no_file(tmp_path):
