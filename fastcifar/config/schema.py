@@ -678,7 +678,7 @@ class Recipe(Section):
         if self.augment.where == "loader" and self.data.loader.name not in ("auto", "torchvision"):
             raise ValueError('augment.where = "loader" needs data.loader.name = "torchvision"')
         if self.augment.where == "loader" and any(getattr(op, "fill", "black") == "mean" for op in self.augment.ops):
-            raise ValueError('augment.where = "loader" fills cutout with black; use where = "device" for fill="mean"')
+            raise ValueError('augment.where = "loader" fills with black; say fill="black", or use where = "device"')
         if self.data.loader.order == "native" and self.data.loader.name != "dali":
             raise ValueError('data.loader.order = "native" needs data.loader.name = "dali"')
         return self

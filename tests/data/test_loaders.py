@@ -326,6 +326,16 @@ def test_worker_cutout():
     assert {(augment_one(white, whole, seed) == 0).all(-1).sum() for seed in range(60)} == {400}
 
 
+def test_worker_erasing():
+    from fastcifar.data.loaders.pil import augment_one, pil_transforms
+
+    white = np.full((32, 32, 3), 255, np.uint8)
+    erase = pil_transforms([parse_op("erase(0.5, 0.1, 0.2, fill='black')")], 32, 32)
+    holes = [int((augment_one(white, erase, seed) == 0).all(-1).sum()) for seed in range(300)]
+    assert 110 < sum(h == 0 for h in holes) < 190
+    assert all(0.08 * 1024 < h < 0.22 * 1024 for h in holes if h)
+
+
 # ---------------------------------------------------------------------------------------------------- stock readers
 
 

@@ -16,6 +16,7 @@ from fastcifar.config.operations import (
     AutoAugment,
     Crop,
     Cutout,
+    Erase,
     Flip,
     Op,
     RandAugment,
@@ -24,7 +25,7 @@ from fastcifar.config.operations import (
     UserOp,
 )
 from fastcifar.errors import UserError
-from fastcifar.kernels.augment.decisions import check_sizes
+from fastcifar.kernels.augment.decisions import ERASE_ASPECTS, check_sizes
 from fastcifar.kernels.augment.policy import GATE_BITS
 from fastcifar.kernels.philox import Stream, philox
 
@@ -50,6 +51,19 @@ class PilCutout:
             top, left = low + int(torch.randint(height + places, ())), low + int(torch.randint(width + places, ()))
             pixels[max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)] = 0
         return Image.fromarray(pixels)
+
+
+class PilErase:
+    """torchvision's random erasing on a PIL image, filled with black."""
+
+    def __init__(self, op: Erase):
+        from torchvision.transforms import RandomErasing
+
+        self._erase = RandomErasing(op.p, (op.min_area, op.max_area), ERASE_ASPECTS, value=0)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the image with its rectangle; the given one stays as it is."""
+        return Image.fromarray(self._erase(pil_to_tensor(image)).permute(1, 2, 0).numpy())
 
 
 class UserTransform:
@@ -137,6 +151,7 @@ def pil_transforms(ops: Sequence[Op], height_px: int, width_px: int) -> list[Cal
         Flip: lambda op: Alternating(op) if op.alternate else t.RandomHorizontalFlip(op.p),
         Rotate: lambda op: t.RandomRotation(op.degrees),
         Cutout: PilCutout,
+        Erase: PilErase,
         AutoAugment: lambda op: t.AutoAugment(t.AutoAugmentPolicy.CIFAR10),
         RandAugment: lambda op: t.RandAugment(op.num_ops, op.magnitude),
         TrivialAugmentWide: lambda op: t.TrivialAugmentWide(),

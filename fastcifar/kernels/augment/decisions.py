@@ -20,6 +20,8 @@ none of the others; a second operation of the same kind in a list takes the numb
  10+4j cutout: centre column of hole j
  24+4j randaugment: operation j (0 to 3) and sign, uniform in 0..27
  40    trivialaugment: operation, magnitude bin and sign, uniform in 0..867
+ 44,45 erase: shape, place
+ 46    erase: gate
 ====== ======================================================================================
 
 Decisions that alternate (``flip(alternate=true)``) take the words of epoch 0 in every epoch.
@@ -28,6 +30,7 @@ A word w gives a uniform integer below n as ``w * n >> 32`` (bias below n / 2**3
 where ``w >> 8 < p * 2**24``.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +40,17 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from fastcifar.config.operations import AutoAugment, Crop, Cutout, Flip, Op, RandAugment, Rotate, TrivialAugmentWide
+from fastcifar.config.operations import (
+    AutoAugment,
+    Crop,
+    Cutout,
+    Erase,
+    Flip,
+    Op,
+    RandAugment,
+    Rotate,
+    TrivialAugmentWide,
+)
 from fastcifar.errors import UserError
 from fastcifar.kernels.augment.policy import (
     GATE,
@@ -52,6 +65,9 @@ from fastcifar.kernels.augment.policy import (
 from fastcifar.kernels.philox import Stream, philox_scalar, split_seed
 
 ANGLES = 4096
+ERASE_STEPS, ERASE_PLACES = 8, 1024
+"""Rectangles of ``erase``: so many areas and as many aspects (midpoints of equal intervals), each at so many places."""
+ERASE_ASPECTS = (0.3, 3.3)
 AUGMENT_STREAM = int(Stream.AUGMENT)
 BLOCKS_PER_OCCURRENCE = 16
 # The columns of a slot.
@@ -152,6 +168,8 @@ def op_slots(op: Op, height: int, width: int, mean: Sequence[float] = (0.0, 0.0,
             places = width - op.size_px + 1 if op.inside else width
             for hole in range(op.holes):
                 yield Slot(rows, (9 + 4 * hole, 10 + 4 * hole), 8, count_b=places)
+        case Erase():
+            yield Slot(erase_rows(op, height, width, mean), (44, 45), 46, count_b=ERASE_PLACES)
         case RandAugment():
             rows = randaugment_rows(op.magnitude, height, width)
             for number in range(op.num_ops):
@@ -162,9 +180,7 @@ def op_slots(op: Op, height: int, width: int, mean: Sequence[float] = (0.0, 0.0,
 
 def rotate_rows(degrees: float, height: int, width: int) -> list[list[int]]:
     """Return the 4,096 rotations of ``rotate(degrees)``, from -degrees to +degrees."""
-    return [
-        step_row(Code.AFFINE, *rotation_params(rotate_angle(degrees, k), height, width)) for k in range(ANGLES)
-    ]
+    return [step_row(Code.AFFINE, *rotation_params(rotate_angle(degrees, k), height, width)) for k in range(ANGLES)]
 
 
 def rotate_angle(degrees: float, k: int) -> float:
@@ -187,6 +203,36 @@ def cutout_rows(op: Cutout, height: int, width: int, mean: Sequence[float]) -> l
         for left in range(first, first + (width - size + 1 if op.inside else width)):
             bottom, right = min(top + size, height), min(left + size, width)
             rows.append(step_row(Code.CUTOUT, max(top, 0), max(left, 0), bottom, right, color, p=op.p))
+    return rows
+
+
+def erase_shapes(op: Erase, height: int, width: int) -> list[tuple[int, int]]:
+    """Return the heights and widths of ``erase``'s rectangles, all equally likely, in pixels.
+
+    Areas are uniform and aspects (height over width) log-uniform, as in torchvision; what would be as high or as wide
+    as the image is left out, as torchvision draws again.
+    """
+    low, high = (math.log(aspect) for aspect in ERASE_ASPECTS)
+    middles = [(k + 0.5) / ERASE_STEPS for k in range(ERASE_STEPS)]
+    shapes = []
+    for area in (height * width * (op.min_area + (op.max_area - op.min_area) * m) for m in middles):
+        for aspect in (math.exp(low + (high - low) * m) for m in middles):
+            tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < tall < height and 0 < wide < width:
+                shapes.append((tall, wide))
+    # Tiny images may leave none: one pixel then.
+    return shapes or [(1, 1)]
+
+
+def erase_rows(op: Erase, height: int, width: int, mean: Sequence[float]) -> list[list[int]]:
+    """Return each shape's rectangles: 1,024 places, spread evenly over all that there are, row by row."""
+    color, rows = mean_color(mean) if op.fill == "mean" else 0, []
+    for tall, wide in erase_shapes(op, height, width):
+        across = width - wide + 1
+        places = (height - tall + 1) * across
+        for number in range(ERASE_PLACES):
+            top, left = divmod(number * places // ERASE_PLACES, across)
+            rows.append(step_row(Code.CUTOUT, top, left, top + tall, left + wide, color, p=op.p))
     return rows
 
 

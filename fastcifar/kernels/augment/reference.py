@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode, RandAugment, TrivialAugmentWide
@@ -11,7 +12,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
 from fastcifar.config import operations as O
-from fastcifar.kernels.augment.decisions import BASE, Program, rotate_angle
+from fastcifar.kernels.augment.decisions import BASE, ERASE_PLACES, Program, erase_shapes, rotate_angle
 
 
 def apply(image: Image.Image, name: str, magnitude: float) -> Image.Image:
@@ -29,9 +30,7 @@ def auto(image: Image.Image, position: int, number: int) -> Image.Image:
     return apply(image, name, -magnitude if has_sign and sign == 0 else magnitude)
 
 
-def from_space(
-    image: Image.Image, space: dict[str, Any], operation: int, bin_number: int, sign: int
-) -> Image.Image:
+def from_space(image: Image.Image, space: dict[str, Any], operation: int, bin_number: int, sign: int) -> Image.Image:
     """Return an operation of torchvision's augmentation space at a magnitude bin."""
     name = list(space)[operation]
     values, has_sign = space[name]
@@ -51,6 +50,17 @@ def cut(image: Image.Image, op: O.Cutout, number: int, mean: Sequence[float]) ->
     top, left = cy - op.size_px // 2, cx - op.size_px // 2
     array[max(top, 0) : max(top + op.size_px, 0), max(left, 0) : max(left + op.size_px, 0)] = color
     return Image.fromarray(array)
+
+
+def erase(image: Image.Image, op: O.Erase, number: int, mean: Sequence[float]) -> Image.Image:
+    """Return the image with rectangle ``number`` filled, by torchvision's own function."""
+    shape, place = divmod(number, ERASE_PLACES)
+    tall, wide = erase_shapes(op, image.height, image.width)[shape]
+    places = [(y, x) for y in range(image.height - tall + 1) for x in range(image.width - wide + 1)]
+    top, left = places[place * len(places) // ERASE_PLACES]
+    color = np.floor(255 * np.array(mean) + 0.5) if op.fill == "mean" else np.zeros(3)
+    value = torch.tensor(color, dtype=torch.uint8)[:, None, None]
+    return F.to_pil_image(F.erase(F.pil_to_tensor(image), top, left, tall, wide, value))
 
 
 def crop(image: Image.Image, op: O.Crop, number: int) -> Image.Image:
@@ -73,6 +83,8 @@ def step(image: Image.Image, op: O.Op, part: int, number: int, mean: Sequence[fl
             return auto(image, part, number)
         case O.Cutout():
             return cut(image, op, number, mean)
+        case O.Erase():
+            return erase(image, op, number, mean)
         case O.RandAugment():
             space = RandAugment()._augmentation_space(31, (image.height, image.width))
             return from_space(image, space, number // 2, op.magnitude, number % 2)

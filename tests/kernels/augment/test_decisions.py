@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torchvision.transforms import RandomErasing
 
 from fastcifar.augment.augment import build_augment
-from fastcifar.config.operations import parse_op
+from fastcifar.config.operations import Erase, parse_op
 from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.batch import Batch
 from fastcifar.errors import UserError
-from fastcifar.kernels.augment.decisions import build_program, decide_batch
-from fastcifar.kernels.augment.policy import CIFAR10_POLICY, GATE_BITS, autoaugment_rows
+from fastcifar.kernels.augment.decisions import ERASE_PLACES, build_program, decide_batch, erase_shapes
+from fastcifar.kernels.augment.policy import CIFAR10_POLICY, GATE_BITS, P0, autoaugment_rows
 
 COUNT = 200_000
 ALL = ["crop(4)", "flip", "rotate(15)", "autoaugment", "cutout(16, p=0.5, holes=2)", "randaugment", "trivialaugment"]
@@ -78,6 +79,23 @@ def test_cutout_holes_share_a_gate_and_differ_in_place():
         assert_uniform(picks(program, chosen, hole)[open_[:, hole]], 1024)
     same = picks(program, chosen, 0) == picks(program, chosen, 1)
     assert_share(same[open_[:, 0]], 1 / 1024)
+
+
+def test_erase_draws_rectangles_as_torchvision_does():
+    """Mean height, width and area within five standard errors, and one pixel in fifty for the shapes' finite number."""
+    program, chosen = decisions(["erase(0.4)"])
+    open_ = chosen[:, 0] > 0
+    assert_share(open_, 0.4)
+    assert_uniform(picks(program, chosen, 0)[open_] // ERASE_PLACES, len(erase_shapes(Erase(p=0.4), 32, 32)))
+    top, left, bottom, right = program.table[chosen[open_, 0]][:, P0 : P0 + 4].T
+    ours = np.stack([bottom - top, right - left, (bottom - top) * (right - left), top + bottom, left + right])
+    torch.manual_seed(1)
+    image, draw = torch.zeros(3, 32, 32), RandomErasing.get_params
+    theirs = np.array([draw(image, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(3000)]).T
+    i, j, h, w = theirs
+    expected = np.stack([h, w, h * w, 2 * i + h, 2 * j + w])
+    errors = expected.std(1) / np.sqrt(expected.shape[1])
+    np.testing.assert_array_less(np.abs(ours.mean(1) - expected.mean(1)), 5 * errors + expected.mean(1) / 50)
 
 
 def test_randaugment_and_trivialaugment_are_uniform():

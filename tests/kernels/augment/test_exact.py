@@ -113,6 +113,7 @@ LISTS = [
     ["crop(2, pad='reflect')", "flip(alternate=true)", "cutout(7, inside=true)"],
     ["flip(0.3, alternate=true)", "crop(8, pad='reflect')", "rotate(90)", "crop(3, pad='reflect')", "flip"],
     ["crop(3)", "crop(2, pad='reflect')", "rotate(40)"],
+    ["erase(0.8, fill='black')", "flip", "erase(0.5, 0.1, 0.2)", "autoaugment"],
 ]
 
 
