@@ -31,9 +31,10 @@ lint: environment
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# One thread per process: two processes share two cores; tests that want more set it themselves.
+# One thread per process: two processes share two cores; tests that want more set it themselves. A file stays in one
+# process, for its fixtures, and the longest files come first (tests/conftest.py has their order).
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The CUDA path without a GPU (tests/nullgpu): every recipe compiled, captured and replayed on a device that computes
 # nothing. A small part of it is in `make test`.

@@ -78,7 +78,18 @@ def rng(seed: int) -> np.random.Generator:
 # --------------------------------------------------------------------------------------------------- hardware and data
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# What takes longest, longest first: begun last, it would keep one process busy while the others have nothing to do.
+LONG = [
+    "nullgpu/test_small.py", "ladder/test_runner.py", "kernels/test_interpreted.py", "data/test_exit.py",
+    "packaging/test_wheel.py", "nullgpu/test_device.py", "train/test_run.py", "cli/test_run.py",
+]  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes
+        place = {f"tests/{name}": number for number, name in enumerate(LONG)}
+        items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(LONG)))
     for item in items:
         if item.get_closest_marker("real") and not REAL:
             item.add_marker(pytest.mark.skip(reason="real CIFAR-10: FASTCIFAR_DATA is not set"))

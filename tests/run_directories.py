@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import save
 
 from fastcifar.config.schema import Recipe
 from fastcifar.run_directory import RunDirectory
@@ -61,6 +60,8 @@ def make_run(
 
 def add_weights(run: RunDirectory, which: str, state: dict) -> None:
     """Add weights to a run, as its training would."""
+    from safetensors.torch import save  # imports torch, which runs without weights do not need
+
     run.commit({f"weights/{which}.safetensors": save({k: v.contiguous() for k, v in state.items()})})
 
 

@@ -146,7 +146,7 @@ def test_metrics_that_were_removed_are_missed(run):
 
 
 @given(seed=strategies.integers(0, 2**32 - 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_no_mutated_run_is_used_without_a_word(seed):
     tally = Tally("run directories")
     run_directories.storm(tally, seed, 1)

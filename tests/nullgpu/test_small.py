@@ -16,6 +16,7 @@ from tests.nullgpu.checks import (
 )
 from tests.nullgpu.harness import Job, on_null_device
 from tests.nullgpu.report import Report
+from tests.nullgpu.test_ledger import CHEAP, COMMITTED, assert_not_grown
 
 LENET = ["ema.decay=0.9", "train.epochs=2", "train.batch_size=30"]  # three whole batches and one of ten
 ALL_OPTIONS = [
@@ -33,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(null_device: Path, folder: Path) -> dict[str, Report]:
     jobs = {
+        "ledger": Job("steps", {"recipe": CHEAP, "changes": []}),
         "lenet5": Job("run", {"recipe": "smoke/lenet5", "out": str(folder / "run"), "changes": LENET, "resume": True}),
         "all options": Job("steps", {"recipe": "smoke/pyramid-asam", "changes": ALL_OPTIONS}),
         "out of memory": Job("out_of_memory", {"recipe": "smoke/lenet5", "changes": EAGER, "spare_bytes": 1 << 20}),
@@ -42,6 +44,11 @@ def found(null_device: Path, folder: Path) -> dict[str, Report]:
     }
     reports = on_null_device(list(jobs.values()), folder / "child", deadline_s=500)
     return dict(zip(jobs, reports, strict=True))
+
+
+@pytest.mark.skipif(CHEAP not in COMMITTED, reason=f"{CHEAP} is not in the ledger")
+def test_a_cheap_step_has_no_more_launches_than_committed(found: dict[str, Report]) -> None:
+    assert_not_grown(CHEAP, found["ledger"])
 
 
 def test_a_recipe_is_compiled_captured_and_replayed(found: dict[str, Report]) -> None:
