@@ -19,6 +19,9 @@ def ladder(
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder of all runs and of the table.")] = Path("runs/ladder"),
     data: Annotated[Path | None, typer.Option(help="The data: a store, or a CIFAR-10 release.")] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, max=1024, help="Rows and seeds side by side, which share the cores and the GPUs.")
+    ] = 1,
     same_process: Annotated[
         bool, typer.Option(help="Train in this process: no start per row, but a crash ends the ladder.")
     ] = False,
@@ -34,19 +37,23 @@ def ladder(
 
     from fastcifar.console import err, say
     from fastcifar.console import out as print_json
+    from fastcifar.errors import UserError
     from fastcifar.interrupt import deferred, handled
     from fastcifar.ladder.execute import LadderExecution
+    from fastcifar.ladder.places import Places
     from fastcifar.ladder.rows import choose, jobs_for, ladder_rows
     from fastcifar.ladder.runner import Runner
     from fastcifar.ladder.state import Ledger, content
     from fastcifar.ladder.view import WIDE, LadderView, render
 
-    jobs = jobs_for(choose(only) if only else ladder_rows(), seeds, out)
+    if same_process and jobs > 1:
+        raise UserError("--same-process trains one row after the other; leave it away, or --jobs")
     limit_s = None if until is None else seconds(until)
-    ledger = Ledger(jobs)
+    ledger = Ledger(jobs_for(choose(only) if only else ladder_rows(), seeds, out))
     if not dry_run:
+        runner = Runner(out, data, same_process, Places(jobs))
         with LadderView(err) as view, handled("stopped; the same command goes on from here"), deferred():
-            LadderExecution(ledger, Runner(out, data, same_process), out, view, limit_s).execute()
+            LadderExecution(ledger, runner, out, view, limit_s, jobs).execute()
         say((str(out / "ladder.html"), "bold"))
     rows = ledger.table()
     if json_:

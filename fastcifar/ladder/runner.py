@@ -4,16 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastcifar.config import CombineRecipe, Recipe, to_toml
 from fastcifar.errors import UserError
 from fastcifar.interrupt import stop_if_requested
-from fastcifar.ladder.execute import OutOfTime, RowFailed
+from fastcifar.ladder.execute import Deadline, OutOfTime, RowFailed
+from fastcifar.ladder.places import Places
 from fastcifar.ladder.rows import Job
 from fastcifar.run_directory import RunDirectory, write_atomic
 
@@ -24,19 +26,21 @@ GRACE_S = 60.0
 
 @dataclass(frozen=True)
 class Runner:
-    """Executes jobs; callable as the ladder wants it.
+    """Executes jobs; callable as the ladder wants it, from as many threads as there are places.
 
     Attributes:
         out: the ladder's folder; logs go to ``logs/`` in it.
         data: where the images are, as for ``fastcifar run``.
         same_process: train in this process. The deadline then counts between rows only, and a crash ends the ladder.
+        places: the threads and the GPU of each process.
     """
 
     out: Path
     data: Path | None = None
     same_process: bool = False
+    places: Places = field(default_factory=Places)
 
-    def __call__(self, job: Job, deadline: float | None, progress: Callable[[str], None]) -> None:
+    def __call__(self, job: Job, deadline: Deadline, progress: Callable[[str], None]) -> None:
         """Run, resume or combine; returns when the job is finished.
 
         Raises:
@@ -52,12 +56,14 @@ class Runner:
         else:
             self._train_apart(job, deadline, progress)
 
-    def _train_apart(self, job: Job, deadline: float | None, progress: Callable[[str], None]) -> None:
+    def _train_apart(self, job: Job, deadline: Deadline, progress: Callable[[str], None]) -> None:
         log = self.out / "logs" / f"{job.row.replace('/', '-')}-seed-{job.seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as file:
+        with self.places.place() as share, log.open("w") as file:
+            # In a session of its own: Ctrl-C in a terminal reaches this process alone, which then asks it to stop.
             process = subprocess.Popen(
-                self._command(job), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+                self._command(job), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+                env=os.environ | share,
             )
             try:
                 watch(process, job, deadline, progress)
@@ -78,7 +84,7 @@ class Runner:
 
 
 def watch(
-    process: "subprocess.Popen[bytes]", job: Job, deadline: float | None, progress: Callable[[str], None]
+    process: "subprocess.Popen[bytes]", job: Job, deadline: Deadline, progress: Callable[[str], None]
 ) -> None:
     """Wait for the row's process and report its epochs.
 
@@ -93,7 +99,7 @@ def watch(
         if text != said:
             said = text
             progress(text)
-        if deadline is not None and time.monotonic() >= deadline:
+        if deadline.over:
             raise OutOfTime
         time.sleep(POLL_S)
 
@@ -137,13 +143,23 @@ def train_here(job: Job, data: Path | None) -> None:
     assert isinstance(job.recipe, Recipe)
     begun = RunDirectory.exists(job.folder)
     opened = open_run(None, None, str(job.folder)) if begun else open_run(job.recipe, job.folder, None)
+    with row_failures(), opened as run:
+        train(job.recipe, run, data=data, quiet=True)
+
+
+@contextmanager
+def row_failures() -> Iterator[None]:
+    """Let whatever goes wrong within the block be the row's failure: a `RowFailed`, or the `UserError` that it is."""
     try:
-        with opened as run:
-            train(job.recipe, run, data=data, quiet=True)
-    except UserError:
+        yield
+    except (RowFailed, UserError):
         raise
     except Exception as error:
         raise RowFailed(f"{type(error).__name__}: {error}") from error
+
+
+# Combinations are computed in this process, whose number of threads and random generators they would share.
+_COMBINING = threading.Lock()
 
 
 def combine(job: Job) -> None:
@@ -155,4 +171,6 @@ def combine(job: Job) -> None:
     from fastcifar.analysis.combine import run_combine
 
     assert isinstance(job.recipe, CombineRecipe)
-    run_combine(job.recipe, {name: RunDirectory.open(folder) for name, folder in job.members.items()}, job.folder)
+    members = {name: RunDirectory.open(folder) for name, folder in job.members.items()}
+    with _COMBINING:
+        run_combine(job.recipe, members, job.folder)

@@ -104,7 +104,7 @@ class Row:
     Attributes:
         name, title, stage: of the recipe.
         state: the worst status of its seeds.
-        message: what went wrong, or how far the running seed is.
+        message: what went wrong, or how far the running seeds are.
         published_best, published_last: in percent, where published.
         metrics: over the seeds that have results, None where none has.
         seeds: one record per seed, as in ``ladder.json``.
@@ -201,12 +201,17 @@ def _row(name: str, recipe: Recipe | CombineRecipe, seeds: list[dict[str, Any]])
         title=recipe.title,
         stage=recipe.stage,
         state=worst["state"],
-        message=worst["message"],
+        message=_running_in_words(seeds) or worst["message"],
         published_best=published.best if published else None,
         published_last=published.last if published else None,
         metrics=metrics_of([seed for seed in seeds if seed["last"] is not None]),
         seeds=seeds,
     )
+
+
+def _running_in_words(seeds: list[dict[str, Any]]) -> str:
+    """Return how far the running seeds are, one after the other."""
+    return "; ".join(seed["message"] for seed in seeds if seed["state"] == RUNNING and seed["message"])
 
 
 def content(rows: Sequence[Row]) -> dict[str, Any]:

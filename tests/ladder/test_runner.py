@@ -13,7 +13,7 @@ import pytest
 
 from fastcifar.config import Recipe
 from fastcifar.ladder import runner
-from fastcifar.ladder.execute import LadderExecution, OutOfTime, RowFailed
+from fastcifar.ladder.execute import Deadline, LadderExecution, OutOfTime, RowFailed
 from fastcifar.ladder.rows import catalogue, choose, jobs_for
 from fastcifar.ladder.runner import Runner, epochs_in_words
 from fastcifar.ladder.state import Ledger, stored_state
@@ -43,12 +43,12 @@ def job(tmp_path):
 def test_the_last_line_of_a_failing_row_is_its_message(job):
     script = "import sys; print('something'); print('fastcifar: no data here', file=sys.stderr); sys.exit(2)"
     with pytest.raises(RowFailed, match=r"^no data here$"):
-        says(job, script)(job, None, lambda text: None)
+        says(job, script)(job, Deadline(), lambda text: None)
 
 
 def test_a_row_that_crashes_silently_names_its_log(job):
     with pytest.raises(RowFailed, match=r"status -9; see .*lenet5-seed-42\.log"):
-        says(job, "import os; os.kill(os.getpid(), 9)")(job, None, lambda text: None)
+        says(job, "import os; os.kill(os.getpid(), 9)")(job, Deadline(), lambda text: None)
 
 
 def test_the_deadline_stops_the_row_and_what_it_started(job, tmp_path, monkeypatch):
@@ -61,7 +61,7 @@ child = subprocess.Popen([sys.executable, "-c", sleep])
 open({str(mark)!r}, "w").write(str(child.pid))
 time.sleep(99)"""
     with pytest.raises(OutOfTime):
-        says(job, script)(job, time.monotonic() + 2.0, lambda text: None)
+        says(job, script)(job, Deadline.after(2.0), lambda text: None)
     # SIGKILL is sent by then; the kernel takes a moment to execute it.
     wait_for(lambda: not alive(int(mark.read_text())), 60.0)
 
