@@ -23,6 +23,7 @@ from fastcifar.cli.recipes import recipes, show
 from fastcifar.cli.report import report
 from fastcifar.cli.run_command import run
 from fastcifar.cli.stack import stack
+from fastcifar.cli.sweep import sweep
 from fastcifar.errors import UserError
 from fastcifar.interrupt import Interrupted, handled
 
@@ -49,7 +50,7 @@ def fastcifar(
     """From a recipe file to a trained, evaluated and explained CIFAR-10 model."""
 
 
-TRAIN = (run, recipes, show, plan, ladder)
+TRAIN = (run, recipes, show, plan, ladder, sweep)
 EXPLAIN = (report, compare, evaluate, ensemble, stack, predict, export, push)
 ABOUT = (models, bench, doctor)
 for panel, commands in (("Train", TRAIN), ("Explain and combine", EXPLAIN), ("About this machine", ABOUT)):

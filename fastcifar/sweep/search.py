@@ -1,0 +1,347 @@
+"""A sweep: an Optuna study in the output folder, whose trials are run directories beside it.
+
+The search looks at the holdout alone: its accuracy decides which values are tried next, which trial is pruned, and
+which is the best. The test set is evaluated in each run as ever, and read by nothing here but the last table, for the
+best trial. Without a holdout there is nothing honest to search by, so that such a recipe is refused.
+
+Akiba et al., "Optuna: A Next-generation Hyperparameter Optimization Framework", arXiv:1907.10902.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastcifar.config import Recipe, load_recipe, to_toml
+from fastcifar.errors import UserError
+from fastcifar.interrupt import stop_if_requested
+from fastcifar.ladder.execute import Deadline, OutOfTime, RowFailed, RunRow
+from fastcifar.ladder.rows import Job
+from fastcifar.ladder.state import DONE, stored_state
+from fastcifar.locations import install_command
+from fastcifar.run_directory import RunDirectory, write_atomic
+from fastcifar.sweep.spaces import Space
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+# Optuna's own defaults for its median pruner: a trial is cut where the median of at least five others was better.
+STARTUP_TRIALS = 5
+# What decides which images are held out; trials with different ones cannot be compared.
+NOT_SEARCHED = ("data.holdout", "data.holdout_seed", "seed")
+# So many failures, and nothing else, end a sweep.
+FIRST_FAILURES = 3
+# What a trial's user attributes in the study hold: its run directory's name, and why it failed.
+RUN, MESSAGE = "run", "message"
+
+
+class TrialFailed(Exception):
+    """A trial's run ended with an error; the message says why. The rest of the sweep goes on."""
+
+
+class Stopped(BaseException):
+    """A trial was stopped and is to be resumed; no `Exception`, which Optuna would count as a failure of the trial."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is searched.
+
+    Attributes:
+        recipe: a recipe file, or the name of a shipped one.
+        fixed: settings of every trial, such as ``train.epochs=5``.
+        spaces: of the keys to search.
+    """
+
+    recipe: str
+    fixed: Sequence[str]
+    spaces: Sequence[Space]
+
+    def with_values(self, settings: Sequence[str]) -> Recipe:
+        """Return the recipe with the fixed settings and those of a trial.
+
+        Raises:
+            UserError: the recipe does not accept them, combines trained models, or sets no holdout aside.
+        """
+        loaded = load_recipe(self.recipe, [*self.fixed, *settings])
+        if not isinstance(loaded, Recipe):
+            raise UserError(f"{self.recipe}: combines trained models; a sweep searches a recipe that trains")
+        if not loaded.data.holdout:
+            raise UserError(
+                f"{self.recipe}: sets no training images aside, and a search never looks at the test set: "
+                "add --set data.holdout=5000"
+            )
+        return loaded
+
+    def check(self) -> Recipe:
+        """Make sure that the recipe accepts both ends of each range and each alternative; return it with the first.
+
+        Raises:
+            UserError: it does not, there is nothing to search, or a space cannot be searched by the holdout.
+        """
+        if not self.spaces:
+            raise UserError(
+                "nothing to search: give at least one space, such as --set 'optimizer.lr=log(0.01, 1)'"
+            )
+        for space in self.spaces:
+            if space.key in NOT_SEARCHED:
+                raise UserError(f"{space.key}: decides which images are held out; a sweep cannot search it")
+        first = [space.ends()[0] for space in self.spaces]
+        for i, space in enumerate(self.spaces):
+            for setting in space.ends():
+                self.with_values([*first[:i], setting, *first[i + 1 :]])
+        return self.with_values(first)
+
+    def grid(self) -> list[dict[str, Any]] | None:
+        """Return every combination of values, or None where they cannot be listed."""
+        values = [space.all_values() for space in self.spaces]
+        if any(v is None for v in values) or math.prod(len(v or ()) for v in values) > 100_000:
+            return None
+        keys = [space.key for space in self.spaces]
+        return [dict(zip(keys, chosen, strict=True)) for chosen in itertools.product(*(v or () for v in values))]
+
+    def identity(self, recipe: Recipe) -> str:
+        """Return what must be the same when a sweep goes on, as text."""
+        searched = {space.key: [str(space)] for space in self.spaces}
+        model = recipe.model_dump(mode="json", exclude={"title", "stage", "published", "target"})
+        return json.dumps([_without(model, list(searched)), searched], sort_keys=True)
+
+
+def _without(table: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of nested tables without some keys, written as ``optimizer.lr``."""
+    kept = {}
+    for name, value in table.items():
+        below = [key.removeprefix(f"{name}.") for key in keys if key.startswith(f"{name}.")]
+        if name not in keys:
+            kept[name] = _without(value, below) if isinstance(value, dict) else value
+    return kept
+
+
+class Sweep:
+    """One execution of a sweep; the next goes on where this one stops, however it stops.
+
+    Args:
+        problem: what is searched.
+        run_row: executes a trial's run, as a row of the ladder.
+        out: the folder of the study and of the trials' run directories.
+        jobs: how many trials at once.
+        prune: stop a trial that is worse on the holdout than the median of the others at that epoch.
+        say: tells of an event.
+    """
+
+    def __init__(
+        self, problem: Problem, run_row: RunRow, out: Path, jobs: int, prune: bool, say: Callable[[str], None]
+    ) -> None:
+        self.problem, self.run_row, self.out, self.jobs, self.prune, self.say = problem, run_row, out, jobs, prune, say
+        self.first = problem.check()
+        self.deadline = Deadline()
+        self.study = open_study(problem, self.first, out, jobs)
+        self._error: BaseException | None = None  # what ended the execution, of whichever trial said so first
+
+    def execute(self, trials: int) -> None:
+        """Search until the study has so many trials, or every combination.
+
+        Raises:
+            UserError: the first trials failed, so that all would.
+            Interrupted: a signal came; the trials that were running are resumed by the next execution.
+        """
+        grid = self.problem.grid()
+        if grid is not None and len(grid) <= trials:
+            trials = len(grid)
+            for values in grid:
+                self.study.enqueue_trial(values, skip_if_exists=True)
+        revive(self.study)
+        left = trials - len(ended(self.study))
+        if left > 0:
+            # Optuna raises what one of several trials raised, or, at the end of the search, nothing.
+            with suppress(Stopped):
+                self.study.optimize(self._objective, n_trials=left, n_jobs=self.jobs, catch=(TrialFailed,))
+        stop_if_requested()
+        if self._error is not None:
+            raise self._error
+
+    def job(self, trial: "optuna.Trial") -> tuple[Job, Recipe]:
+        """Return a trial's run, with its recipe: the one that it goes on with, or a new one that bears its number."""
+        recipe = self.problem.with_values([space.suggest(trial) for space in self.problem.spaces])
+        name = trial.user_attrs.get(RUN) or f"trial-{trial.number:04d}"
+        trial.set_user_attr(RUN, name)
+        return Job(name, recipe.seed, recipe, self.out / name, {}, 0), recipe
+
+    def _objective(self, trial: "optuna.Trial") -> float:
+        """Train one trial; return its accuracy on the holdout at the last epoch, in percent.
+
+        Raises:
+            TrialPruned: it was stopped as one of the worse.
+            TrialFailed: its run ended with an error.
+            Stopped: it was stopped to be resumed.
+        """
+        import optuna
+
+        if self.deadline.over:  # of a place that became free while the others stop
+            raise Stopped
+        try:
+            return self._train(trial)
+        except (RowFailed, UserError) as error:
+            self._fail(trial, str(error))
+            raise TrialFailed from None
+        except optuna.TrialPruned:
+            raise
+        except BaseException as error:
+            self._end(error)
+            raise Stopped from None
+
+    def _end(self, error: BaseException) -> None:
+        """End the execution: the trials beside this one stop with their checkpoints."""
+        if not isinstance(error, OutOfTime):  # which is what those trials say then
+            self._error = self._error or error
+        self.deadline.end_now()
+        self.study.stop()
+
+    def _train(self, trial: "optuna.Trial") -> float:
+        import optuna
+
+        job, recipe = self.job(trial)
+        known: dict[int, float] = {}  # accuracies by epoch, as far as Optuna has been told
+
+        def progress(text: str = "") -> None:
+            report(trial, job, known)
+            at_work = known and max(known) < recipe.train.epochs  # after the last epoch there is nothing to save
+            if self.prune and at_work and trial.should_prune():
+                raise optuna.TrialPruned
+
+        try:
+            if stored_state(job) != DONE:
+                self.run_row(job, self.deadline, progress)
+        except optuna.TrialPruned:
+            self.say(f"{job.row}: pruned after epoch {max(known)}: {in_words(trial)}")
+            raise
+        report(trial, job, known)
+        if stored_state(job) != DONE or not known:
+            raise RowFailed("ended without a result")
+        self.say(f"{job.row}: {known[max(known)]:.2f}% of the holdout: {in_words(trial)}")
+        return known[max(known)]
+
+    def _fail(self, trial: "optuna.Trial", message: str) -> None:
+        """Note why a trial failed; where none has ever got to the end of an epoch, all would fail: end here."""
+        trial.set_user_attr(MESSAGE, message)
+        self.say(f"{trial.user_attrs[RUN]}: failed: {message}")
+        known = self.study.get_trials(deepcopy=False)
+        failed = [t for t in known if MESSAGE in t.user_attrs]
+        if len(failed) >= FIRST_FAILURES and not any(t.intermediate_values for t in known):
+            self._end(UserError(f"the first {len(failed)} trials failed; the last one: {message}"))
+
+    # ------------------------------------------------------------------------------------------------------ the result
+
+    def write_best(self) -> Path | None:
+        """Write the best trial's recipe as ``best.toml``; None where no trial is complete."""
+        best = best_of(self.study)
+        if best is None:
+            return None
+        run = RunDirectory.open(self.out / best.user_attrs[RUN])
+        head = (
+            f"# The best of {len(ended(self.study))} trials: {best.value:.2f}% of {self.first.data.holdout:,} held-out "
+            "training images at the last epoch.\n"
+            "# The images are still held out: with data.holdout = 0 it trains on all of them.\n"
+        )
+        write_atomic(self.out / "best.toml", head + to_toml(run.recipe))
+        return self.out / "best.toml"
+
+
+def open_study(problem: Problem, recipe: Recipe, out: Path, jobs: int) -> "optuna.Study":
+    """Open or make the study in ``study.db``.
+
+    Raises:
+        UserError: Optuna is not installed, or the study is of another search.
+    """
+    optuna = import_optuna()
+    out.mkdir(parents=True, exist_ok=True)
+    storage = f"sqlite:///{(out / 'study.db').absolute()}"
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS)
+    study = optuna.create_study(
+        storage=storage, study_name="sweep", direction="maximize", load_if_exists=True, pruner=pruner
+    )
+    # A sampler begins its random numbers anew in each process: another seed, or it would draw the first values again.
+    seed = (recipe.seed * 1_000_003 + len(study.get_trials(deepcopy=False))) % 2**32
+    study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=jobs > 1)
+    identity = problem.identity(recipe)
+    if study.user_attrs.setdefault("problem", identity) != identity:
+        raise UserError(f"{out}: holds a sweep of another recipe or other spaces; choose another --out")
+    study.set_user_attr("problem", identity)
+    return study
+
+
+def import_optuna() -> Any:
+    """Return the package, silent: what it would log is said by this command itself.
+
+    Raises:
+        UserError: it is not installed; the message says how to.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise UserError(f"a sweep needs Optuna: {install_command('sweep')}") from None
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    return optuna
+
+
+def revive(study: "optuna.Study") -> None:
+    """Put trials that a stopped execution has left behind in the queue again, to go on in their run directories.
+
+    Nobody else works on the study: the folder is locked. A trial cannot be taken back, so that another one with its
+    values and its run takes its place; `ended` leaves the old one out.
+    """
+    import optuna
+
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        # A trial that came from the queue, and got no further, has only what the queue said.
+        values = trial.params or trial.system_attrs.get("fixed_params")
+        if values:
+            run = {RUN: trial.user_attrs[RUN]} if RUN in trial.user_attrs else {}
+            study.enqueue_trial(values, user_attrs=run)
+
+
+def ended(study: "optuna.Study") -> "list[FrozenTrial]":
+    """Return the trials that are complete, pruned or failed, without those that another one has taken the place of."""
+    import optuna
+
+    states = optuna.trial.TrialState
+    trials = study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED, states.FAIL))
+    return [trial for trial in trials if trial.state != states.FAIL or MESSAGE in trial.user_attrs]
+
+
+def best_of(study: "optuna.Study") -> "FrozenTrial | None":
+    """Return the complete trial with the highest accuracy on the holdout, the earliest of equals."""
+    import optuna
+
+    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    return max(complete, key=lambda trial: (trial.value, -trial.number), default=None)
+
+
+def report(trial: "optuna.Trial", job: Job, known: dict[int, float]) -> None:
+    """Tell Optuna the accuracies of the epochs that are new, and note them in ``known``."""
+    for epoch, accuracy in holdout_accuracies(RunDirectory(job.folder)).items():
+        if epoch not in known:
+            known[epoch] = accuracy
+            trial.report(accuracy, epoch)
+
+
+def holdout_accuracies(run: RunDirectory) -> dict[int, float]:
+    """Return the accuracy on the holdout after each evaluated epoch, of the weights that the run reports."""
+    rows = run.metrics() if RunDirectory.exists(run.folder) else []
+    return {row["epoch"]: list(row["holdout"].values())[-1]["accuracy"] for row in rows if "holdout" in row}
+
+
+def in_words(trial: "optuna.Trial | FrozenTrial") -> str:
+    """Return a trial's values, such as ``optimizer.lr = 0.0321, asam.rho = 1``."""
+    return ", ".join(f"{key} = {short(value)}" for key, value in trial.params.items())
+
+
+def short(value: Any) -> str:
+    """Return a value with four significant digits; texts as they are."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,260 @@
+"""A sweep over runs without training: what it looks at, what it prunes, how it ends and how it goes on."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import optuna
+import pytest
+
+from fastcifar.config import load_recipe
+from fastcifar.errors import UserError
+from fastcifar.interrupt import Interrupted
+from fastcifar.ladder.execute import Deadline, OutOfTime, RowFailed
+from fastcifar.ladder.runner import Runner
+from fastcifar.run_directory import RunDirectory
+from fastcifar.sweep import search
+from fastcifar.sweep.search import Problem, Sweep, best_of, ended
+from fastcifar.sweep.spaces import split_settings
+from tests.command import fastcifar
+from tests.ladder.test_runner import wait_for
+from tests.sweep.fakes import EPOCHS, FIXED, LR, FakeRuns, holdout
+
+
+def sweep(out, runs, *spaces, trials=8, jobs=1, prune=False, fixed=FIXED):
+    problem = Problem("smoke/lenet5", fixed, split_settings(list(spaces or (LR,)))[1])
+    said = []
+    found = Sweep(problem, runs, out, jobs, prune, said.append)
+    found.said = said
+    found.execute(trials)
+    return found
+
+
+def values(found):
+    return {t.params["optimizer.lr"]: t.value for t in ended(found.study)}
+
+
+def test_the_best_on_the_holdout_wins_though_it_is_the_worst_on_the_test_set(tmp_path):
+    found = sweep(tmp_path, FakeRuns(), "optimizer.lr=[0.001, 0.01, 0.1]")
+    assert values(found) == {"0.001": holdout(0.001) + EPOCHS, "0.01": 60 + EPOCHS, "0.1": holdout(0.1) + EPOCHS}
+    best = load_recipe(found.write_best())
+    assert best.optimizer.lr == 0.01
+    assert best == RunDirectory.open(tmp_path / best_of(found.study).user_attrs["run"]).recipe
+
+
+def test_every_combination_is_tried_once_where_there_are_few(tmp_path):
+    runs = FakeRuns()
+    found = sweep(tmp_path, runs, "optimizer.lr=[0.001, 0.01]", "train.batch_size=int(10, 12)", trials=50)
+    tried = {tuple(t.params.values()) for t in ended(found.study)}
+    assert tried == {(lr, size) for lr in ("0.001", "0.01") for size in (10, 11, 12)}
+    assert len(runs.trained) == len(set(runs.trained)) == 6 * EPOCHS
+    again = FakeRuns()
+    sweep(tmp_path, again, "optimizer.lr=[0.001, 0.01]", "train.batch_size=int(10, 12)", trials=50)
+    assert again.trained == []
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_the_study_goes_on_to_the_number_of_trials_asked_for(tmp_path, jobs):
+    assert len(ended(sweep(tmp_path, FakeRuns(), trials=4, jobs=jobs).study)) == 4
+    runs = FakeRuns()
+    found = sweep(tmp_path, runs, trials=7, jobs=jobs)
+    assert len(ended(found.study)) == 7
+    assert len(runs.trained) == 3 * EPOCHS
+    assert len(values(found)) == 7, "a value was drawn again"
+
+
+def test_trials_run_side_by_side(tmp_path):
+    together = threading.Barrier(2, timeout=300)
+    sweep(tmp_path, FakeRuns(lambda job, epoch: together.wait()), trials=2, jobs=2)
+
+
+def test_trials_that_are_worse_than_the_median_on_the_holdout_are_pruned(tmp_path):
+    grid = "optimizer.lr=[0.01, 0.011, 0.012, 0.013, 0.014, 0.1]"
+    found = sweep(tmp_path, FakeRuns(), grid, prune=True)
+    states = {t.params["optimizer.lr"]: t.state.name for t in ended(found.study)}
+    assert states.pop("0.1") == "PRUNED"
+    assert set(states.values()) == {"COMPLETE"}
+    assert [text for text in found.said if "pruned after epoch 1: optimizer.lr = 0.1" in text]
+    assert {t.state.name for t in ended(sweep(tmp_path / "all", FakeRuns(), grid).study)} == {"COMPLETE"}
+
+
+@pytest.mark.parametrize("error", [RowFailed("diverged"), UserError("diverged")])
+def test_a_failed_trial_is_told_and_the_others_go_on(tmp_path, error):
+    def fail(job, epoch):
+        if job.row == "trial-0001":
+            raise error
+
+    found = sweep(tmp_path, FakeRuns(fail), trials=4)
+    assert [t.state.name for t in ended(found.study)] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert "trial-0001: failed: diverged" in found.said
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_where_no_trial_gets_anywhere_the_sweep_ends_with_the_reason(tmp_path, jobs):
+    def fail(job, epoch):
+        raise RowFailed("no data here")
+
+    with pytest.raises(UserError, match=r"first \d trials failed; .*no data here"):
+        sweep(tmp_path, FakeRuns(fail), trials=50, jobs=jobs)
+    assert len(list(tmp_path.glob("trial-*"))) <= 4
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_interrupts_lose_no_epoch_and_no_trial(tmp_path, seed, jobs):
+    dice, trained, lock = random.Random(seed), [], threading.Lock()
+    for _ in range(3):
+        left = [dice.randrange(1, 10)]
+
+        def cut(job, epoch, left=left):
+            with lock:
+                left[0] -= 1
+            if left[0] <= 0:
+                raise Interrupted("SIGINT")
+
+        runs = FakeRuns(cut)
+        with pytest.raises(Interrupted):
+            sweep(tmp_path, runs, trials=12, jobs=jobs)
+        trained += runs.trained
+    runs = FakeRuns()
+    found = sweep(tmp_path, runs, trials=12, jobs=jobs)
+    trained += runs.trained
+    assert len(ended(found.study)) == 12
+    assert len(trained) == len(set(trained)) == 12 * EPOCHS
+    assert len({t.user_attrs["run"] for t in ended(found.study)}) == 12
+    for trial in ended(found.study):
+        assert trial.value == holdout(trial.params["optimizer.lr"]) + EPOCHS
+        assert list(trial.intermediate_values) == list(range(1, EPOCHS + 1))
+
+
+def test_an_error_in_one_place_stops_the_others_and_is_raised(tmp_path):
+    class Broken(FakeRuns):
+        def __call__(self, job, deadline, progress):
+            if job.row == "trial-0000":
+                raise ZeroDivisionError
+            wait_for(lambda: deadline.over)
+            raise OutOfTime
+
+    with pytest.raises(ZeroDivisionError):
+        sweep(tmp_path, Broken(), trials=2, jobs=2)
+    assert len(ended(sweep(tmp_path, FakeRuns(), trials=2).study)) == 2
+
+
+def test_a_trial_that_was_finished_but_not_told_is_not_trained_again(tmp_path):
+    found = sweep(tmp_path, FakeRuns(), trials=1)
+    trial = found.study.ask()
+    job, _ = found.job(trial)
+    FakeRuns()(job, Deadline(), lambda text: None)
+    runs = FakeRuns()
+    assert len(ended(sweep(tmp_path, runs, trials=2).study)) == 2
+    assert runs.trained == []
+
+
+@pytest.mark.parametrize(
+    ("fixed", "spaces", "message"),
+    [
+        (["train.epochs=2"], [LR], r"add --set data\.holdout=5000"),
+        (FIXED, [], "nothing to search"),
+        (FIXED, ["data.holdout=[10, 20]"], "cannot search it"),
+        (FIXED, ["seed=int(1, 5)"], "cannot search it"),
+        (FIXED, ["optimizer.lrr=log(0.1, 1)"], 'did you mean "lr"'),
+        (FIXED, ["optimizer.lr=uniform(-1, 1)"], r"optimizer\.lr"),
+        (FIXED, ["train.epochs=[1, 2, \"many\"]"], r"train\.epochs"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_anything_is_made(tmp_path, fixed, spaces, message):
+    words = [word for setting in (*fixed, *spaces) for word in ("--set", setting)]
+    done = fastcifar("sweep", "smoke/lenet5", *words, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_combination_is_refused(tmp_path):
+    done = fastcifar("sweep", "smoke/stacking", "--set", "combine.kind=[1]", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_another_search_in_the_same_folder_is_refused(tmp_path):
+    sweep(tmp_path, FakeRuns(), trials=1)
+    with pytest.raises(UserError, match="another recipe or other spaces"):
+        sweep(tmp_path, FakeRuns(), "optimizer.lr=log(0.001, 0.2)")
+    with pytest.raises(UserError, match="another recipe or other spaces"):
+        sweep(tmp_path, FakeRuns(), fixed=[*FIXED, "optimizer.weight_decay=0.1"])
+
+
+def test_without_optuna_one_message_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match="a sweep needs Optuna"):
+        search.import_optuna()
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_trains_prints_a_table_and_its_best_recipe_runs(tmp_path, monkeypatch):
+    """Real trainings, in this process."""
+    monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
+    monkeypatch.setattr(Runner, "_train_apart", lambda self, job, deadline, progress: train_and_tell(job, progress))
+    words = ["sweep", "smoke/lenet5", "--set", "data.holdout=20", "--set", "optimizer.lr=[0.001, 0.01]", "--out", "out"]
+    done = fastcifar(*words, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "never the test set" in done.stderr
+    assert [trial["state"] for trial in found["trials"]] == ["complete"] * 2
+    first = RunDirectory.open(tmp_path / found["trials"][0]["run"])
+    assert first.metrics()[-1]["holdout"]["raw"]["accuracy"] == found["trials"][0]["holdout_accuracy"]
+    assert found["trials"][0]["holdout_accuracy"] >= found["trials"][1]["holdout_accuracy"]
+    again = fastcifar(*words, cwd=tmp_path)
+    assert again.returncode == 0
+    assert f"{first.summary['last']['accuracy']:.2f}%" in again.stderr
+    run = fastcifar("run", "out/best.toml", "--out", "best", "--quiet", "--json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["last"]["accuracy"] == first.summary["last"]["accuracy"]
+
+
+def train_and_tell(job, progress):
+    from fastcifar.ladder.runner import train_here
+
+    train_here(job, None)
+    progress("")
+
+
+COMMAND = """
+import sys
+from fastcifar import interrupt
+interrupt.install()
+from fastcifar.ladder.runner import Runner
+fake, command = [sys.executable, "-m", "tests.sweep.fake_trial"], Runner._command
+Runner._command = lambda self, job: [*fake, *command(self, job)[1:]]
+from fastcifar.cli.main import main
+main()
+"""
+
+
+def test_one_signal_ends_all_trials_and_the_same_command_goes_on(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    settings = [word for setting in (*FIXED, LR) for word in ("--set", setting)]
+    options = ["--trials", "3", "--jobs", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", COMMAND, "sweep", "smoke/lenet5", *settings, *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for(lambda: len(list(tmp_path.glob("*/metrics.jsonl"))) == 2 or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    assert "the same command goes on from here" in said
+    assert "Traceback" not in said
+    assert [len(RunDirectory.open(run).metrics()) for run in tmp_path.glob("trial-*")] == [1, 1]
+    (tmp_path / "go").touch()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [RunDirectory.open(run).finished for run in tmp_path.glob("trial-*")] == [True] * 3
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    assert len(ended(optuna.load_study(study_name="sweep", storage=storage))) == 3
