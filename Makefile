@@ -6,7 +6,7 @@ WORKERS ?= 2
 PIECE ?=
 BIN := .venv/bin
 
-.PHONY: help environment run test nullgpu storm lint doctor bench tables gpu gpu-pack clean
+.PHONY: help environment run test nullgpu storm lint doctor bench tables docs gpu gpu-pack clean
 
 help:
 	@echo "make run       make .venv, then train the smoke recipe on synthetic images (no download)"
@@ -16,6 +16,7 @@ help:
 	@echo "make doctor    say what works here, what is missing and its fix"
 	@echo "make bench     run all benchmarks and put the results into benchmarks/results/"
 	@echo "make tables    write the tables of README.md and benchmarks/README.md from those results"
+	@echo "make docs      build the documentation site into site/, strictly"
 	@echo "make gpu       on a machine with a GPU: tests, benchmarks and the ladder, in pieces (PIECE=K for one)"
 	@echo "make gpu-pack  what a GPU machine without a network needs, in parts under 60 MB, into gpu-pack/"
 	@echo "make clean     remove .venv and what tools left behind (not runs/ and not data/)"
@@ -54,6 +55,9 @@ bench: environment
 tables: environment
 	$(BIN)/python -m tools.tables
 
+docs: environment
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # No environment here: a GPU machine without a network brings its own Python, or unpacks gpu-pack/ first.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu.py $(if $(PIECE),--piece $(PIECE))
@@ -62,5 +66,5 @@ gpu-pack: environment
 	$(BIN)/python tools/gpu_pack.py
 
 clean:
-	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv site .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find fastcifar tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -213,6 +213,8 @@ def test_curves_answer_a_pointer_and_zoom(browser, six, tmp_path):  # noqa: F811
         {bubbles: true, clientX: b.left + share * b.width, clientY: b.top + b.height / 2}));
       %s; return document.querySelector('.run-curve .tip').textContent; })()"""
     assert re.match(r"epoch \d+train [\d.]+test", browser.eval(at % "fire('pointermove', .5)"))
+    box = "(s => document.querySelector('.run-curve ' + s).getBoundingClientRect().top)"
+    assert 0 <= browser.eval(f"{box}('.tip') - {box}('svg')") < 60  # the label lies over its own chart
     browser.eval(at % "fire('pointerdown', .4); fire('pointermove', .6); fire('pointerup', .6)")
     assert 50 < browser.eval("document.querySelector('.run-curve polyline').points.length") < 200
     browser.eval("document.querySelector('.run-curve .reset').click()")

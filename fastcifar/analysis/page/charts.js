@@ -154,7 +154,8 @@ function chart(root, spec) {
     const right = x > width / 2;
     tip.style.left = right ? "auto" : `${x + 12}px`;
     tip.style.right = right ? `${width - x + 12}px` : "auto";
-    tip.style.top = `${svg.offsetTop + box.top}px`;
+    const above = svg.getBoundingClientRect().top - root.getBoundingClientRect().top;
+    tip.style.top = `${above + box.top}px`;
   }
 
   function nearestRow(place) {
