@@ -157,7 +157,7 @@ def parts(name: str, ours: Ours, repeats: int) -> list[Row]:
     sides: dict[str, Callable[[], Any]] = {
         "whole step, eager": lambda: step(ours.batch()),
         "augmentation and mixing": lambda: step.inputs(batch),
-        "forward and backward, once": lambda: step.backward(images, target),
+        "forward and backward, once": lambda: step.backward(images, target, len(images)),
     }
     if ours.recipe.asam is not None:
         sides["norm and ascent"] = lambda: ascent_step(step)

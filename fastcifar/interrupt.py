@@ -37,12 +37,14 @@ class _State:
         message: what to say, such as how to go on.
         deferring: how many blocks want a flag instead of an end.
         requested: the signal that came within such a block, or None.
+        silent: say nothing, because another process does.
     """
 
     process: int = 0
     message: str = "stopped"
     deferring: int = 0
     requested: int | None = None
+    silent: bool = False
 
 
 _state = _State()
@@ -75,6 +77,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _say(text: str) -> None:
     """Write a line to stderr without Python's buffers, which the interrupted code may be in the middle of using."""
+    if _state.silent:
+        return
     with suppress(OSError):
         os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + f"fastcifar: {text}\n".encode())
 
@@ -109,6 +113,16 @@ def deferred() -> Iterator[None]:
         _state.deferring -= 1
     # A signal from here on ends the process itself; one from before is not forgotten.
     stop_if_requested()
+
+
+def be_silent() -> None:
+    """Say nothing about signals from here on: of the processes that train one model together, one speaks."""
+    _state.silent = True
+
+
+def request(number: int) -> None:
+    """Ask for a stop as if the signal had come to this process; one that came before counts."""
+    _state.requested = _state.requested or number
 
 
 def requested() -> int | None:

@@ -1,9 +1,15 @@
 """``fastcifar run``: train a recipe."""
 
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from fastcifar.errors import UserError
+
+if TYPE_CHECKING:
+    from fastcifar.launch import Place
 
 
 def run(
@@ -27,37 +33,115 @@ def run(
     check_nan: Annotated[
         bool, typer.Option("--check-nan", help="Train slowly and name the first layer that is not finite.")
     ] = False,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Train on so many GPUs of this machine (CPU processes where it has none).")
+    ] = 1,
 ) -> None:
     """Train, evaluate and record a recipe: `fastcifar run recipes/lenet5.toml`.
 
     An interrupted run (Ctrl-C) loses nothing, a killed one the epoch it was in: `fastcifar run --resume RUN_DIR` goes
     on, to the same bits.
+
+    Every number of devices makes the same batches: `--devices 8`, or `torchrun --nproc-per-node 8 -m fastcifar run
+    RECIPE`, on several machines with torchrun's own options. A run may go on with another number.
     """
     from fastcifar.config import load_recipe
-    from fastcifar.console import err, say
-    from fastcifar.console import out as print_json
+    from fastcifar.launch import launch, one_voice, place
+
+    here = place()
+    if devices > 1 and here.world == 1:
+        refuse_devices(recipe, set_ or [], devices)
+        launch(devices, without_devices(sys.argv[1:]))
+        return
+    with one_voice(here) as store:
+        if here.rank:
+            follow(here, store, data, stop_after, check_nan)
+            return
+        summary, folder = lead(
+            load_recipe(recipe, set_ or []) if recipe else None, set_, here, store,
+            data=data, out=out, resume=resume, verify=verify, stop_after=stop_after, quiet=quiet, check_nan=check_nan,
+        )
+    tell(summary, folder, json_, quiet)
+
+
+def lead(
+    loaded: Any, set_: list[str] | None, here: "Place", store: Any, *, data: Path | None, out: Path | None,
+    resume: str | None, verify: bool, stop_after: int | None, quiet: bool, check_nan: bool,
+) -> tuple[dict[str, Any], Path]:
+    """Open the run directory and train, as the only process or as rank 0; return summary and folder."""
     from fastcifar.interrupt import handled
+    from fastcifar.launch import say_how_to_go_on
     from fastcifar.open_run import open_run
 
-    loaded = load_recipe(recipe, set_ or []) if recipe else None
-    if resume and resume != "auto" and set_ and not recipe:
-        from fastcifar.errors import UserError
-
+    if resume and resume != "auto" and set_ and loaded is None:
         raise UserError("--set changes the recipe, but a resumed run keeps its own; start a new run instead")
+    if here.restarts and not resume:
+        resume = "auto"  # torchrun has started the ranks again after a failure: go on with the run that it began
     if loaded is not None:
         refuse_early(loaded, data, verify)
-    with (
-        open_run(loaded, out, resume) as found,
-        handled(f"stopped; go on with `fastcifar run --resume {found.folder}`"),
-    ):
+    with open_run(loaded, out, resume) as found, handled(f"stopped; {go_on(found.folder)}"):
+        say_how_to_go_on(go_on(found.folder))
         if loaded is None and verify:
             refuse_early(found.recipe, data, verify)
-        summary = execute(found, data, stop_after, quiet, check_nan)
+        return execute(found, data, stop_after, quiet, check_nan, here, store), found.folder
+
+
+def go_on(folder: Path) -> str:
+    """Return how to go on with a run."""
+    return f"go on with `fastcifar run --resume {folder}`"
+
+
+def follow(here: "Place", store: Any, data: Path | None, stop_after: int | None, check_nan: bool) -> None:
+    """Train as one of the ranks after the first, which says what."""
+    from fastcifar.interrupt import handled
+    from fastcifar.train.follower import Follower
+    from fastcifar.train.ranks import join, leave
+    from fastcifar.train.run import train
+
+    with handled("stopped"):
+        ranks = join(here, store)
+        recipe = ranks.from_first(None)
+        if recipe is not None:
+            train(recipe, Follower(), data=data, stop_after=stop_after, check_nan=check_nan, ranks=ranks)
+        leave()
+
+
+def tell(summary: dict[str, Any], folder: Path, json_: bool, quiet: bool) -> None:
+    """Print a run's summary, for programs to stdout or for people to stderr."""
+    from fastcifar.console import err, say
+    from fastcifar.console import out as print_json
+
     if json_:
-        print_json({**summary, "run": str(found.folder)})
+        print_json({**summary, "run": str(folder)})
     elif not quiet:
         err.print(describe(summary), soft_wrap=True)
-        say((str(found.folder), "bold"))
+        say((str(folder), "bold"))
+
+
+def refuse_devices(recipe: str | None, set_: list[str], devices: int) -> None:
+    """Refuse what one process can tell before it starts others."""
+    from fastcifar.config import CombineRecipe, load_recipe
+
+    if recipe and isinstance(load_recipe(recipe, set_), CombineRecipe):
+        raise UserError(f"{recipe}: is a combination, which trains nothing; leave --devices away")
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus and devices > gpus:
+        raise UserError(f"--devices {devices}: this machine has {gpus} GPUs")
+
+
+def without_devices(words: list[str]) -> list[str]:
+    """Return a command's arguments without ``--devices N``."""
+    kept: list[str] = []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if word == "--devices":
+            words.pop(0)
+        elif not word.startswith("--devices="):
+            kept.append(word)
+    return kept
 
 
 def refuse_early(recipe: Any, data: Path | None, verify: bool = False) -> None:
@@ -74,25 +158,37 @@ def refuse_early(recipe: Any, data: Path | None, verify: bool = False) -> None:
 
 
 def execute(
-    run: Any, data: Path | None, stop_after: int | None, quiet: bool, check_nan: bool = False
+    run: Any, data: Path | None, stop_after: int | None, quiet: bool, check_nan: bool = False,
+    here: "Place | None" = None, store: Any = None,
 ) -> dict[str, Any]:
     """Train or combine what is left of a run; return its summary, at once where it is finished already."""
     from fastcifar.config import CombineRecipe
 
-    if run.finished:
-        return run.summary
-    if isinstance(run.recipe, CombineRecipe):
+    several = here is not None and here.world > 1
+    if isinstance(run.recipe, CombineRecipe) and not run.finished:
+        if several:
+            raise UserError(f"{run.folder}: is a combination, which trains nothing; start it as one process")
         from fastcifar.analysis.combine import combine_run
 
         return combine_run(run)
+    if run.finished and not several:
+        return dict(run.summary)
     if not quiet:
         from fastcifar.console import err
 
         # Seconds pass before the first line of the run; a cold machine needs most of them for torch.
         err.print("importing torch", style="dim")
+    from fastcifar.launch import Place
+    from fastcifar.train.ranks import join, leave
     from fastcifar.train.run import train
 
-    return train(run.recipe, run, data=data, stop_after=stop_after, quiet=quiet, check_nan=check_nan)
+    ranks = join(here or Place(), store)
+    recipe = ranks.from_first(None if run.finished else run.recipe)
+    if recipe is None:
+        return dict(run.summary)
+    summary = train(recipe, run, data=data, stop_after=stop_after, quiet=quiet, check_nan=check_nan, ranks=ranks)
+    leave()
+    return summary
 
 
 def describe(summary: dict[str, Any]) -> str:

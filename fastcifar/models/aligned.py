@@ -84,7 +84,7 @@ class AlignedBatchNorm2d(BatchNorm2d):
         if self.training and not self.track_running_stats:
             return F.batch_norm(input, None, None, weight, bias, True, 0.0, self.eps)
         mean, var = F.pad(self.running_mean, (0, self.extra)), F.pad(self.running_var, (0, self.extra), value=1.0)
-        output = F.batch_norm(input, mean, var, weight, bias, self.training, self.fixed_momentum(), self.eps)
+        output = self.normalize(input, mean, var, weight, bias)
         if self.training:
             self.running_mean.copy_(mean[: self.num_features])
             self.running_var.copy_(var[: self.num_features])

@@ -1,8 +1,11 @@
 """BatchNorm (Ioffe & Szegedy, 2015) that leaves its batch counter alone during a step."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules._functions import SyncBatchNorm
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -15,11 +18,22 @@ class BatchNorm2d(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    group: Any = None
+    """The process group whose ranks normalize with common statistics, or None; see `use_sync_batch_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (B, C, H, W) with the batch's statistics in training, with the running ones in evaluation."""
-        mean, var, momentum = self.running_mean, self.running_var, self.fixed_momentum()
-        return F.batch_norm(input, mean, var, self.weight, self.bias, self.training, momentum, self.eps)
+        return self.normalize(input, self.running_mean, self.running_var, self.weight, self.bias)
+
+    def normalize(self, input: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Normalize with these running statistics, which training moves, and scale: the layer's own, or padded ones."""
+        momentum = self.fixed_momentum()
+        if self.group is None or not self.training:
+            return F.batch_norm(input, mean, var, weight, bias, self.training, momentum, self.eps)
+        if input.is_cuda:  # what torch.nn.SyncBatchNorm calls
+            arguments = (mean, var, self.eps, momentum, self.group, self.group.size())
+            return cast(Tensor, SyncBatchNorm.apply(input, weight, bias, *arguments))
+        return sync_batch_norm(input, weight, bias, mean, var, momentum, self.eps, self.group)
 
     def fixed_momentum(self) -> float:
         """Return the share of a batch's statistics in the running ones.
@@ -38,3 +52,47 @@ def set_batches_tracked(model: nn.Module, forward_passes: Tensor) -> None:
     for module in model.modules():
         if isinstance(module, BatchNorm2d):
             module.num_batches_tracked.copy_(forward_passes[0])
+
+
+def use_sync_batch_norm(model: nn.Module, group: Any) -> None:
+    """Let a model's layers normalize with the statistics of all ranks of a process group in training; None: of one."""
+    for module in model.modules():
+        if isinstance(module, BatchNorm2d):
+            module.group = group
+
+
+def sync_batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, momentum: float, eps: float, group: Any
+) -> Tensor:
+    """Normalize with the statistics of all ranks, on a CPU, where torch.nn.SyncBatchNorm does not run.
+
+    The sums, and on the way back their gradients, are added up over the ranks.
+
+    Args:
+        x: (B, C, H, W) of any float dtype; ranks may have different numbers of samples.
+        weight: float32 (C,), or float64.
+        bias: float32 (C,).
+        mean: float32 (C,), running; moved by a share of ``momentum``.
+        var: float32 (C,), running and unbiased; likewise.
+        momentum: in 0..1.
+        eps: added to the variance.
+        group: the ranks.
+    """
+    wide, dims = x.to(torch.promote_types(x.dtype, weight.dtype)), (0, 2, 3)
+    count = _summed(torch.tensor([float(x.numel() // x.shape[1])]), group)
+    batch_mean = _summed(wide.sum(dims), group) / count
+    centred = wide - batch_mean[:, None, None]
+    # A second round for the variance: from the sum of squares alone it would lose its digits.
+    batch_var = _summed(centred.square().sum(dims), group) / count
+    with torch.no_grad():
+        mean.lerp_(batch_mean, momentum)
+        var.lerp_(batch_var * (count / (count - 1)), momentum)
+    scale = weight * torch.rsqrt(batch_var + eps)
+    return (centred * scale[:, None, None] + bias[:, None, None]).to(x.dtype)
+
+
+def _summed(tensor: Tensor, group: Any) -> Tensor:
+    """Return the sum over the ranks, whose gradient is the sum of theirs."""
+    from torch.distributed.nn.functional import all_reduce  # imports much, and few need it
+
+    return cast(Tensor, all_reduce(tensor, group=group))

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from fastcifar.data.batch import Share
+
 
 @runtime_checkable
 class FitsImages(Protocol):
@@ -64,7 +66,11 @@ class StopsLearning(Protocol):
 
 @runtime_checkable
 class Draws(Protocol):
-    """A module whose forward pass draws random numbers from the run's own counter, so that a resume repeats them."""
+    """A module whose forward pass draws random numbers from the run's own counter, so that a resume repeats them.
+
+    What it draws for each sample should depend on the sample's place in the global batch, so that ranks do not draw the
+    same: `take_share` sets ``share`` on it.
+    """
 
     def bind_counter(self, counter: Tensor, seed: int) -> None:
         """Draw from (seed, counter) from now on; the step adds 1 to ``counter`` before each forward pass.
@@ -114,3 +120,11 @@ def bind_counter(model: nn.Module, counter: Tensor, seed: int) -> None:
     for module in model.modules():
         if isinstance(module, Draws):
             module.bind_counter(counter, seed)
+
+
+def take_share(model: nn.Module, share: Share | None) -> None:
+    """Tell every module that draws where in the global batch this rank's samples lie; None where they are all of it."""
+    if share is not None:
+        for module in model.modules():
+            if isinstance(module, Draws):
+                vars(module)["share"] = share  # not by setattr, which looks for tensors and modules each time

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastcifar.data.batch import Share
 from fastcifar.kernels.shakedrop import BITS, draw_scales
 
 Gate = Literal["batch", "sample"]
@@ -58,6 +59,7 @@ class ShakeDraws(nn.Module):
         super().__init__()
         self.gate = gate
         self.bound = False
+        self.share: Share | None = None
         # None is state of the model: the rates follow from the recipe, counter and seed belong to the step. Integers
         # stay exact whatever dtype the model is moved to.
         thresholds = torch.tensor([round(rate * 2**BITS) for rate in rates])
@@ -69,14 +71,16 @@ class ShakeDraws(nn.Module):
         """Return the factors of the next forward pass: float32 (L, 2, B), forward and backward.
 
         Args:
-            batch: number of samples B.
+            batch: number of samples B, of this rank: it takes the draws of their places in the global batch.
 
         Raises:
             RuntimeError: no counter was bound, so that every pass would draw the same numbers.
         """
         if not self.bound:
             raise RuntimeError("ShakeDrop has no counter to draw from: call bind_counter(model, counter, seed) first")
-        return draw_scales(self.thresholds, self.counter, self.seed, batch, self.gate == "sample")
+        first, total = self.share or (0, batch)
+        scales = draw_scales(self.thresholds, self.counter, self.seed, total, self.gate == "sample")
+        return scales if batch == total else scales[..., first : first + batch].contiguous()
 
     def bind_counter(self, counter: Tensor, seed: int) -> None:
         """Draw from this counter from now on; see `fastcifar.models.hooks.Draws`."""

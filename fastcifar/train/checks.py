@@ -41,29 +41,37 @@ def check_before(recipe: Recipe, data: Path | None, verify: bool = False) -> Non
         )
 
 
-def check_data(recipe: Recipe, store: Store, rows: "Rows") -> None:
+def check_data(recipe: Recipe, store: Store, rows: "Rows", ranks: int = 1) -> None:
     """Check a recipe against its data.
 
     Args:
         recipe: what is to be trained.
         store: its data.
         rows: those that it chooses.
+        ranks: how many devices divide each batch.
 
     Raises:
         UserError: too few images for a step, or images or classes that the model, the augmentation or the loss
             cannot take.
     """
-    _check_counts(recipe, rows)
+    _check_counts(recipe, rows, ranks)
     _check_shape(recipe, store)
     weights, classes = recipe.loss.class_weights, len(store.classes)
     if weights is not None and len(weights) != classes:
         raise UserError(f"loss.class_weights: {len(weights)} weights for the {classes} classes of {store.root}")
 
 
-def _check_counts(recipe: Recipe, rows: "Rows") -> None:
-    """Refuse an epoch without a single step, and an empty test set."""
+def _check_counts(recipe: Recipe, rows: "Rows", ranks: int) -> None:
+    """Refuse an epoch without a single step, an empty test set, and batches that the ranks cannot divide."""
     size, count = recipe.train.batch_size, len(rows.train)
-    if not EpochOrder(rows.train, recipe.seed, size, recipe.train.drop_last).batches:
+    order = EpochOrder(rows.train, recipe.seed, size, recipe.train.drop_last, world=ranks)
+    last = count % size if not recipe.train.drop_last else 0
+    if recipe.train.accumulate > 1 and (size % ranks or last % ranks):
+        raise UserError(
+            f"train.accumulate = {recipe.train.accumulate} needs batches that {ranks} ranks divide evenly, not of "
+            f"{size:,} and {last:,} images: choose another train.batch_size, or train.drop_last = true"
+        )
+    if not order.batches:
         raise UserError(
             f"train.drop_last: {count:,} training images make no whole batch of train.batch_size = {size:,}; "
             f"set train.drop_last = false, or train.batch_size to {max(count, 1):,} or less"

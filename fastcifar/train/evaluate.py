@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcifar.augment.augment import Augment
+from fastcifar.data.batch import Share
 from fastcifar.errors import root_cause
 from fastcifar.train.cuda_graph import GraphedStep
 from fastcifar.train.execution import Forward, compile_model, first_wait, out_of_memory_explained
 from fastcifar.train.precision import Precision
+from fastcifar.train.ranks import ALONE, Ranks
 from fastcifar.train.tta import tta_logits
 
 # A split is kept on the device while it takes no more than this; larger ones are sent batch by batch.
@@ -59,16 +61,18 @@ class Evaluator:
         device: where to evaluate.
         batch_size: images a forward pass, B.
         mode: what the training step does: "eager", "compile", "graph" or "compile+graph".
+        ranks: those that divide the batches of an evaluation among them.
 
     Attributes:
         fallback: why less is done than ``mode`` says, or None.
     """
 
     def __init__(
-        self, model: nn.Module, augment: Augment, precision: Precision, device: torch.device, batch_size: int, mode: str
+        self, model: nn.Module, augment: Augment, precision: Precision, device: torch.device, batch_size: int,
+        mode: str, ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.device, self.batch_size = model, device, batch_size
-        self._augment, self._precision = augment, precision
+        self._augment, self._precision, self._ranks = augment, precision, ranks
         self._forward: Forward = compile_model(model) if "compile" in mode else model
         self._wanted = "graph" in mode and device.type == "cuda"
         self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by kind of test-time augmentation
@@ -132,7 +136,9 @@ class Evaluator:
 
     @torch.no_grad()
     def logits(self, images: Tensor, tta: str = "none") -> Tensor:
-        """Return the logits of all images, uint8 (N, H, W, C) on any device: float32 (N, K) on the device.
+        """Return the logits of all images, uint8 (N, H, W, C) on any device: float32 (N, K) on the device, in order.
+
+        Ranks take whole batches in turn, so that each image goes through in the company that it has on one device.
 
         Args:
             images: the images; they are sent to the device batch by batch where they do not lie there.
@@ -140,9 +146,24 @@ class Evaluator:
         """
         was_training = self.model.training
         self.model.eval()
-        parts = [self.batch(part, tta) for part in images.split(self.batch_size)]
+        rank, world, parts = self._ranks.place.rank, self._ranks.world, images.split(self.batch_size)
+        own = [self.batch(part, tta) for part in parts[rank::world]]
+        if world > 1:
+            own = self._of_all_ranks(own, images, rank)
         self.model.train(was_training)
-        return torch.cat(parts)
+        return torch.cat(own)
+
+    def _of_all_ranks(self, own: list[Tensor], images: Tensor, rank: int) -> list[Tensor]:
+        """Return every batch's logits, in order, from those of each rank's batches."""
+        size, world = self.batch_size, self._ranks.world
+        classes = (own[0] if own else self.batch(images[:1])).shape[1]
+        # The ranks take turns in rounds; one row of a round's table for each rank.
+        rounds = -(-len(images) // (size * world))
+        table = torch.zeros(rounds, size, classes, device=self.device)
+        for row, logits in zip(table, own, strict=False):
+            row[: len(logits)] = logits
+        whole = self._ranks.assemble(table[None], Share(rank, world))
+        return [whole.transpose(0, 1).reshape(-1, classes)[: len(images)]]
 
 
 class EvaluationSet:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastcifar.config.schema import LossConfig
 from fastcifar.errors import UserError
+from fastcifar.train.ranks import ALONE, Ranks
 
 Divisors = tuple[Tensor | float, Tensor | float]
 
@@ -60,15 +61,23 @@ def _losses(log_p: Tensor, labels: Tensor, weights: Tensor | None, smoothing: fl
     return loss
 
 
-def divisors(target: Any, weights: Tensor | None) -> Divisors:
+def divisors(target: Any, weights: Tensor | None, total: int | None = None, ranks: Ranks = ALONE) -> Divisors:
     """Return what the loss of each of a mixed target's labels is divided by (twice the same for plain labels).
 
-    It is the batch size or, with class weights, the sum of the labels' weights.
+    It is the batch size or, with class weights, the sum of the labels' weights, over all ranks.
+
+    Args:
+        target: labels int64 (B,), or mixed labels.
+        weights: float (K,), or None.
+        total: samples of the whole batch; B by default.
+        ranks: those that divide it.
     """
     labels_a, labels_b = (target, target) if isinstance(target, Tensor) else target[:2]
     if weights is None:
-        return float(len(labels_a)), float(len(labels_b))
-    return weights[labels_a].sum(), weights[labels_b].sum()
+        size = float(len(labels_a) if total is None else total)
+        return size, size
+    by_a, by_b = ranks.sum(torch.stack([weights[labels_a].sum(), weights[labels_b].sum()]))
+    return by_a, by_b
 
 
 def class_weights(config: LossConfig, num_classes: int, device: torch.device) -> Tensor | None:

@@ -16,6 +16,7 @@ from fastcifar.errors import UserError
 from fastcifar.logits_file import write_arrays
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.evaluate import EvaluationSet, Metrics
+from fastcifar.train.follower import Follower
 from fastcifar.train.step import Step
 from fastcifar.train.step_state import USER
 
@@ -73,61 +74,68 @@ class Results:
     """Evaluates, remembers, writes checkpoints and the end of a run.
 
     Args:
+        run: its directory, on rank 0; a `Follower` elsewhere.
+        step: the training step; its ranks all evaluate, and the first one writes.
         splits: ``test``, and ``holdout`` where the recipe sets one aside, and ``train`` where its logits are wanted.
 
     On making it takes up the run's newest checkpoint, if there is one.
     """
 
     def __init__(
-        self, recipe: Recipe, run: RunDirectory, model: nn.Module, step: Step, splits: dict[str, EvaluationSet]
+        self, recipe: Recipe, run: RunDirectory | Follower, model: nn.Module, step: Step,
+        splits: dict[str, EvaluationSet],
     ) -> None:
+        self.ranks = step.ranks
         self.recipe, self.run, self.model, self.step, self.splits = recipe, run, model, step, splits
         self.kinds = ("raw", "ema") if recipe.ema else ("raw",)
         self.reported = self.kinds[-1]
         self._files: dict[str, bytes | str] = {}  # to be written together, so that they belong together
         self._position: dict[str, Tensor] = {}  # of the step within an epoch that was interrupted
-        self.progress = self._restore()
+        # Only rank 0 reads; the others take up what it has.
+        progress = Progress() if isinstance(run, Follower) else self._restore(run)
+        self.progress, self._position = self.ranks.from_first((progress, self._position))
+        step.follow_first()
 
-    def _restore(self) -> Progress:
+    def _restore(self, run: RunDirectory) -> Progress:
         """Take up the newest intact checkpoint; name damaged ones, which are of no use any more, and remove them."""
-        names, damaged, progress = self.run.checkpoints(), [], Progress()
-        self.run.check_weights()
+        names, damaged, progress = run.checkpoints(), [], Progress()
+        run.check_weights()
         for name in reversed(names):
             try:
-                progress = self._load(name)
+                progress = self._load(run, name)
                 break
             except UserError as error:
                 damaged.append(name)
                 err.print(str(error), markup=False, soft_wrap=True)
         if damaged and len(damaged) == len(names):
             raise UserError(
-                f"{self.run.folder}: no checkpoint is intact; restore the folder from a copy, "
-                f"or train afresh: `fastcifar run {self.run.folder / 'recipe.toml'}`"
+                f"{run.folder}: no checkpoint is intact; restore the folder from a copy, "
+                f"or train afresh: `fastcifar run {run.folder / 'recipe.toml'}`"
             )
         if damaged:
             taken = progress_name(progress)
-            err.print(f"{self.run.folder}: goes on from the one before, {taken}", markup=False, soft_wrap=True)
-        self._forget_later(progress, damaged)
+            err.print(f"{run.folder}: goes on from the one before, {taken}", markup=False, soft_wrap=True)
+        self._forget_later(run, progress, damaged)
         return progress
 
-    def _forget_later(self, progress: Progress, damaged: list[str]) -> None:
+    def _forget_later(self, run: RunDirectory, progress: Progress, damaged: list[str]) -> None:
         """Drop the metrics of epochs that come after the checkpoint taken, and the damaged checkpoints."""
-        rows = self.run.metrics()
+        rows = run.metrics()
         later = rows[progress.epochs_done :]
         if later or damaged:
-            kept = self.run.metrics_file(rows[: progress.epochs_done]) if later else {}
-            self.run.commit(kept, remove=self.run.files_of(damaged))
+            kept = run.metrics_file(rows[: progress.epochs_done]) if later else {}
+            run.commit(kept, remove=run.files_of(damaged))
 
-    def _load(self, name: str) -> Progress:
+    def _load(self, run: RunDirectory, name: str) -> Progress:
         """Return a checkpoint's progress, its state taken up by the step.
 
         Raises:
             UserError: it is damaged or belongs to another run.
         """
-        tensors, state = self.run.checkpoint(name)
+        tensors, state = run.checkpoint(name)
         values = {k: v for k, v in state.items() if k != "recipe"}
         progress = Progress(**values, logits={k: v.numpy() for k, v in _under("logits/", tensors).items()})
-        place = self.run.folder / "checkpoints" / name
+        place = run.folder / "checkpoints" / name
         if progress_name(progress) != name or progress.epochs_done > self.recipe.train.epochs:
             raise UserError(f"{place}: is damaged: it says that it is of another epoch")
         try:
@@ -319,7 +327,9 @@ class Results:
     def _saved_weights(self, which: str) -> Iterator[None]:
         """Let the model have the weights of an earlier epoch for a while."""
         own = {k: v.clone() for k, v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.run.weights(which))
+        if not isinstance(self.run, Follower):
+            self.model.load_state_dict(self.run.weights(which))
+        self.ranks.broadcast(self.model.state_dict().values())
         try:
             yield
         finally:

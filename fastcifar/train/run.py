@@ -24,6 +24,7 @@ from fastcifar.data.loaders import Loader, build_loader
 from fastcifar.data.split import holdout_split, subset_rows
 from fastcifar.data.store import Store, resolve_store
 from fastcifar.errors import UserError
+from fastcifar.launch import Place
 from fastcifar.models import build_model, hooks
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.check_nan import check_finite
@@ -32,39 +33,38 @@ from fastcifar.train.clock import Clock
 from fastcifar.train.display import Display, Steps, tell
 from fastcifar.train.evaluate import EvaluationSet, Evaluator
 from fastcifar.train.execution import is_strict
+from fastcifar.train.follower import Follower
 from fastcifar.train.precision import PRECISIONS
+from fastcifar.train.ranks import ALONE, Ranks
 from fastcifar.train.results import Results, RunSetting, diverged
 from fastcifar.train.step import Step, build_step
 
 
 def train(
-    recipe: Recipe, run: RunDirectory, *, data: Path | None = None, stop_after: int | None = None, quiet: bool = False,
-    check_nan: bool = False,
+    recipe: Recipe, run: RunDirectory | Follower, *, data: Path | None = None, stop_after: int | None = None,
+    quiet: bool = False, check_nan: bool = False, ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Train what is left of a run and return its summary.
+    """Train what is left of a run and return its summary; with several ranks, all of them call it at once.
 
     Args:
         recipe: the run's own recipe.
-        run: its directory; training goes on from its newest checkpoint.
+        run: its directory, on the first rank; training goes on from its newest checkpoint.
         data: where the images are, before every other place.
         stop_after: end after this many of the planned epochs; the run can be resumed.
         quiet: show no progress.
         check_nan: train eagerly and end at the first layer whose output or gradient is not finite.
+        ranks: the processes that train together, each with a slice of every batch.
 
     Raises:
         UserError: bad data, a missing package or GPU, a full disk, a damaged checkpoint, a loss that is not finite.
     """
     if check_nan:
         recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"mode": "eager"})})
-    tell_changes(recipe, run)
-    device = pick_device(recipe.engine)
-    store = resolve_store(recipe.data, data, progress=Steps(quiet))
-    rows = choose_rows(recipe.data, store, recipe.seed)
-    check_data(recipe, store, rows)
-    loader = build_loader(
-        recipe.data.loader, store, rows.train, seed=recipe.seed, batch_size=recipe.train.batch_size,
-        drop_last=recipe.train.drop_last, device=device, augment=recipe.augment,
-    )
+    if not isinstance(run, Follower):
+        tell_changes(recipe, run)
+    device, quiet = pick_device(recipe.engine, ranks.place), quiet or not ranks.first
+    ranks = ranks.on(device)
+    store, rows, loader = open_data(recipe, data, device, quiet, ranks)
     augment = build_augment(
         recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=store.image_shape,
         seed=recipe.seed, device=device, dtype=PRECISIONS[recipe.engine.precision].images,
@@ -73,15 +73,16 @@ def train(
     px, classes = store.image_shape[0], len(store.classes)
     model = build_model(recipe.model, num_classes=classes, image_px=px, seed=recipe.seed).to(device)
     fit_images(model, store, rows, augment, device)
-    step = build_step(recipe, model, augment, mix, steps_per_epoch=len(loader), device=device)
+    step = build_step(recipe, model, augment, mix, steps_per_epoch=len(loader), device=device, ranks=ranks)
     if check_nan:
         check_finite(model, lambda: f"epoch {int(step.cursor.epoch) + 1}, step {int(step.cursor.step) + 1}")
-    evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode)
+    evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode, ranks)
     results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, evaluator))
     done, end = results.progress.epochs_done, min(stop_after or recipe.train.epochs, recipe.train.epochs)
     clock = Clock(device, results.progress.clocks)
     with Display(recipe.name, recipe.train.epochs, len(loader), recipe.train.batch_size, quiet) as display:
-        display.say(f"{recipe.name}: seed {recipe.seed} on {device}, {loader.name} loader ({loader.reason})")
+        where = f"{device}" if ranks.world == 1 else f"{ranks.world} ranks, the first on {device}"
+        display.say(f"{recipe.name}: seed {recipe.seed} on {where}, {loader.name} loader ({loader.reason})")
         display.begin(done)
         with closing(loader):
             warm_up(range(done, end), step, evaluator, loader, clock, display, store.image_shape)
@@ -89,6 +90,26 @@ def train(
     how = step.execution
     setting = RunSetting(loader.name, how.mode, how.fallback, store.classes, px, rows.holdout)
     return results.finish(clock.seconds(), setting)
+
+
+def open_data(
+    recipe: Recipe, data: Path | None, device: torch.device, quiet: bool, ranks: Ranks
+) -> tuple[Store, "Rows", Loader]:
+    """Return a recipe's store, the rows of it that take part, and this rank's loader of them.
+
+    Raises:
+        UserError: no such data, or it does not go with the recipe or the number of ranks; a missing package.
+    """
+    with ranks.one_per_host_first():
+        store = resolve_store(recipe.data, data, progress=Steps(quiet))
+        rows = choose_rows(recipe.data, store, recipe.seed)
+        check_data(recipe, store, rows, ranks.world)
+        loader = build_loader(
+            recipe.data.loader, store, rows.train, seed=recipe.seed, batch_size=recipe.train.batch_size,
+            drop_last=recipe.train.drop_last, device=device, augment=recipe.augment,
+            rank=ranks.place.rank, world=ranks.world,
+        )
+    return store, rows, loader
 
 
 def tell_changes(recipe: Recipe, run: RunDirectory) -> None:
@@ -114,9 +135,11 @@ def train_epochs(
     with interrupt.deferred():
         for epoch in epochs:
             row = train_epoch(epoch, loader, step, clock, display, results)
-            results.add(row, clock.seconds(), save=interrupt.requested() is not None)
+            stopping = step.ranks.settled()
+            results.add(row, clock.seconds(), save=stopping)
             display.epoch(row)
-            interrupt.stop_if_requested()
+            if stopping or step.ranks.world == 1:  # alone, a signal while the epoch was recorded counts too
+                stop(step.ranks)
 
 
 def train_epoch(
@@ -132,7 +155,7 @@ def train_epoch(
     start = results.begin_epoch(clock.seconds())
     done, before = start["steps"], start["before"]
     with clock.span("training_s"):
-        for batch in batches_from(loader, epoch, done):
+        for batch in batches_from(loader, epoch, done, step.ranks):
             step(batch)
             done += 1
             display.step(epoch + 1, done)
@@ -141,7 +164,7 @@ def train_epoch(
         raise UserError(diverged(f"the loss was not finite at step {result['nonfinite_step']} of epoch {epoch + 1}"))
     if done < len(loader):
         results.save_within_epoch({"steps": done, "before": before}, clock.seconds())
-        interrupt.stop_if_requested()
+        stop(step.ranks)
     after = clock.seconds()
     training_s = after["training_s"] - before["training_s"]
     return {
@@ -189,29 +212,46 @@ def example_batches(loader: Loader, epoch: int) -> Iterator[Batch]:
         yield batch.first(rest, share)
 
 
-def batches_from(loader: Loader, epoch: int, done: int) -> Iterator[Batch]:
-    """Yield the batches of an epoch after the first ``done``, until a signal asks to stop."""
+def batches_from(loader: Loader, epoch: int, done: int, ranks: Ranks) -> Iterator[Batch]:
+    """Yield the batches of an epoch after the first ``done``, until a signal asks to stop; on all ranks at once."""
     try:
         for batch in islice(loader.epoch(epoch), done, None):
             yield batch
-            if interrupt.requested() is not None:
+            if ranks.stopping():
                 return
     except Exception:
-        # A signal to the whole process group ends worker processes too; the steps done so far are good.
-        if interrupt.requested() is None:
+        # A signal to the whole process group ends worker processes too; the steps done so far are good. One rank of
+        # several cannot stop by itself.
+        if interrupt.requested() is None or ranks.world > 1:
             raise
 
 
-def pick_device(config: EngineConfig) -> torch.device:
-    """Return the device to train on.
+def stop(ranks: Ranks) -> None:
+    """End the run where a signal asked for it, when the first rank has written the checkpoint.
 
     Raises:
-        UserError: the recipe wants a GPU and there is none.
+        Interrupted: on all ranks.
+    """
+    ranks.wait_for_all()
+    interrupt.stop_if_requested()
+
+
+def pick_device(config: EngineConfig, here: Place = Place()) -> torch.device:  # noqa: B008 (frozen)
+    """Return the device to train on; of several GPUs the one that has the number of this rank, made the current one.
+
+    Raises:
+        UserError: the recipe wants a GPU and there is none, or none for this rank.
     """
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise UserError('engine.device = "cuda": no CUDA GPU is available here; use --set engine.device=auto')
-    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    device = torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    if here.world == 1 or device.type == "cpu":
+        return device
+    if here.local_rank >= torch.cuda.device_count():
+        raise UserError(f"this machine has {torch.cuda.device_count()} GPUs; a rank needs one of its own: start fewer")
+    torch.cuda.set_device(here.local_rank)
+    return torch.device("cuda", here.local_rank)
 
 
 @dataclass(frozen=True)

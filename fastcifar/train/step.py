@@ -2,7 +2,8 @@
 
 Read `Step.execute` from top to bottom: it is all that happens to a batch. Nothing in it waits for the host (no
 ``.item()``, no branch on a value of the device), so that on a GPU the whole of it, augmentation and both SAM passes
-included, is captured once as a CUDA graph and replayed (`fastcifar.train.execution`). The kernels that it calls have
+included, is captured once as a CUDA graph and replayed (`fastcifar.train.execution`). On several devices each has a
+slice of the batch, and `Ranks.sum` adds up their gradients (`fastcifar.train.ranks`). The kernels that it calls have
 their formulas beside them: `fastcifar.kernels.sam.reference`, `fastcifar.kernels.sgd_ema.reference`. What steps share,
 and what happens around an epoch, is `fastcifar.train.step_state`.
 
@@ -20,6 +21,7 @@ from fastcifar.config.schema import Recipe, UserModelConfig
 from fastcifar.data.batch import Batch
 from fastcifar.kernels.sam import Ascent, ascend, norm_squared
 from fastcifar.models import hooks
+from fastcifar.models.batch_norm import use_sync_batch_norm
 from fastcifar.models.norm_act import use_fused_batch_norm
 from fastcifar.train.cursor import build_cursor
 from fastcifar.train.ema import build_averages
@@ -28,8 +30,10 @@ from fastcifar.train.flat_parameters import FlatParameters
 from fastcifar.train.freeze import build_freeze
 from fastcifar.train.lookahead import Lookahead
 from fastcifar.train.loss import Divisors, class_weights, cross_entropy, divisors, right, split
+from fastcifar.train.mixing import mixed
 from fastcifar.train.optimizers import build_optimizer
 from fastcifar.train.precision import PRECISIONS, LossScaler
+from fastcifar.train.ranks import ALONE, Ranks
 from fastcifar.train.schedule import learning_rate
 from fastcifar.train.step_state import StepState
 from fastcifar.train.user_optimizer import UserOptimizer
@@ -50,6 +54,8 @@ class Step(StepState):
         self._saved = torch.zeros_like(self.flat.weights) if self.ascent else None
         freeze = self.recipe.asam is not None and self.recipe.asam.batch_norm == "freeze"
         self._stats = self.flat.stats.clone() if freeze else None
+        # m-sharpness: each rank goes up along its own gradient.
+        self._ascends_alone = self.recipe.asam is not None and self.recipe.asam.norm == "rank"
         self._skip = self.recipe.engine.on_nonfinite == "skip"
         self._stats_before = self.flat.stats.clone() if self._skip else None
         self.execution = Execution(self)
@@ -58,7 +64,7 @@ class Step(StepState):
         """Train on one batch: `execute`, or the CUDA graph that was captured from it."""
         self.ascending = self.ascends()
         self.execution(batch)
-        self._sizes.append(len(batch.rows))
+        self._sizes.append(batch.total)
 
     def execute(self, batch: Batch) -> None:
         """Train on one batch, operation by operation."""
@@ -67,8 +73,11 @@ class Step(StepState):
             self._stats_before.copy_(flat.stats)
         images, target = self.inputs(batch)  # uint8 (B, H, W, C) -> bf16 (B, C, H, W)
 
-        # The gradient at w.
-        loss, correct = self.backward(images, target)
+        # The gradient at w, of all ranks' samples; or of each rank's own, where each makes an ascent step of its own.
+        alone = self.ascending and self._ascends_alone
+        loss, correct = self.backward(images, target, batch.total)
+        if not alone:
+            self.ranks.sum(flat.grads)
         cursor.record(self.losses, loss)
         cursor.record(self.correct, correct)
 
@@ -76,14 +85,15 @@ class Step(StepState):
             # SAM's ascent step: to w + e, the point nearby where the loss is highest to first order. The norm of the
             # gradient stays on the device, as partial sums.
             partials = norm_squared(flat.weights, flat.grads, self.ascent)
-            self._observe(partials)
+            self._observe(partials, alone)
             ascend(flat.weights, flat.grads, self._saved, partials, self.ascent, flat.working_copy)
             saved = self._saved
             # The gradient at w + e. Published code lets this pass move BatchNorm's running statistics once more;
             # batch_norm = "freeze" takes that back.
             if self._stats is not None:
                 self._stats.copy_(flat.stats)
-            self.backward(images, target)
+            self.backward(images, target, batch.total)
+            self.ranks.sum(flat.grads)
             if self._stats is not None:
                 flat.stats.copy_(self._stats)
 
@@ -99,21 +109,28 @@ class Step(StepState):
     def inputs(self, batch: Batch) -> tuple[Tensor, Any]:
         """Return the augmented, normalized, mixed images (B, C, H, W) and their target: labels, or mixed labels."""
         images = self.augment(batch, self.cursor.epoch)
+        hooks.take_share(self.model, batch.share)
         if self.mix is None:
             return images, batch.labels
-        return self.mix(images, batch.labels, self.cursor.epoch, self.cursor.step)
+        return mixed(self.mix, images, batch, self.cursor.epoch, self.cursor.step, self.ranks)
 
-    def backward(self, images: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+    def backward(self, images: Tensor, target: Any, total: int) -> tuple[Tensor, Tensor]:
         """Run forward and backward and leave the gradient of the mean (or summed) loss in ``flat.grads``.
 
-        With ``train.accumulate`` above 1 the batch goes through in micro-batches, whose gradients autograd adds up;
-        each loss is divided by what the whole batch's would be.
+        With ``train.accumulate`` above 1 the batch goes through in micro-batches, whose gradients autograd adds up.
+        Their losses, and those of several ranks, are divided by what the whole batch's would be.
+
+        Args:
+            images: (B, C, H, W), this rank's.
+            target: labels, or mixed labels.
+            total: samples of the whole batch.
 
         Returns:
-            The mean loss and the number of right answers, both () on the device.
+            The mean loss and the number of right answers, both () on the device: this rank's part of them.
         """
         accumulate, losses, correct = self.recipe.train.accumulate, [], []
-        divide = divisors(target, self.class_weights) if accumulate > 1 else None
+        in_parts = accumulate > 1 or self.ranks.world > 1
+        divide = divisors(target, self.class_weights, total, self.ranks) if in_parts else None
         self.flat.clear_gradients()
         for x, y in split(images, target, -(-len(images) // accumulate)):
             self.forward_passes.add_(1)
@@ -123,7 +140,7 @@ class Step(StepState):
             objective = loss
             if self.recipe.loss.reduction == "sum":
                 # The mean times what it was divided by, which without class weights is the whole batch's size.
-                objective = loss * len(images)
+                objective = loss * total
             (objective if self.scaler is None else objective * self.scaler.scale[0]).backward()
             losses.append(loss.detach())
             correct.append(count)
@@ -157,16 +174,18 @@ class Step(StepState):
             norm = partials.sum().sqrt() * coefficient
             coefficient = coefficient * (clip / (norm + 1e-6)).clamp(max=1.0)
         if self._skip:
-            coefficient = torch.where(torch.isfinite(partials.sum() + loss), coefficient, torch.nan)
+            finite = torch.isfinite(partials.sum() + self.ranks.sum(loss))
+            coefficient = torch.where(finite, coefficient, torch.nan)
         return coefficient
 
-    def _observe(self, partials: Tensor) -> None:
+    def _observe(self, partials: Tensor, alone: bool = False) -> None:
         if self.scaler is not None:
-            self.scaler.observe(partials)
+            self.scaler.observe(self.ranks.sum(partials.clone()) if alone else partials)
 
 
 def build_step(
-    recipe: Recipe, model: nn.Module, augment: Any, mix: Any, *, steps_per_epoch: int, device: torch.device
+    recipe: Recipe, model: nn.Module, augment: Any, mix: Any, *, steps_per_epoch: int, device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Step:
     """Make the training step of a recipe.
 
@@ -177,6 +196,7 @@ def build_step(
         mix: callable (images, labels, epoch, step) -> (images, target), or None; see ``fastcifar.augment.mix``.
         steps_per_epoch: batches in an epoch.
         device: where to train.
+        ranks: those that divide each batch.
 
     Raises:
         UserError: there is not one class weight per class.
@@ -189,7 +209,9 @@ def build_step(
     rate = learning_rate(recipe.schedule, recipe.optimizer.lr, recipe.train.epochs, steps_per_epoch)
     forward_passes = torch.zeros(1, dtype=torch.int64, device=device)
     hooks.bind_counter(model, forward_passes, recipe.seed)
-    use_fused_batch_norm(model, device.type == "cuda" and recipe.engine.fused_batch_norm is not False)
+    synced = ranks.world > 1 and recipe.engine.batch_norm == "sync"
+    use_sync_batch_norm(model, ranks.data if synced else None)
+    use_fused_batch_norm(model, device.type == "cuda" and recipe.engine.fused_batch_norm is not False and not synced)
     skip = precision.scaled or recipe.engine.on_nonfinite == "skip"
     optimizer = build_optimizer(recipe.optimizer, flat, averages, skip=skip)
     user_optimizer = optimizer if isinstance(optimizer, UserOptimizer) else None
@@ -208,7 +230,8 @@ def build_step(
         class_weights=class_weights(recipe.loss, _classes(recipe, model), device),
         forward_passes=forward_passes,
         losses=torch.zeros(steps_per_epoch, device=device),
-        correct=torch.zeros(steps_per_epoch, device=device), user_optimizer=user_optimizer,
+        correct=torch.zeros(steps_per_epoch, device=device),
+        user_optimizer=user_optimizer, ranks=ranks,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from fastcifar.train.ema import averaged
 from fastcifar.train.flat_parameters import FlatParameters
 from fastcifar.train.optimizers import Optimizer
 from fastcifar.train.precision import LossScaler, Precision
+from fastcifar.train.ranks import ALONE, Ranks
 from fastcifar.train.schedule import LearningRate
 from fastcifar.train.user_optimizer import UserOptimizer
 
@@ -46,10 +47,13 @@ class StepState:
         scaler: fp16's loss scaler, or None.
         class_weights: float32 (K,), or None.
         forward_passes: int64 (1,), the number of forward passes so far: what random layers draw from.
-        losses: float32 (steps_per_epoch,), each step's mean loss, at w and on augmented images.
-        correct: float32 (steps_per_epoch,), how many samples it got right; mixed labels count by their shares.
+        losses: float32 (steps_per_epoch,), each step's mean loss, at w and on augmented images; during an epoch, this
+            rank's part of it.
+        correct: float32 (steps_per_epoch,), how many samples it got right; mixed labels count by their shares. During
+            an epoch, of this rank's samples.
         ascending: whether this step makes SAM's ascent step and a second pass; the host decides it before each step.
         user_optimizer: the optimizer of the user's own that ``optimizer`` steps, which keeps state of its own, or None.
+        ranks: those that divide each batch.
     """
 
     recipe: Recipe
@@ -70,6 +74,7 @@ class StepState:
     losses: Tensor
     correct: Tensor
     user_optimizer: UserOptimizer | None = None
+    ranks: Ranks = ALONE
     _sizes: list[int] = field(default_factory=list)
     _epoch: int = 0
     ascending: bool = False
@@ -94,25 +99,32 @@ class StepState:
     def begin_epoch(self, epoch: int) -> float:
         """Go to the start of an epoch (counted from 0) and return its first learning rate.
 
-        It seeds torch's generator from (seed, epoch), so that dropout is the same after a resume, and tells the model
-        (`fastcifar.models.hooks.FollowsEpochs`).
+        It seeds torch's generator from (seed, epoch, rank), so that dropout is the same after a resume, and tells the
+        model (`fastcifar.models.hooks.FollowsEpochs`).
         """
         self.flat.check()
         self.model.train()
         hooks.begin_epoch(self.model, epoch)
-        torch.manual_seed(torch_seed(self.recipe.seed, epoch))
+        torch.manual_seed(torch_seed(self.recipe.seed, epoch, self.ranks.place.rank))
         self.cursor.begin(epoch)
         self._epoch, self._sizes = epoch, []
         return self.rate(epoch, 0)
 
     def end_epoch(self) -> dict[str, Any]:
-        """Return the epoch's results: the one host-device synchronization of an epoch.
+        """Return the results of the epoch (or of its steps so far): the one host-device synchronization of an epoch.
+
+        Each rank adds its part, and all have the same results, weights and statistics afterwards: BatchNorm's running
+        statistics, which with ``engine.batch_norm = "local"`` are those of each rank's samples, become their mean.
 
         Returns:
             ``loss`` (mean over samples), ``accuracy`` in percent (both of the first passes, on augmented images),
             ``samples``, and ``nonfinite_step``: the number, from 1, of the epoch's first step whose loss was not
             finite, or None. With ``engine.on_nonfinite = "skip"`` the mean is over the other steps.
+
+        Raises:
+            UserError: the ranks' weights have come apart.
         """
+        self._join_ranks()
         set_batches_tracked(self.model, self.forward_passes)
         sizes = torch.tensor(self._sizes, dtype=torch.float64)
         losses = self.losses[: len(sizes)].to("cpu", torch.float64)
@@ -128,6 +140,14 @@ class StepState:
             "nonfinite_step": int(bad[0]) + 1 if len(bad) else None,
         }
 
+    def _join_ranks(self) -> None:
+        self.ranks.sum(self.losses)
+        self.ranks.sum(self.correct)
+        for name, buffer in self.flat.buffers.items():
+            if name.startswith("stats"):  # of the weights, and of each average of them
+                self.ranks.mean(buffer)
+        self.ranks.require_same(self.flat.weights, "the weights")
+
     def step_losses(self) -> Tensor:
         """Return the loss of each step of this epoch so far: float32 (steps,), a copy on the host."""
         return self.losses[: len(self._sizes)].cpu().clone()
@@ -137,20 +157,23 @@ class StepState:
     def position(self) -> tuple[list[int], dict[str, Tensor]]:
         """Return what a bit-identical resume between two steps of an epoch needs beside `state_dict`.
 
+        `end_epoch` must have joined what the ranks have.
+
         Returns:
-            The samples of each step so far, and tensors: ``losses`` and ``correct`` (steps,), generator states.
+            The samples of each step so far, and tensors: ``losses`` and ``correct`` (steps,), each rank's generator
+            states.
         """
         steps = len(self._sizes)
-        tensors = {
-            "losses": self.losses[:steps], "correct": self.correct[:steps],
-            "generator": torch.get_rng_state(),
-        }
+        tensors = {"losses": self.losses[:steps], "correct": self.correct[:steps]}
+        tensors |= _by_rank("generator", self.ranks.gather(torch.get_rng_state()))
         if self.losses.is_cuda:
-            tensors["cuda_generator"] = torch.cuda.get_rng_state(self.losses.device)
+            tensors |= _by_rank("cuda_generator", self.ranks.gather(torch.cuda.get_rng_state(self.losses.device)))
         return list(self._sizes), tensors
 
     def go_to(self, sizes: list[int], tensors: dict[str, Tensor]) -> None:
-        """Go on within the epoch that `begin_epoch` has just begun, from a `position`.
+        """Go on within the epoch that `begin_epoch` has just begun, from a `position`, of any number of ranks.
+
+        A rank that was not there then keeps the generator that `begin_epoch` has seeded.
 
         Raises:
             UserError: the position does not fit this epoch.
@@ -158,14 +181,20 @@ class StepState:
         steps = len(sizes)
         if steps > self.cursor.steps_per_epoch or any(len(tensors.get(k, ())) != steps for k in ("losses", "correct")):
             raise UserError("the checkpoint's place within the epoch does not fit the recipe: it is damaged")
-        self.losses[:steps].copy_(tensors["losses"])
-        self.correct[:steps].copy_(tensors["correct"])
+        if self.ranks.first:  # the others add to it at the end of the epoch
+            self.losses[:steps].copy_(tensors["losses"])
+            self.correct[:steps].copy_(tensors["correct"])
+        else:
+            self.losses.zero_()
+            self.correct.zero_()
         self._sizes = list(sizes)
         for _ in sizes:
             self.cursor.advance()
-        torch.set_rng_state(tensors["generator"])
-        if "cuda_generator" in tensors and self.losses.is_cuda:
-            torch.cuda.set_rng_state(tensors["cuda_generator"], self.losses.device)
+        host, device = (_name_of(kind, self.ranks.place.rank) for kind in ("generator", "cuda_generator"))
+        if host in tensors:
+            torch.set_rng_state(tensors[host])
+        if device in tensors and self.losses.is_cuda:
+            torch.cuda.set_rng_state(tensors[device], self.losses.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that a bit-identical resume at an epoch boundary needs: flat names to tensors (not copies)."""
@@ -194,6 +223,16 @@ class StepState:
             self.user_optimizer.load_tensors({k.removeprefix(USER): v for k, v in state.items() if k.startswith(USER)})
         self.flat.cast()
 
+    def follow_first(self) -> None:
+        """Take up the state of rank 0: at the start of a run, and where it has read a checkpoint."""
+        if self.ranks.world == 1:
+            return
+        self.ranks.broadcast(tensor for name, tensor in self.state_dict().items() if not name.startswith(USER))
+        if self.user_optimizer is not None:
+            state = self.ranks.from_first({k: v.cpu() for k, v in self.user_optimizer.tensors().items()})
+            self.user_optimizer.load_tensors(state)
+        self.flat.cast()
+
     def changing(self) -> Iterable[Tensor]:
         """Return every tensor that a step changes and that matters after it: what a warm-up has to put back.
 
@@ -218,7 +257,16 @@ class StepState:
         return averaged(self.flat, self.averages)
 
 
-def torch_seed(seed: int, epoch: int) -> int:
-    """Return the seed of torch's own generator for an epoch: 0..2**63-1, a function of the run's seed."""
-    words = philox(seed, torch.zeros(1, dtype=torch.int64), epoch, 0, Stream.TORCH)
+def _by_rank(kind: str, states: list[Tensor]) -> dict[str, Tensor]:
+    return {_name_of(kind, rank): state for rank, state in enumerate(states)}
+
+
+def _name_of(kind: str, rank: int) -> str:
+    """Return the name of a rank's generator in a checkpoint; rank 0's is that of a run on one device."""
+    return f"{kind}.{rank}" if rank else kind
+
+
+def torch_seed(seed: int, epoch: int, rank: int = 0) -> int:
+    """Return the seed of torch's own generator for an epoch on a rank: 0..2**63-1, a function of the run's seed."""
+    words = philox(seed, torch.tensor([rank]), epoch, 0, Stream.TORCH)
     return int(words[0]) | (int(words[1]) >> 1) << 32

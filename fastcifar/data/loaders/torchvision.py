@@ -1,5 +1,6 @@
 """The torchvision loader: torch's DataLoader with worker processes, as the published ladder's code uses it."""
 
+import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from fastcifar.data.loaders.base import EpochOrder
 from fastcifar.data.loaders.streaming import HostBatch, StreamingLoader
 from fastcifar.data.store import Store
 from fastcifar.kernels.philox import Stream, philox
+from fastcifar.launch import place
 
 SEED_BLOCK = 1 << 20  # far from the draws that the device augmentation makes on the same stream
 
@@ -42,7 +44,12 @@ def _quiet_worker(worker: int) -> None:
 
     SIGTERM is torch's: its handler in a worker ends with status 0 where the main process has sent the signal. Death by
     the signal itself would be an error to the handler that torch has in the main process.
+
+    Where several ranks train, torchrun signals the process group of each, which a worker therefore leaves: its rank
+    needs it until all have agreed on the last step. It ends with its rank, however that ends.
     """
+    if place().world > 1:
+        os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):  # Windows has none
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
