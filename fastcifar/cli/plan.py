@@ -24,6 +24,7 @@ def plan(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key. Repeatable.")] = None,
     data: Annotated[Path | None, typer.Option(help="The data, as for `fastcifar run`.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
+    devices: Annotated[int, typer.Option(min=1, help="Say what dividing each batch among so many changes.")] = 1,
 ) -> None:
     """Say what would run: parameters, GMACs, steps, data, backend, memory, time. Nothing is trained or written.
 
@@ -43,7 +44,7 @@ def plan(
         out(table) if json_ else err.print(ladder_view(table))
         return
     loaded = load_recipe(recipe, set_ or [])
-    told = combination(loaded) if hasattr(loaded, "combine") else describe(loaded, data, hardware, times)
+    told = combination(loaded) if hasattr(loaded, "combine") else describe(loaded, data, hardware, times, devices)
     if json_:
         out(told)
     else:
@@ -53,7 +54,9 @@ def plan(
 # ---------------------------------------------------------------------------------------------------------- one recipe
 
 
-def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str, float]) -> dict[str, Any]:
+def describe(
+    recipe: "Recipe", data: Path | None, hardware: str, times: dict[str, float], devices: int = 1
+) -> dict[str, Any]:
     """Return the plan of a training run as plain values; memory in MiB, times in seconds."""
     from fastcifar.config.user_code import is_import_path, record
     from fastcifar.models import budget
@@ -89,9 +92,51 @@ def describe(recipe: "Recipe", data: Path | None, hardware: str, times: dict[str
         "memory_mib": memory,
         "time": {"hardware": hardware, "total_s": prediction.total_s if prediction else None},
         "predicted": predicted(recipe, hardware),
+        "divided": divided(recipe, hardware, trained, cost.parameters, devices),
         "optimizer": {"name": recipe.optimizer.name, "fused": not is_import_path(recipe.optimizer.name)},
         "user_code": record(recipe),
     }  # fmt: skip
+
+
+def divided(
+    recipe: "Recipe", hardware: str, images: int, parameters: int, devices: int
+) -> dict[str, Any] | None:
+    """Return what dividing each batch among devices changes, None for one; predicted times where the card is known.
+
+    Raises:
+        UserError: the batches cannot be divided among so many.
+    """
+    from dataclasses import asdict
+
+    from fastcifar.locations import results_folders
+    from fastcifar.models.gpu_prediction import card_of, read_ledger
+    from fastcifar.models.scaling import PREDICTED, divide, predict_step
+    from fastcifar.train.checks import check_division
+
+    if devices == 1:
+        return None
+    check_division(recipe, images, devices)
+    division, card = divide(recipe, devices, parameters), card_of(hardware)
+    found = {**asdict(division), "words": division.lines(recipe), "step": None}
+    if card is not None:
+        step, alone = (predict_step(recipe, n, card, read_ledger(results_folders())) for n in (devices, 1))
+        found["step"] = {"status": PREDICTED, "card": card.name, **asdict(step), "step_s": step.step_s,
+                         "times_one_device": step.images_per_s / alone.images_per_s}  # fmt: skip
+    return found
+
+
+def divided_lines(told: dict[str, Any] | None) -> list[str]:
+    """Return in words what dividing each batch changes; nothing for one device."""
+    if told is None:
+        return []
+    found, step = [f"devices  {words}" for words in told["words"]], told["step"]
+    if step is not None:
+        found.append(
+            f"a step   {1e3 * step['step_s']:.3g} ms on {told['devices']} {step['card']}, "
+            f"{1e3 * step['communication_s']:.3g} of it all-reduces: {step['times_one_device']:.3g} times one "
+            f"({step['status']})"
+        )
+    return found
 
 
 def predicted(recipe: "Recipe", hardware: str) -> dict[str, Any] | None:
@@ -172,6 +217,7 @@ def lines(told: dict[str, Any]) -> list[str]:
         f"{memory['activations']:,.0f} activations (eager), {memory['images']:,.0f} images where they are resident",
         f"time     {time}",
         *predicted_lines(told["predicted"]),
+        *divided_lines(told["divided"]),
         *user_code_lines(told),
     ]
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fastcifar.config.operations import check_size
 from fastcifar.config.schema import Recipe
 from fastcifar.data.loaders.base import EpochOrder
@@ -64,20 +66,36 @@ def check_data(recipe: Recipe, store: Store, rows: "Rows", ranks: int = 1) -> No
 def _check_counts(recipe: Recipe, rows: "Rows", ranks: int) -> None:
     """Refuse an epoch without a single step, an empty test set, and batches that the ranks cannot divide."""
     size, count = recipe.train.batch_size, len(rows.train)
-    order = EpochOrder(rows.train, recipe.seed, size, recipe.train.drop_last, world=ranks)
-    last = count % size if not recipe.train.drop_last else 0
-    if recipe.train.accumulate > 1 and (size % ranks or last % ranks):
-        raise UserError(
-            f"train.accumulate = {recipe.train.accumulate} needs batches that {ranks} ranks divide evenly, not of "
-            f"{size:,} and {last:,} images: choose another train.batch_size, or train.drop_last = true"
-        )
-    if not order.batches:
+    check_division(recipe, count, ranks)
+    if not EpochOrder(rows.train, recipe.seed, size, recipe.train.drop_last).batches:
         raise UserError(
             f"train.drop_last: {count:,} training images make no whole batch of train.batch_size = {size:,}; "
             f"set train.drop_last = false, or train.batch_size to {max(count, 1):,} or less"
         )
     if not len(rows.test):
         raise UserError("there are no test images; each run is evaluated on them")
+
+
+def check_division(recipe: Recipe, count: int, ranks: int) -> None:
+    """Check that so many ranks can divide a recipe's batches.
+
+    Args:
+        recipe: what is to be trained.
+        count: its training images.
+        ranks: how many.
+
+    Raises:
+        UserError: a batch has fewer samples than there are ranks, or would go through them in different numbers of
+            micro-batches.
+    """
+    size, accumulate = recipe.train.batch_size, recipe.train.accumulate
+    EpochOrder(np.arange(count), recipe.seed, size, recipe.train.drop_last, world=ranks)
+    last = 0 if recipe.train.drop_last else count % size
+    if accumulate > 1 and (size % ranks or last % ranks):
+        raise UserError(
+            f"train.accumulate = {accumulate} needs batches that {ranks} ranks divide evenly, not of {size:,} and "
+            f"{last:,} images: choose another train.batch_size, or train.drop_last = true"
+        )
 
 
 def _check_shape(recipe: Recipe, store: Store) -> None:

@@ -40,6 +40,35 @@ def test_nothing_is_predicted_that_was_not_measured():
     assert "not measured yet" in plan.lines(told("lenet5"))[-1]
 
 
+def test_dividing_a_batch_is_told_with_its_predicted_step():
+    found = plan.describe(load_recipe("wrn-asam"), None, "h100", {}, devices=3)
+    divided = found["divided"]
+    assert (divided["smallest"], divided["largest"], divided["all_reduces"]) == (42, 43, 2)
+    assert divided["gradient_bytes"] == 4 * found["model"]["parameters"]
+    words = "\n".join(plan.lines(found))
+    assert "42 or 43 of a batch's 128 images on each of 3; 2 all-reduces of 43.8 MB a step" in words
+    assert "predicted, never measured" in words
+    own = plan.describe(load_recipe("wrn-asam", ["asam.norm=rank"]), None, "x", {}, devices=2)
+    assert (own["divided"]["all_reduces"], own["divided"]["step"]) == (1, None)
+
+
+def test_batches_that_cannot_be_divided_are_refused():
+    with pytest.raises(UserError, match="last batch has 80 samples for 96 ranks"):
+        plan.describe(load_recipe("wrn-asam"), None, "x", {}, devices=96)
+    with pytest.raises(UserError, match=r"accumulate = 2 needs batches that 3 ranks divide evenly"):
+        plan.describe(load_recipe("wrn-asam", ["train.accumulate=2"]), None, "x", {}, devices=3)
+
+
+def test_the_predicted_all_reduce_is_the_formula():
+    """Of 450 GB/s at 75% on one machine; eight ports of 50 GB/s at 75%, or one, between machines."""
+    from fastcifar.models.scaling import all_reduce_s
+
+    assert all_reduce_s(1e9, 1) == 0
+    assert all_reduce_s(1e9, 8) == pytest.approx(1.75 / 337.5 + 15e-6)
+    assert all_reduce_s(1e9, 16) == pytest.approx(1.875 / 300 + 55e-6)
+    assert all_reduce_s(1e9, 16, "single") == pytest.approx(1.875 / 37.5 + 55e-6)
+
+
 def test_activations_grow_with_the_batch_and_the_precision():
     small, large = (told("wrn-sgd", f"train.batch_size={n}")["memory_mib"]["activations"] for n in (64, 128))
     assert large == pytest.approx(2 * small, rel=0.01)
