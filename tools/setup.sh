@@ -81,8 +81,9 @@ get_browser() {
     command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || [ -n "${CI:-}" ]; } || return 0
     say "installing $BROWSER_PACKAGES with apt-get (for the tests of the report)"
     # shellcheck disable=SC2086
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends $BROWSER_PACKAGES \
-        >/dev/null 2>&1 || say "going on without a browser: the tests of the report's page in one are skipped"
+    { as_root apt-get -qq update &&
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends $BROWSER_PACKAGES
+    } >/dev/null 2>&1 || say "going on without a browser: the tests of the report's page in one are skipped"
 }
 
 make_venv

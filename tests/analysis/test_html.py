@@ -22,6 +22,7 @@ from fastcifar.ladder.rows import jobs_for
 from fastcifar.ladder.state import Ledger
 from fastcifar.run_directory import RunDirectory, write_atomic
 from tests.browser import page as browser  # noqa: F401  a fixture
+from tests.conftest import session_seed
 from tests.run_directories import logits_for, make_members, make_run, recipe
 
 pytest.importorskip("jinja2")
@@ -151,31 +152,35 @@ def test_a_sheet_holds_each_picture_once_and_in_its_place(rng):
 # -------------------------------------------------------------------------------------------------------- in a browser
 
 
-@pytest.fixture
-def six(tmp_path, monkeypatch, rng):
-    """Six runs of two recipes on the same 600 test images, which are there too, over 400 epochs."""
+@pytest.fixture(scope="module")
+def six(tmp_path_factory, request):
+    """Six runs of two recipes on the same 600 test images, which are there too, two of them over 400 epochs."""
+    folder, rng = tmp_path_factory.mktemp("six"), np.random.default_rng(session_seed(request.config))
     labels = rng.integers(10, size=600)
     pictures = rng.integers(0, 256, size=(600, 8, 8, 3), dtype=np.uint8)
     names = [HOSTILE, *"bcdefghij"]
-    monkeypatch.setattr("fastcifar.analysis.html.find_images", lambda run, data: Images(names, {"test": pictures}))
     runs = []
     for name, skill in (("weaker", 2.0), ("better", 3.5)):
         for seed in (1, 2, 3):
             arrays = {"test/labels": labels, "test/last/raw": logits_for(labels, rng, skill)}
-            runs.append(make_run(tmp_path / f"{name}-{seed}", arrays, recipe(name, seed=seed)))
+            runs.append(make_run(folder / f"{name}-{seed}", arrays, recipe(name, seed=seed)))
     for run in (runs[0], runs[1]):
         first = run.metrics()[0]
         run.write_metrics([{**first, "epoch": e, "train_loss": 3 / e} for e in range(1, 401)])
-    return runs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastcifar.analysis.html.find_images", lambda run, data: Images(names, {"test": pictures}))
+        write_atomic(folder / "one.html", build_report(runs[:1])[0])
+        text, values, compared = build_report(runs)
+    write_atomic(folder / "report.html", text)
+    return folder, values, compared
 
 
-def test_six_runs_are_one_comparison_that_works_in_a_browser(browser, six, tmp_path):  # noqa: F811
-    text, values, compared = build_report(six)
-    assert len(text) < 5e6
+def test_six_runs_are_one_comparison_that_works_in_a_browser(browser, six):  # noqa: F811
+    folder, values, compared = six
+    assert (folder / "report.html").stat().st_size < 5e6
     assert [len(group["seeds"]) for group in compared["groups"]] == [3, 3]
     assert len(compared["pairs"]) == 15
-    write_atomic(tmp_path / "report.html", text)
-    browser.open(tmp_path / "report.html")
+    browser.open(folder / "report.html")
     browser.wait("document.documentElement.dataset.ready === 'true'")
     assert browser.eval("document.querySelectorAll('#comparison tbody')[0].rows.length") == 2
     assert browser.eval("document.querySelectorAll('table.pairs tbody tr').length") == 15
@@ -200,12 +205,11 @@ def test_six_runs_are_one_comparison_that_works_in_a_browser(browser, six, tmp_p
     assert set(given) == {"d"}
 
     assert browser.messages() == []
-    assert browser.requests() == [(tmp_path / "report.html").as_uri()]
+    assert browser.requests() == [(folder / "report.html").as_uri()]
 
 
-def test_curves_answer_a_pointer_and_zoom(browser, six, tmp_path):  # noqa: F811
-    write_atomic(tmp_path / "one.html", build_report(six[:1])[0])
-    browser.open(tmp_path / "one.html", dark=True)
+def test_curves_answer_a_pointer_and_zoom(browser, six):  # noqa: F811
+    browser.open(six[0] / "one.html", dark=True)
     browser.wait("document.documentElement.dataset.ready === 'true'")
     assert browser.eval("document.querySelector('.run-curve polyline').points.length") == 400
     at = """(() => { const svg = document.querySelector('.run-curve svg'), b = svg.getBoundingClientRect();
@@ -225,13 +229,12 @@ def test_curves_answer_a_pointer_and_zoom(browser, six, tmp_path):  # noqa: F811
     assert browser.messages() == []
 
 
-@pytest.mark.parametrize("width", [420, 1400])
-def test_no_page_is_wider_than_its_screen(browser, six, tmp_path, width):  # noqa: F811
-    write_atomic(tmp_path / "report.html", build_report(six)[0])
+def test_no_page_is_wider_than_its_screen(browser, six, tmp_path):  # noqa: F811
     write_atomic(tmp_path / "ladder.html", ladder_page(Ledger(jobs_for(["lenet5"], 1, tmp_path / "none")).table()))
-    for name in ("report.html", "ladder.html"):
-        browser.open(tmp_path / name, width)
-        assert browser.eval("document.documentElement.scrollWidth") <= width
+    for path in (six[0] / "report.html", tmp_path / "ladder.html"):
+        for width in (420, 1400):
+            browser.open(path, width)
+            assert browser.eval("document.documentElement.scrollWidth") <= width
     assert browser.messages() == []
 
 

@@ -19,6 +19,7 @@ function ticks(low, high, count, log, whole) {
     for (let decade = Math.floor(Math.log10(low)); decade <= Math.ceil(Math.log10(high)); decade++)
       for (const m of [1, 2, 5]) found.push(m * 10 ** decade);
     const inside = found.filter((v) => v >= low * 0.999 && v <= high * 1.001);
+    if (inside.length < 4) return ticks(low, high, count, false, whole);  // less than a decade
     return inside.length > count + 2 ? inside.filter((v) => Math.abs(Math.log10(v) % 1) < 1e-9) : inside;
   }
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
