@@ -9,6 +9,9 @@ from importlib import resources
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+NOT_LOCKED = ("wandb", "mlflow", "trackio")
+"""Extras that the set-up of a clone leaves out, because they are large."""
+
 
 def package() -> Path:
     """Return the folder of the package itself.
@@ -63,7 +66,9 @@ def install_command(extra: str = "") -> str:
     Args:
         extra: a name of ``project.optional-dependencies`` such as ``ffcv``.
     """
-    if clone():  # the set-up installs every extra; its stamp says that it is done already, so the stamp goes first
+    if clone() and extra in NOT_LOCKED:
+        return f"uv pip install --python {sys.executable} --editable '{clone()}[{extra}]'"
+    if clone():  # the set-up installs all other extras; its stamp says that it is done, so the stamp goes first
         return "rm -f .venv/.ready-* && make environment"
     wanted = f"'fastcifar[{extra}]'" if extra else "fastcifar"  # quoted, because brackets are a pattern to most shells
     # Environments that uv makes have no pip. Only the path is asked: setuptools hooks into the full search and warns.

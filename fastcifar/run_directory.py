@@ -284,6 +284,25 @@ class RunDirectory:
             raise UserError(f"{path}: is damaged: its epochs are not 1, 2, 3, ...; train the run again")
         return rows
 
+    def metrics_arrays(self) -> "dict[str, np.ndarray]":
+        """Return the metrics of all finished epochs as arrays: ``epoch``, int64 (E,), and float64 (E,) by key.
+
+        Keys are those of ``metrics.jsonl``, nested ones joined by slashes: ``train_loss``, ``test/ema/accuracy``. NaN
+        stands where an epoch was not evaluated.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        import numpy as np
+
+        from fastcifar.run_records import flat_metrics
+
+        rows = self.metrics()
+        values = [flat_metrics(row) for row in rows]
+        keys = dict.fromkeys(key for row in values for key in row)
+        arrays = {key: np.array([row.get(key, np.nan) for row in values]) for key in keys}
+        return {"epoch": np.array([row["epoch"] for row in rows], np.int64), **arrays}
+
     def _expects(self, name: str) -> bool:
         """Whether the manifest says that there is such a file."""
         manifest = self.manifest()

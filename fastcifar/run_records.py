@@ -156,6 +156,23 @@ class State(Record):
     partial: Partial | None = None
 
 
+def flat(table: dict[str, Any], separator: str) -> dict[str, Any]:
+    """Return the values of nested tables by their joined keys, lists as they are."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            found |= {f"{key}{separator}{below}": v for below, v in flat(value, separator).items()}
+        else:
+            found[key] = value
+    return found
+
+
+def flat_metrics(row: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a line of ``metrics.jsonl`` by key, such as ``test/ema/accuracy``, without its epoch."""
+    numbers = {key: value for key, value in flat(row, "/").items() if key != "epoch"}
+    return {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
+
+
 def parse_json(data: bytes, path: Path) -> Any:
     """Read JSON text of UTF-8, without NaN and infinities.
 

@@ -36,6 +36,9 @@ def run(
     devices: Annotated[
         int, typer.Option(min=1, help="Train on so many GPUs of this machine (CPU processes where it has none).")
     ] = 1,
+    profile: Annotated[
+        str | None, typer.Option(help="Trace these steps, such as 10:20, with torch.profiler into the run's profile/.")
+    ] = None,
 ) -> None:
     """Train, evaluate and record a recipe: `fastcifar run recipes/lenet5.toml`.
 
@@ -48,6 +51,10 @@ def run(
     from fastcifar.config import load_recipe
     from fastcifar.launch import launch, one_voice, place
 
+    if profile is not None:
+        from fastcifar.train.profile import read_steps
+
+        read_steps(profile)
     here = place()
     if devices > 1 and here.world == 1:
         refuse_devices(recipe, set_ or [], devices)
@@ -60,13 +67,14 @@ def run(
         summary, folder = lead(
             load_recipe(recipe, set_ or []) if recipe else None, set_, here, store,
             data=data, out=out, resume=resume, verify=verify, stop_after=stop_after, quiet=quiet, check_nan=check_nan,
+            profile=profile,
         )
     tell(summary, folder, json_, quiet)
 
 
 def lead(
     loaded: Any, set_: list[str] | None, here: "Place", store: Any, *, data: Path | None, out: Path | None,
-    resume: str | None, verify: bool, stop_after: int | None, quiet: bool, check_nan: bool,
+    resume: str | None, verify: bool, stop_after: int | None, quiet: bool, check_nan: bool, profile: str | None,
 ) -> tuple[dict[str, Any], Path]:
     """Open the run directory and train, as the only process or as rank 0; return summary and folder."""
     from fastcifar.interrupt import handled
@@ -83,7 +91,7 @@ def lead(
         say_how_to_go_on(go_on(found.folder))
         if loaded is None and verify:
             refuse_early(found.recipe, data, verify)
-        return execute(found, data, stop_after, quiet, check_nan, here, store), found.folder
+        return execute(found, data, stop_after, quiet, check_nan, here, store, profile), found.folder
 
 
 def go_on(folder: Path) -> str:
@@ -159,7 +167,7 @@ def refuse_early(recipe: Any, data: Path | None, verify: bool = False) -> None:
 
 def execute(
     run: Any, data: Path | None, stop_after: int | None, quiet: bool, check_nan: bool = False,
-    here: "Place | None" = None, store: Any = None,
+    here: "Place | None" = None, store: Any = None, profile: str | None = None,
 ) -> dict[str, Any]:
     """Train or combine what is left of a run; return its summary, at once where it is finished already."""
     from fastcifar.config import CombineRecipe
@@ -186,7 +194,9 @@ def execute(
     recipe = ranks.from_first(None if run.finished else run.recipe)
     if recipe is None:
         return dict(run.summary)
-    summary = train(recipe, run, data=data, stop_after=stop_after, quiet=quiet, check_nan=check_nan, ranks=ranks)
+    summary = train(
+        recipe, run, data=data, stop_after=stop_after, quiet=quiet, check_nan=check_nan, ranks=ranks, profile=profile
+    )
     leave()
     return summary
 

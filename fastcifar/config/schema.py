@@ -660,6 +660,7 @@ class Recipe(Section):
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([], max_length=4)
 
     @property
     def passes_per_step(self) -> float:

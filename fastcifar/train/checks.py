@@ -12,6 +12,7 @@ from fastcifar.data.store import Store, resolve_store
 from fastcifar.data.store import verify as verify_store
 from fastcifar.errors import UserError
 from fastcifar.models import NEED_SQUARE, SMALLEST_PX
+from fastcifar.track import check_trackers
 
 if TYPE_CHECKING:
     from fastcifar.train.run import Rows
@@ -30,6 +31,7 @@ def check_before(recipe: Recipe, data: Path | None, verify: bool = False) -> Non
     """
     from fastcifar.train.run import choose_rows
 
+    check_trackers(recipe.track)
     store = resolve_store(recipe.data, data)
     if verify:
         verify_store(store.root)

@@ -3,7 +3,7 @@
 recipe -> store -> loader -> augment -> model -> step -> evaluate -> record
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +27,7 @@ from fastcifar.errors import UserError
 from fastcifar.launch import Place
 from fastcifar.models import build_model, hooks
 from fastcifar.run_directory import RunDirectory
+from fastcifar.track import Callback, Callbacks, make_trackers
 from fastcifar.train.check_nan import check_finite
 from fastcifar.train.checks import check_data
 from fastcifar.train.clock import Clock
@@ -35,6 +36,7 @@ from fastcifar.train.evaluate import EvaluationSet, Evaluator
 from fastcifar.train.execution import is_strict
 from fastcifar.train.follower import Follower
 from fastcifar.train.precision import PRECISIONS
+from fastcifar.train.profile import profiled
 from fastcifar.train.ranks import ALONE, Ranks
 from fastcifar.train.results import Results, RunSetting, diverged
 from fastcifar.train.step import Step, build_step
@@ -42,7 +44,8 @@ from fastcifar.train.step import Step, build_step
 
 def train(
     recipe: Recipe, run: RunDirectory | Follower, *, data: Path | None = None, stop_after: int | None = None,
-    quiet: bool = False, check_nan: bool = False, ranks: Ranks = ALONE,
+    quiet: bool = False, check_nan: bool = False, ranks: Ranks = ALONE, callbacks: Sequence[Callback] = (),
+    profile: str | None = None,
 ) -> dict[str, Any]:
     """Train what is left of a run and return its summary; with several ranks, all of them call it at once.
 
@@ -54,14 +57,15 @@ def train(
         quiet: show no progress.
         check_nan: train eagerly and end at the first layer whose output or gradient is not finite.
         ranks: the processes that train together, each with a slice of every batch.
+        callbacks: told of the run's begin, of each epoch, and of the end, beside the recipe's trackers.
+        profile: ``10:20`` traces these steps with torch.profiler into the run's ``profile/``.
 
     Raises:
         UserError: bad data, a missing package or GPU, a full disk, a damaged checkpoint, a loss that is not finite.
     """
     if check_nan:
         recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"mode": "eager"})})
-    if not isinstance(run, Follower):
-        tell_changes(recipe, run)
+    told = begin_callbacks(recipe, run, callbacks)
     device, quiet = pick_device(recipe.engine, ranks.place), quiet or not ranks.first
     ranks = ranks.on(device)
     store, rows, loader = open_data(recipe, data, device, quiet, ranks)
@@ -84,12 +88,14 @@ def train(
         where = f"{device}" if ranks.world == 1 else f"{ranks.world} ranks, the first on {device}"
         display.say(f"{recipe.name}: seed {recipe.seed} on {where}, {loader.name} loader ({loader.reason})")
         display.begin(done)
-        with closing(loader):
+        with closing(loader), closing(told):
+            told.begin(recipe)
             warm_up(range(done, end), step, evaluator, loader, clock, display, store.image_shape)
-            train_epochs(range(done, end), loader, step, clock, display, results)
-    how = step.execution
-    setting = RunSetting(loader.name, how.mode, how.fallback, store.classes, px, rows.holdout)
-    return results.finish(clock.seconds(), setting)
+            with closing(profiled(loader, profile, run)) as source:
+                train_epochs(range(done, end), source, step, clock, display, results, told)
+            how = step.execution
+            setting = RunSetting(loader.name, how.mode, how.fallback, store.classes, px, rows.holdout)
+            return told.summary(results.finish(clock.seconds(), setting))
 
 
 def open_data(
@@ -112,19 +118,25 @@ def open_data(
     return store, rows, loader
 
 
-def tell_changes(recipe: Recipe, run: RunDirectory) -> None:
-    """Say which code of the user's own is not what the run began with; the run goes on with what there is now.
+def begin_callbacks(recipe: Recipe, run: RunDirectory | Follower, callbacks: Sequence[Callback]) -> Callbacks:
+    """Return the recipe's trackers and these callbacks; of several ranks, only the first has any.
+
+    It says which code of the user's own is not what the run began with; the run goes on with what there is now.
 
     Raises:
-        UserError: the code cannot be found any more.
+        UserError: that code cannot be found any more, or a tracker's package is missing.
     """
+    if isinstance(run, Follower):
+        return Callbacks(None, [])
     check_user_code(recipe)
     for change in changes(recipe, run.environment.get("user_code")):
         tell(change)
+    return Callbacks(run, [*make_trackers(recipe.track), *callbacks])
 
 
 def train_epochs(
-    epochs: range, loader: Loader, step: Step, clock: Clock, display: Display, results: Results
+    epochs: range, loader: Loader, step: Step, clock: Clock, display: Display, results: Results,
+    callbacks: Callbacks | None = None,
 ) -> None:
     """Train epoch after epoch; a signal stops after the step at hand, with a checkpoint.
 
@@ -138,6 +150,8 @@ def train_epochs(
             stopping = step.ranks.settled()
             results.add(row, clock.seconds(), save=stopping)
             display.epoch(row)
+            if callbacks is not None:
+                callbacks.epoch(row)
             if stopping or step.ranks.world == 1:  # alone, a signal while the epoch was recorded counts too
                 stop(step.ranks)
 

@@ -1,0 +1,108 @@
+"""`fastcifar.Loader` and `fastcifar.augment.Augmentation`: what training sees, in somebody else's loop."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+import fastcifar
+from fastcifar.augment.augment import build_augment
+from fastcifar.config.schema import AugmentConfig
+from fastcifar.data.batch import Batch
+from fastcifar.errors import UserError
+
+OPS = ["crop(4)", "flip", "autoaugment"]
+
+
+def epoch_of(**options):
+    loader = fastcifar.Loader("synthetic", device="cpu", subset=200, batch_size=64, **options)
+    images, labels = zip(*loader, strict=True)
+    loader.close()
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_an_epoch_is_the_runs_own(synthetic_store, seed):
+    """Against the pieces that `fastcifar.train.run` puts together."""
+    from fastcifar.data.loaders import EpochOrder
+
+    loader = fastcifar.Loader("synthetic", device="cpu", augment=OPS, batch_size=500, seed=seed)
+    loader.epoch = 3
+    images, labels = next(iter(loader))
+    rows = EpochOrder(np.arange(2000), seed, 500, False).rows_of(3)[:500]
+    split = synthetic_store.split("train")
+    assert np.array_equal(labels.numpy(), split.labels[rows])
+    augment = build_augment(
+        AugmentConfig(ops=OPS), mean=[0.5] * 3, std=[0.5] * 3, image_shape=(32, 32, 3), seed=seed,
+        device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    indices = torch.from_numpy(rows)
+    expected = augment(Batch(torch.from_numpy(np.array(split.images)), indices, labels, indices), 3)
+    assert torch.equal(images, expected)
+    assert loader.epoch == 4
+    assert len(loader) == 4
+
+
+def test_every_backend_gives_the_same_epoch(seed):
+    reference = epoch_of(augment=OPS, seed=seed, backend="resident")
+    found = epoch_of(augment=OPS, seed=seed, backend="torchvision", workers=1)
+    assert all(torch.equal(a, b) for a, b in zip(reference, found, strict=True))
+    assert len(reference[1]) == 200
+
+
+def test_epochs_differ_and_come_again():
+    loader = fastcifar.Loader("synthetic", device="cpu", augment=OPS, subset=100, batch_size=100)
+    first, second = next(iter(loader)), next(iter(loader))
+    assert not torch.equal(first[0], second[0])
+    loader.epoch = 0
+    assert torch.equal(next(iter(loader))[0], first[0])
+
+
+def test_test_images_come_in_order_and_are_normalized_only(synthetic_store):
+    loader = fastcifar.Loader("synthetic", split="test", device="cpu", batch_size=300, augment=OPS)
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    split = synthetic_store.split("test")
+    assert np.array_equal(labels.numpy(), split.labels)
+    expected = torch.from_numpy(np.array(split.images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    torch.testing.assert_close(images, expected)
+    assert loader.samples == len(labels)
+
+
+def test_the_augmentation_alone(rng):
+    pixels = torch.from_numpy(rng.integers(0, 256, (20, 32, 32, 3), np.uint8))
+    augment = fastcifar.augment.Augmentation(OPS, seed=3)
+    again = fastcifar.augment.Augmentation(OPS, seed=3)
+    first, second = augment(pixels), augment(pixels)
+    assert first.shape == (20, 3, 32, 32)
+    assert not torch.equal(first, second), "each call draws anew"
+    assert torch.equal(again(pixels, epoch=1), second)
+    few = again(pixels[5:7], indices=torch.tensor([5, 6]), epoch=0)
+    assert torch.equal(few, first[5:7])
+    torch.testing.assert_close(augment.plain(pixels), pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"split": "valid"}, 'split: "valid"; allowed: train, test'),
+        ({"backend": "tensorflow"}, "backend: 'tensorflow'.*resident, ffcv"),
+        ({"augment": ["crip(4)"]}, "did you mean"),
+        ({"source": "imagenet"}, "source: 'imagenet'"),
+        ({"device": "cuda"}, "no CUDA GPU"),
+    ],
+)
+def test_bad_arguments_are_one_message(options, said):
+    if options.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=said):
+        fastcifar.Loader(**{"source": "synthetic", **options})
+
+
+def test_the_public_names_are_typed_and_documented():
+    for name in fastcifar.__all__:
+        value = getattr(fastcifar, name)
+        assert name == "__version__" or value.__doc__, name
+    for function in (fastcifar.load_recipe, fastcifar.Loader.__init__, fastcifar.optim.ASAM.__init__):
+        hints = inspect.get_annotations(function)
+        assert set(inspect.signature(function).parameters) - {"self"} <= set(hints)
+    assert dir(fastcifar) == sorted(fastcifar.__all__)
