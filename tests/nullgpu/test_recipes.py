@@ -13,7 +13,7 @@ import pytest
 
 from fastcifar.config import CombineRecipe, load_recipe, shipped_recipes
 from tests.nullgpu.checks import assert_clean, assert_evaluation_is_replayed, assert_steps_are_replayed
-from tests.nullgpu.harness import Job, on_null_device
+from tests.nullgpu.harness import ChildFailed, Job, on_null_device
 from tests.nullgpu.report import Report
 
 ODD = ["train.epochs=2", "train.batch_size=30"]  # three whole batches and one of ten
@@ -45,14 +45,22 @@ def job(name: str, folder: Path) -> Job:
 
 @pytest.fixture(scope="session")
 def reports_of(null_device: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Return a function that gives the reports of a group, its process run once."""
+    """Return a function that gives the reports of a group, its process run once: a failure is every recipe's."""
 
     @cache
-    def reports(group: str) -> dict[str, Report]:
+    def executed(group: str) -> dict[str, Report] | ChildFailed:
         folder = tmp_path_factory.mktemp(group)
         names = [name for name, its in recipes().items() if its == group]
         jobs = [job(name, folder) for name in names]
-        return dict(zip(names, on_null_device(jobs, folder / "child", deadline_s=1700), strict=True))
+        try:
+            return dict(zip(names, on_null_device(jobs, folder / "child", deadline_s=1700), strict=True))
+        except ChildFailed as failed:
+            return failed
+
+    def reports(group: str) -> dict[str, Report]:
+        if isinstance(found := executed(group), ChildFailed):
+            raise found
+        return found
 
     return reports
 
