@@ -87,6 +87,8 @@ def observe(work: Callable[[], dict[str, Any]], log: Path) -> Report:
     DEVICE.nullgpu_open(None)
     report.facts, report.error, report.cpu_s = facts, error, cpu_s() - began_cpu_s
     report.graph_breaks = {str(k): int(v) for k, v in counters["graph_break"].items()}
+    caches = counters["inductor"] | counters["aot_autograd"]
+    report.caches = {str(k): int(v) for k, v in caches.items() if "cache" in k}
     report.graphs = dict(graphs)
     report.kernels = loaded_kernels(log)
     report.peak_bytes = torch.cuda.max_memory_allocated()

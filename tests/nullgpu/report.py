@@ -146,6 +146,7 @@ class Report:
         peak_bytes: most that torch's allocator had given out at once.
         reserved_bytes: what it held at the end.
         cpu_s: processor seconds of the job, ptxas included.
+        caches: hits, misses and refusals of the compilers' caches of whole graphs, as torch counts them.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -160,6 +161,7 @@ class Report:
     peak_bytes: int = 0
     reserved_bytes: int = 0
     cpu_s: float = 0.0
+    caches: dict[str, int] = field(default_factory=dict)
 
     def of(self, kind: str) -> list[Region]:
         """Return the regions of a kind."""

@@ -30,6 +30,7 @@ CAPTURED: dict[str, list[str]] = {
     "asam of the weights": ["asam={rho=0.5,scope='weights',eta=0.01}"],
     "asam, frozen BatchNorm": ["asam={rho=0.5,batch_norm='freeze'}"],
     "asam, fp16, clipping": [SAM, "engine.precision=fp16", "train.grad_clip=1.0"],
+    "asam, late": ["asam={rho=0.5,start=0.5}"],
     "accumulate": ["train.accumulate=3"],
     "accumulate, asam": ["train.accumulate=3", SAM],
     "clipping": ["train.grad_clip=1.0"],
@@ -60,16 +61,17 @@ def found(null_device: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[t
     )
 
 
-def check(report: Report) -> None:
+def check(report: Report, phases: int = 1) -> None:
     assert_clean(report)
     assert_steps_are_replayed(report)
-    assert [rows for rows, _ in report.captures()] == [24, 13]  # a whole batch, and an odd last one
+    # A whole batch, and an odd last one, each in every kind of step that the run has.
+    assert [rows for rows, _ in report.captures()] == [24] * phases + [13] * phases
 
 
 @pytest.mark.parametrize("name", CAPTURED)
 def test_an_option_is_captured(found: dict[tuple[str, str], Report], name: str) -> None:
     report = found["graph", name]
-    check(report)
+    check(report, phases=2 if name == "asam, late" else 1)
     assert report.facts["mode"] == "graph"
 
 

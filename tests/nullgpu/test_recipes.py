@@ -19,6 +19,7 @@ from tests.nullgpu.report import Report
 ODD = ["train.epochs=2", "train.batch_size=30"]  # three whole batches and one of ten
 UNCOMPILED = {"residual": "graph"}
 SPEED = [*ODD, "train.drop_last=false", "data.subset=100", "model.widths=[16,32,32]", "eval.every_epochs=1"]
+WARM_UP = {"beyond/speed96": ["schedule.warmup_epochs=1"]}
 # Each group with the recipe that is stopped and resumed.
 GROUPS = {
     "aug": "smoke/aug-cutmix-late", "wrn": "smoke/wrn-200", "pyramid": "smoke/pyramid400",
@@ -37,10 +38,10 @@ def recipes() -> dict[str, str]:
 
 
 def job(name: str, folder: Path) -> Job:
-    changes = SPEED if name.startswith("beyond/") else ODD
-    return Job(
-        "run", {"recipe": name, "out": str(folder / name), "changes": changes, "resume": name in GROUPS.values()}
-    )
+    changes = [*(SPEED if name.startswith("beyond/") else ODD), *WARM_UP.get(name, ())]
+    changes.append(f"engine.mode={UNCOMPILED.get(recipes()[name], 'auto')}")
+    resume = name in GROUPS.values()
+    return Job("run", {"recipe": name, "out": str(folder / name), "changes": changes, "resume": resume})
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ functional operators only.) `allow_in_graph` tells the compiler so. `fastcifar.k
 definition, ``triton`` the kernels.
 """
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,9 +173,14 @@ def batch_norm(
 
 
 def allow_in_graph() -> None:
-    """Let torch.compile see `batch_norm` as one node; to be called before anything that uses it is compiled.
+    """Let torch.compile see `batch_norm` as one node, and keep graphs that have it; call this before compiling.
 
     Not done on import: it imports torch._dynamo, which takes as long as torch itself, and most runs on a CPU, and most
     commands, never compile.
     """
+    from torch._inductor import config
+
     torch.compiler.allow_in_graph(batch_norm)
+    # The cache of traced graphs refuses functions that it does not know; a hash of our sources makes this one known.
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    config.unsafe_marked_cacheable_functions |= {f"{__name__}.{batch_norm.__name__}": code.hexdigest()}

@@ -23,6 +23,8 @@ from torch import Tensor
 TILE = 4096  # elements: 16 for each of a program's 256 threads
 WARPS = 8
 REGISTERS = 128  # at most, a thread: two programs fit a multiprocessor, and ptxas does not spill to make room for three
+MOST_REGISTERS, SHORT_STRIP = 255, 3
+"""The compiler unrolls a strip of so few tiles and wants more registers when it sums too; there are few programs then."""
 PROGRAMS = 264  # two for each of an H100's multiprocessors
 MOST_COLUMNS = 64
 
@@ -99,25 +101,29 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Write each strip's mean and sum of squared deviations: (2, strips, C).
 
-    Deviations are taken from the mean of the strip's first tile: sums of plain squares would lose all digits where
-    a channel's mean is far from 0.
+    Deviations are taken from the strip's first row: sums of plain squares would lose all digits where a channel's mean
+    is far from 0.
     """
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    exists = column < C
     first = tl.program_id(0) * ROUNDS * ROWS
-    row = first + tl.arange(0, ROWS)
-    inside = (row < count)[:, None] & (column < C)[None, :]
-    value = tl.load(x + row[:, None] * C + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    origin = tl.sum(value, 0) / tl.minimum(count - first, ROWS).to(tl.float32)
-    deviation = tl.where(inside, value - origin[None, :], 0.0)
-    total, squares = deviation, deviation * deviation
-    for k in range(1, ROUNDS):
+    origin = tl.load(x + first * C + column, mask=exists, other=0.0).to(tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(ROUNDS):
         row = first + k * ROWS + tl.arange(0, ROWS)
-        inside = (row < count)[:, None] & (column < C)[None, :]
+        inside = (row < count)[:, None] & exists[None, :]
         value = tl.load(x + row[:, None] * C + column[None, :], mask=inside, other=0.0).to(tl.float32)
         deviation = tl.where(inside, value - origin[None, :], 0.0)
         total += deviation
         squares += deviation * deviation
-    size = tl.minimum(count - first, ROUNDS * ROWS).to(tl.float32)
+    _store_sums(partials, first, column, origin, total, squares, count, C, ROUNDS * ROWS)
+
+
+@triton.jit
+def _store_sums(partials, first, column, origin, total, squares, count, C, STRIP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write a strip's mean and sum of squared deviations, from what its values are beyond ``origin``."""
+    size = tl.minimum(count - first, STRIP).to(tl.float32)
     moved = tl.sum(total, 0) / size
     place = partials + tl.program_id(0) * C + column
     tl.store(place, origin + moved, mask=column < C)
@@ -178,8 +184,8 @@ def normalize_kernel(  # type: ignore[no-untyped-def]
     """
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = column < C
-    mean, squares = _combined(partials, column, count, C, STRIPS, ROUNDS * ROWS, COLUMNS)
-    rstd = 1.0 / tl.sqrt(squares / count + eps)
+    mean, spread = _combined(partials, column, count, C, STRIPS, ROUNDS * ROWS, COLUMNS)
+    rstd = 1.0 / tl.sqrt(spread / count + eps)
     if tl.program_id(0) == 0:
         tl.store(saved + column, mean, mask=exists)
         tl.store(saved + C + column, rstd, mask=exists)
@@ -187,23 +193,19 @@ def normalize_kernel(  # type: ignore[no-untyped-def]
             old = tl.load(running_mean + column, mask=exists)
             tl.store(running_mean + column, old + momentum * (mean - old), mask=exists)
             old = tl.load(running_var + column, mask=exists)
-            tl.store(running_var + column, old + momentum * (squares / (count - 1) - old), mask=exists)
+            tl.store(running_var + column, old + momentum * (spread / (count - 1) - old), mask=exists)
     w = tl.load(weight + column, mask=exists, other=0.0)
     b = tl.load(bias + column, mask=exists, other=0.0)
     first = tl.program_id(0) * ROUNDS * ROWS
-    row = first + tl.arange(0, ROWS)
-    inside = (row < count)[:, None] & exists[None, :]
-    value = _output(
-        x, residual, scales, seed, row, column, exists, mean, rstd, w, b, count, C, R, HW, drop, RELU, DROP, SCALE, ADD
-    ).to(y.dtype.element_ty)
-    tl.store(y + row[:, None] * C + column[None, :], value, mask=inside)
     if SUM:
-        # Of the values as they are stored, rounded: the next BatchNorm reads those.
-        value = tl.where(inside, value.to(tl.float32), 0.0)
-        origin = tl.sum(value, 0) / tl.minimum(count - first, ROWS).to(tl.float32)
-        value = tl.where(inside, value - origin[None, :], 0.0)
-        total, squared = value, value * value
-    for k in range(1, ROUNDS):
+        origin = _output(
+            x, residual, scales, seed, first + tl.arange(0, 1), column, exists, mean, rstd, w, b, count, C, R, HW, drop,
+            RELU, DROP, SCALE, ADD,
+        )  # fmt: skip
+        origin = tl.sum(origin.to(y.dtype.element_ty).to(tl.float32), 0)  # of one row
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(ROUNDS):
         row = first + k * ROWS + tl.arange(0, ROWS)
         inside = (row < count)[:, None] & exists[None, :]
         value = _output(
@@ -212,15 +214,12 @@ def normalize_kernel(  # type: ignore[no-untyped-def]
         ).to(y.dtype.element_ty)  # fmt: skip
         tl.store(y + row[:, None] * C + column[None, :], value, mask=inside)
         if SUM:
-            value = tl.where(inside, value.to(tl.float32) - origin[None, :], 0.0)
-            total += value
-            squared += value * value
+            # Of the values as they are stored, rounded: the next BatchNorm reads those.
+            deviation = tl.where(inside, value.to(tl.float32) - origin[None, :], 0.0)
+            total += deviation
+            squares += deviation * deviation
     if SUM:
-        size = tl.minimum(count - first, ROUNDS * ROWS).to(tl.float32)
-        moved = tl.sum(total, 0) / size
-        place = sums + tl.program_id(0) * C + column
-        tl.store(place, origin + moved, mask=exists)
-        tl.store(place + tl.num_programs(0) * C, tl.sum(squared, 0) - moved * moved * size, mask=exists)
+        _store_sums(sums, first, column, origin, total, squares, count, C, ROUNDS * ROWS)
 
 
 @triton.jit
@@ -318,6 +317,8 @@ def forward(
     if partials is None:
         partials = torch.empty(sums_shape(x, True), dtype=torch.float32, device=x.device)
         statistics_kernel[plan.grid](x, partials, count, c, **sizes)
+    if summarize and plan.rounds <= SHORT_STRIP:
+        sizes["maxnreg"] = MOST_REGISTERS
     normalize_kernel[plan.grid](
         x, partials, weight, bias, _or(running_mean, saved), _or(running_var, saved), _or(residual, x),
         _or(scales, saved), _or(seed, saved), y, saved, sums if summarize else saved,
