@@ -1,5 +1,6 @@
 """Which directory a run lives in: a new one, the one to resume, or the newest unfinished one of the same recipe."""
 
+import hashlib
 import re
 import time
 from collections.abc import Iterator
@@ -44,10 +45,29 @@ def open_run(
     environment = describe()  # takes seconds: before the folder is there
     if code := record(recipe):
         environment["user_code"] = code
+    if digest := teacher_digest(recipe):
+        environment["teacher"] = digest
     with ExitStack() as stack:
         run = _made(recipe, out, stack)
         run.begin(recipe, environment)
         yield run
+
+
+def teacher_digest(recipe: "Recipe | CombineRecipe") -> str | None:
+    """Return the SHA-256 of the weights of the model that a recipe distills; None where it names none.
+
+    Raises:
+        UserError: the teacher is no finished run, or has no such weights.
+    """
+    from fastcifar.run_directory import RunDirectory
+
+    distill = getattr(recipe, "distill", None)
+    if distill is None:
+        return None
+    run = RunDirectory.open(distill.teacher)
+    if not run.finished:
+        raise UserError(f"distill.teacher: {run.folder} is not finished; `fastcifar run --resume {run.folder}` first")
+    return hashlib.sha256(run.read(f"weights/{distill.weights or run.default_weights()}.safetensors")).hexdigest()
 
 
 def _existing(

@@ -341,6 +341,10 @@ class RunDirectory:
             raise UserError(f"{self.folder}: its logits {key} are not all finite; leave this run out")
         return arrays[key].copy()
 
+    def default_weights(self) -> str:
+        """Return which weights stand for the run: those selected on a holdout where there is one, else the last."""
+        return "selected" if self.summary.get("selected") else "last"
+
     def weights(self, which: str) -> "dict[str, Tensor]":
         """Return saved weights by name, on the CPU.
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from fastcifar.analysis.content import CIFAR10
 from fastcifar.config.schema import CombineRecipe
 from fastcifar.data.images import read_rgb
-from fastcifar.errors import UserError
-from fastcifar.models import build_model
+from fastcifar.models.trained import trained_model
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.tta import tta_logits
 
@@ -52,20 +51,8 @@ def load_trained(run: RunDirectory, which: str | None = None) -> Trained:
     Raises:
         UserError: a combination (it has no weights), weights that are missing or not of this recipe.
     """
-    recipe = run.recipe
-    if isinstance(recipe, CombineRecipe):
-        raise UserError(f"{run.folder}: is a combination and has no weights of its own; name one of its members")
-    which = which or ("selected" if run.summary.get("selected") else "last")
-    weights = run.weights(which)
-    num_classes = run.logits(f"test/last/{run.summary['weights']}").shape[1]
-    image_px = int(run.summary.get("image_px", 32))
-    model = build_model(recipe.model, num_classes=num_classes, image_px=image_px, seed=recipe.seed)
-    try:
-        model.load_state_dict(weights)  # every name accounted for
-    except RuntimeError as error:
-        path = run.folder / "weights" / f"{which}.safetensors"
-        raise UserError(f"{path}: cannot be loaded into the recipe's model: {error}") from None
-    return Trained(model.eval(), class_names(run, num_classes), list(recipe.data.mean), list(recipe.data.std), image_px)
+    model, recipe, num_classes, image_px = trained_model(run, which)
+    return Trained(model, class_names(run, num_classes), list(recipe.data.mean), list(recipe.data.std), image_px)
 
 
 def class_names(run: RunDirectory, num_classes: int) -> list[str]:

@@ -122,6 +122,25 @@ class Augment:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape[1:])}; built for uint8 of {wanted}")
 
 
+class AugmentBySize:
+    """Augmentations for images of several sizes, of which each batch has one; see `fastcifar.data.loaders.resized`.
+
+    Args:
+        by_side: side of the square images in pixels -> their augmentation.
+    """
+
+    def __init__(self, by_side: dict[int, Augment]):
+        self._by_side = by_side
+
+    def __call__(self, batch: Batch, epoch: int | Tensor) -> Tensor:
+        """Return the augmented, normalized batch; see `Augment.__call__`."""
+        return self._by_side[batch.images.shape[1]](batch, epoch)
+
+    def plain(self, images: Tensor) -> Tensor:
+        """Return images normalized and nothing else; see `Augment.plain`."""
+        return self._by_side[images.shape[1]].plain(images)
+
+
 def check_rows(rows: Tensor, count: int) -> None:
     """Refuse rows (int64 (B,), on the CPU) outside 0..count-1: once per batch, because the kernel reads unchecked.
 

@@ -27,6 +27,8 @@ from fastcifar.errors import UserError, shown
 MAX_EPOCHS, MAX_BATCH, MAX_IMAGES, MAX_NAME = 100_000, 1 << 20, 10_000_000, 100
 TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000}
 CLASSES = {"cifar10": 10, "cifar100": 100, "synthetic": 10, "cifar10-or-synthetic": 10}
+FIXED_SIZE = ("lenet5", "deep_baseline", "deep_baseline_bn", "residual5", "vit", "cct")
+"""Models whose linear layers or positions are made for one size of square images; the others pool globally."""
 RELEASE_PX = 32
 """What is known of a data set when a recipe is read; an image folder may hold anything."""
 
@@ -86,6 +88,10 @@ class LoaderConfig(Section):
     order: Literal["plan", "native"] = "plan"
 
 
+Phase = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[int, Field(ge=1, le=1024)]], Field(strict=False)]
+"""A share of the run, and the side of the images in pixels from then on."""
+
+
 class DataConfig(Section):
     """Which images. ``holdout`` training images are set aside to choose epochs and weights on, after ``subset``.
 
@@ -96,12 +102,17 @@ class DataConfig(Section):
 
     ``holdout_seed`` chooses the holdout, the run's ``seed`` by default: with one of its own, runs of several seeds hold
     out the same images and can be combined on them.
+
+    ``resize = [[0.0, 24], [0.4, 28], [0.7, 32]]`` trains on small images first (progressive resizing): on 24 px from
+    the start, on 28 px after 40% of the run, each phase from the next epoch on. The set is resized once for each size,
+    bilinearly with antialiasing; tests are on whole images. It needs the resident loader.
     """
 
     source: Literal["cifar10", "cifar100", "folder", "synthetic", "cifar10-or-synthetic"] = "cifar10"
     loader: LoaderConfig = LoaderConfig()
     holdout: int = Field(0, ge=0, le=MAX_IMAGES)
     holdout_seed: int | None = Field(None, ge=0, lt=2**63)
+    resize: list[Phase] = Field([], max_length=16)
     subset: int = Field(0, ge=0, le=MAX_IMAGES)
     test_subset: int = Field(0, ge=0, le=MAX_IMAGES)
     mean: list[Annotated[float, Field(ge=-100, le=100)]] = Field([0.5, 0.5, 0.5], min_length=3, max_length=3)
@@ -550,6 +561,22 @@ class LossConfig(Section):
         return self
 
 
+class DistillConfig(Section):
+    """Knowledge distillation from a trained model (Hinton et al., 2015).
+
+    Attributes:
+        teacher: a finished run's directory.
+        weights: which of its weights; by default the epoch selected on its holdout where it has one, else the last.
+        temperature: what both models' logits are divided by.
+        weight: share of the divergence from the teacher in the loss; the rest is the cross entropy with the labels.
+    """
+
+    teacher: Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_one_line)]
+    weights: Literal["last", "best", "selected"] | None = None
+    temperature: Positive = 4.0
+    weight: Fraction = 0.9
+
+
 class TrainConfig(Section):
     """How long, and how a batch goes through the model.
 
@@ -656,6 +683,7 @@ class Recipe(Section):
     asam: AsamConfig | None = None
     ema: EmaConfig | None = None
     lookahead: LookaheadConfig | None = None
+    distill: DistillConfig | None = None
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
@@ -666,6 +694,19 @@ class Recipe(Section):
     def passes_per_step(self) -> float:
         """How often a step goes through the model with each sample, forward and backward: the mean over the run."""
         return 2 - self.asam.start if self.asam else 1
+
+    @model_validator(mode="after")
+    def _resizing(self) -> "Recipe":
+        starts = [start for start, _ in self.data.resize]
+        if not starts:
+            return self
+        if starts[0] != 0 or starts != sorted(set(starts)):
+            raise ValueError(f"data.resize begins at {starts}; the first must begin at 0, each one after the last")
+        if self.model.name in FIXED_SIZE:
+            raise ValueError(f'data.resize: model.name = "{self.model.name}" has layers made for one size of images')
+        if self.data.loader.name not in ("auto", "resident") or self.augment.where == "loader":
+            raise ValueError('data.resize works with data.loader.name = "resident" and augment.where = "device"')
+        return self
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":

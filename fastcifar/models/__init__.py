@@ -48,9 +48,6 @@ MODELS: dict[str, Builder] = {
 SMALLEST_PX = {"lenet5": 16, "deep_baseline": 8, "deep_baseline_bn": 8, "residual5": 8, "speednet": 9, "convnextv2": 8}
 """The smallest image of which something is left after a model's poolings; the others take any."""
 
-NEED_SQUARE = ("lenet5", "deep_baseline", "deep_baseline_bn", "residual5", "vit", "cct")
-"""Models whose linear layers or positions are made for square images; the others pool globally and take any shape."""
-
 
 def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32, seed: int) -> nn.Module:
     """Build and initialize a network: fp32 on the CPU, channels-last, in training mode.

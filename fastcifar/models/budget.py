@@ -25,8 +25,9 @@ def step_key(recipe: Recipe) -> str:
     options = recipe.model.model_dump(exclude_defaults=True, exclude=NOT_IN_COST)
     model = " ".join([recipe.model.name, *(f"{k}={v}" for k, v in sorted(options.items()))])
     start = recipe.asam.start if recipe.asam else 0.0
+    distilled = ["distilled"] if recipe.distill else []
     asam = ["asam" if not start else f"asam from {start:g}"] if recipe.asam else []
-    update = "+".join([recipe.optimizer.name, *asam, *(["ema"] if recipe.ema else [])])
+    update = "+".join([recipe.optimizer.name, *asam, *distilled, *(["ema"] if recipe.ema else [])])
     return f"{model} | batch {recipe.train.batch_size} | {update} | {recipe.engine.precision}"
 
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastcifar.config.operations import check_size
-from fastcifar.config.schema import Recipe
+from fastcifar.config.schema import FIXED_SIZE, Recipe
 from fastcifar.data.loaders.base import EpochOrder
 from fastcifar.data.store import Store, resolve_store
 from fastcifar.data.store import verify as verify_store
 from fastcifar.errors import UserError
-from fastcifar.models import NEED_SQUARE, SMALLEST_PX
+from fastcifar.models import SMALLEST_PX
 from fastcifar.track import check_trackers
 
 if TYPE_CHECKING:
@@ -104,14 +104,17 @@ def _check_shape(recipe: Recipe, store: Store) -> None:
     """Refuse images of a shape that the model or an operation cannot take."""
     height, width, _ = store.image_shape
     name = recipe.model.name
-    if height != width and name in NEED_SQUARE:
+    if height != width and name in FIXED_SIZE:
         raise UserError(
             f"{store.root}: images of {width}x{height} pixels; model.name = {name!r} needs square ones. Cut or pad "
             "them, or choose residual15, wide_resnet, pyramidnet or speednet, which take any shape"
         )
-    if min(height, width) < SMALLEST_PX.get(name, 1):
-        raise UserError(
-            f"{store.root}: images of {width}x{height} pixels; model.name = {name!r} needs "
-            f"{SMALLEST_PX[name]} px or more"
-        )
-    check_size(recipe.augment.ops, min(height, width))
+    if height != width and recipe.data.resize:
+        raise UserError(f"{store.root}: images of {width}x{height} pixels; data.resize needs square ones")
+    for wide, high in ((width, height), *((px, px) for _, px in recipe.data.resize)):
+        if min(wide, high) < SMALLEST_PX.get(name, 1):
+            where = "data.resize" if (wide, high) != (width, height) else store.root
+            raise UserError(
+                f"{where}: images of {wide}x{high} pixels; model.name = {name!r} needs {SMALLEST_PX[name]} px or more"
+            )
+        check_size(recipe.augment.ops, min(wide, high))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcifar.augment.augment import Augment
+from fastcifar.augment.augment import Augment, AugmentBySize
 from fastcifar.data.batch import Share
 from fastcifar.errors import root_cause
 from fastcifar.train.cuda_graph import GraphedStep
@@ -68,8 +68,8 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: nn.Module, augment: Augment, precision: Precision, device: torch.device, batch_size: int,
-        mode: str, ranks: Ranks = ALONE,
+        self, model: nn.Module, augment: Augment | AugmentBySize, precision: Precision, device: torch.device,
+        batch_size: int, mode: str, ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.device, self.batch_size = model, device, batch_size
         self._augment, self._precision, self._ranks = augment, precision, ranks

@@ -60,6 +60,8 @@ class Execution:
         if self.compiled:
             # The loss is a graph of its own, outside autocast.
             step.forward, step.score = compile_model(step.forward), compile_model(step.score)
+            if step.teacher is not None:
+                step.teacher.compile(compile_model)
         if self.fallback and is_strict(step.recipe.engine):
             raise UserError(f"{self.fallback} (engine.strict)")
 
@@ -103,6 +105,8 @@ class Execution:
             if not self.compiled:
                 raise
             self.compiled, (self._step.forward, self._step.score) = False, self._plain
+            if self._step.teacher is not None:
+                self._step.teacher.compile(None)
             self._run(batch)  # an error of the model itself, not of the compiler, is raised here
             self._fall_back(f"the model cannot be compiled and runs without compilation: {root_cause(error)}")
 

@@ -6,7 +6,7 @@ recipe -> store -> loader -> augment -> model -> step -> evaluate -> record
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,27 @@ import torch
 from torch import nn
 
 from fastcifar import interrupt
-from fastcifar.augment.augment import Augment, build_augment
+from fastcifar.augment.augment import Augment, AugmentBySize, build_augment
 from fastcifar.augment.mix import build_mix
 from fastcifar.config.schema import DataConfig, EngineConfig, Recipe
 from fastcifar.config.user_code import changes, check_user_code
 from fastcifar.data.batch import Batch
 from fastcifar.data.loaders import Loader, build_loader
+from fastcifar.data.loaders.resident import ResidentLoader
+from fastcifar.data.loaders.resized import WHOLE, ResizedLoader, first_epochs
 from fastcifar.data.split import holdout_split, subset_rows
 from fastcifar.data.store import Store, resolve_store
 from fastcifar.errors import UserError
 from fastcifar.launch import Place
 from fastcifar.models import build_model, hooks
+from fastcifar.open_run import teacher_digest
 from fastcifar.run_directory import RunDirectory
 from fastcifar.track import Callback, Callbacks, make_trackers
 from fastcifar.train.check_nan import check_finite
 from fastcifar.train.checks import check_data
 from fastcifar.train.clock import Clock
 from fastcifar.train.display import Display, Steps, tell
+from fastcifar.train.distillation import build_teacher
 from fastcifar.train.evaluate import EvaluationSet, Evaluator
 from fastcifar.train.execution import is_strict
 from fastcifar.train.follower import Follower
@@ -69,15 +73,15 @@ def train(
     device, quiet = pick_device(recipe.engine, ranks.place), quiet or not ranks.first
     ranks = ranks.on(device)
     store, rows, loader = open_data(recipe, data, device, quiet, ranks)
-    augment = build_augment(
-        recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=store.image_shape,
-        seed=recipe.seed, device=device, dtype=PRECISIONS[recipe.engine.precision].images,
-    )
+    augment = make_augment(recipe, store.image_shape, device)
     mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=len(loader))
     px, classes = store.image_shape[0], len(store.classes)
     model = build_model(recipe.model, num_classes=classes, image_px=px, seed=recipe.seed).to(device)
     fit_images(model, store, rows, augment, device)
-    step = build_step(recipe, model, augment, mix, steps_per_epoch=len(loader), device=device, ranks=ranks)
+    teacher = build_teacher(recipe, classes, px, device)
+    step = build_step(
+        recipe, model, augment, mix, steps_per_epoch=len(loader), device=device, ranks=ranks, teacher=teacher
+    )
     if check_nan:
         check_finite(model, lambda: f"epoch {int(step.cursor.epoch) + 1}, step {int(step.cursor.step) + 1}")
     evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode, ranks)
@@ -115,7 +119,26 @@ def open_data(
             drop_last=recipe.train.drop_last, device=device, augment=recipe.augment,
             rank=ranks.place.rank, world=ranks.world,
         )
+    if recipe.data.resize:
+        if not isinstance(loader, ResidentLoader):
+            raise UserError(f"data.resize needs the resident loader, but: {loader.reason}")
+        loader = ResizedLoader(loader, loader.images, recipe.data.resize, recipe.train.epochs)
     return store, rows, loader
+
+
+def make_augment(recipe: Recipe, image_shape: tuple[int, int, int], device: torch.device) -> Augment | AugmentBySize:
+    """Compile a recipe's augmentations, for each size of images that it trains on and the data's own."""
+
+    def make(height: int, width: int) -> Augment:
+        return build_augment(
+            recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=(height, width, image_shape[2]),
+            seed=recipe.seed, device=device, dtype=PRECISIONS[recipe.engine.precision].images,
+        )
+
+    own = make(*image_shape[:2])
+    if not recipe.data.resize:
+        return own
+    return AugmentBySize({px: make(px, px) for _, px in recipe.data.resize} | {image_shape[0]: own})
 
 
 def begin_callbacks(recipe: Recipe, run: RunDirectory | Follower, callbacks: Sequence[Callback]) -> Callbacks:
@@ -124,10 +147,14 @@ def begin_callbacks(recipe: Recipe, run: RunDirectory | Follower, callbacks: Seq
     It says which code of the user's own is not what the run began with; the run goes on with what there is now.
 
     Raises:
-        UserError: that code cannot be found any more, or a tracker's package is missing.
+        UserError: that code cannot be found any more, a tracker's package is missing, or a distilling run's teacher has
+            other weights than when it began.
     """
     if isinstance(run, Follower):
         return Callbacks(None, [])
+    if run.environment.get("teacher") not in (None, teacher_digest(recipe)):
+        assert recipe.distill is not None
+        raise UserError(f"distill.teacher: {recipe.distill.teacher} has other weights now than when this run began")
     check_user_code(recipe)
     for change in changes(recipe, run.environment.get("user_code")):
         tell(change)
@@ -207,7 +234,9 @@ def warm_up(
         display.say(f"compiling ({step.execution.mode}); a second run of the same recipe finds it in the cache")
     with clock.span("compilation_s"):
         # An eager step has nothing to prepare for each shape: one batch loads and compiles the augmentation.
-        step.execution.warm_up(islice(example_batches(loader, epochs.start), 1 if eager else None))
+        firsts = first_epochs(epochs, step.recipe.train.epochs, step.recipe.data.resize or WHOLE)
+        examples = chain.from_iterable(example_batches(loader, epoch) for epoch in firsts)
+        step.execution.warm_up(islice(examples, 1 if eager else None))
         if not eager:
             evaluator.warm_up(image_shape, {"none", step.recipe.eval.tta})
     if evaluator.fallback and is_strict(step.recipe.engine):
@@ -290,7 +319,9 @@ def choose_rows(config: DataConfig, store: Store, seed: int) -> Rows:
     return Rows(train, holdout, test)
 
 
-def fit_images(model: nn.Module, store: Store, rows: Rows, augment: Augment, device: torch.device) -> None:
+def fit_images(
+    model: nn.Module, store: Store, rows: Rows, augment: Augment | AugmentBySize, device: torch.device
+) -> None:
     """Hand the first training images to a model that wants them; before the step copies weights for its averages."""
     wanted = hooks.images_to_fit(model)
     if wanted:

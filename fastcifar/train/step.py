@@ -24,6 +24,7 @@ from fastcifar.models import hooks
 from fastcifar.models.batch_norm import use_sync_batch_norm
 from fastcifar.models.norm_act import use_fused_batch_norm
 from fastcifar.train.cursor import build_cursor
+from fastcifar.train.distillation import Teacher
 from fastcifar.train.ema import build_averages
 from fastcifar.train.execution import Execution, model_forward
 from fastcifar.train.flat_parameters import FlatParameters
@@ -137,6 +138,9 @@ class Step(StepState):
             with self.precision.autocasting(x.device.type):
                 logits = self.forward(x)
             loss, count = self.score(logits, y, divide)
+            if self.teacher is not None:
+                with self.precision.autocasting(x.device.type):
+                    loss = self.teacher.blend(loss, x, logits, total)
             objective = loss
             if self.recipe.loss.reduction == "sum":
                 # The mean times what it was divided by, which without class weights is the whole batch's size.
@@ -185,7 +189,7 @@ class Step(StepState):
 
 def build_step(
     recipe: Recipe, model: nn.Module, augment: Any, mix: Any, *, steps_per_epoch: int, device: torch.device,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ALONE, teacher: Teacher | None = None,
 ) -> Step:
     """Make the training step of a recipe.
 
@@ -197,6 +201,7 @@ def build_step(
         steps_per_epoch: batches in an epoch.
         device: where to train.
         ranks: those that divide each batch.
+        teacher: the trained model to learn from, or None.
 
     Raises:
         UserError: there is not one class weight per class.
@@ -231,7 +236,7 @@ def build_step(
         forward_passes=forward_passes,
         losses=torch.zeros(steps_per_epoch, device=device),
         correct=torch.zeros(steps_per_epoch, device=device),
-        user_optimizer=user_optimizer, ranks=ranks,
+        user_optimizer=user_optimizer, ranks=ranks, teacher=teacher,
     )  # fmt: skip
 
 

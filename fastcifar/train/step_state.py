@@ -16,6 +16,7 @@ from fastcifar.kernels.sgd_ema import Averages
 from fastcifar.models import hooks
 from fastcifar.models.batch_norm import set_batches_tracked
 from fastcifar.train.cursor import DeviceCursor, HostCursor
+from fastcifar.train.distillation import Teacher
 from fastcifar.train.ema import averaged
 from fastcifar.train.flat_parameters import FlatParameters
 from fastcifar.train.optimizers import Optimizer
@@ -54,6 +55,7 @@ class StepState:
         ascending: whether this step makes SAM's ascent step and a second pass; the host decides it before each step.
         user_optimizer: the optimizer of the user's own that ``optimizer`` steps, which keeps state of its own, or None.
         ranks: those that divide each batch.
+        teacher: the trained model that the student learns from, or None.
     """
 
     recipe: Recipe
@@ -75,6 +77,7 @@ class StepState:
     correct: Tensor
     user_optimizer: UserOptimizer | None = None
     ranks: Ranks = ALONE
+    teacher: Teacher | None = None
     _sizes: list[int] = field(default_factory=list)
     _epoch: int = 0
     ascending: bool = False

@@ -43,7 +43,15 @@ OPTIMIZERS = {
 SCHEDULES = {"constant": "constant", "cosine per epoch to 0": "cosine"}
 ASAM = {
     None: None,
-    "asam rho 2.0": {"rho": 2.0, "adaptive": True, "eta": 0.0, "scope": "all", "batch_norm": "update", "start": 0.0},
+    "asam rho 2.0": {
+        "rho": 2.0,
+        "adaptive": True,
+        "eta": 0.0,
+        "scope": "all",
+        "batch_norm": "update",
+        "start": 0.0,
+        "norm": "global",
+    },
 }
 EMA = {None: None, "decay 0.999": {"decay": 0.999}}
 NORMALIZE = {"0.5/0.5": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])}
@@ -111,6 +119,7 @@ def test_training_row(row):
         "source": "cifar10",
         "holdout": 0,
         "holdout_seed": None,
+        "resize": [],
         "subset": 0,
         "test_subset": 0,
         "mean": mean,
