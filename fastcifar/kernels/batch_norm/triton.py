@@ -24,7 +24,7 @@ TILE = 4096  # elements: 16 for each of a program's 256 threads
 WARPS = 8
 REGISTERS = 128  # at most, a thread: two programs fit a multiprocessor, and ptxas does not spill to make room for three
 MOST_REGISTERS, SHORT_STRIP = 255, 3
-"""The compiler unrolls a strip of so few tiles and wants more registers when it sums too; there are few programs then."""
+"""The compiler unrolls a strip of so few tiles, and wants more registers when it sums too; its programs are few."""
 PROGRAMS = 264  # two for each of an H100's multiprocessors
 MOST_COLUMNS = 64
 
