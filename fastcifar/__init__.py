@@ -5,8 +5,10 @@ What is public here is imported when it is first used, so that ``import fastcifa
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+# typing's own constant, which type checkers know by its name. Nothing is imported before the signal handlers are there
+# (`fastcifar.__main__`) that takes time, and typing does.
+TYPE_CHECKING = False
 __version__ = "0.1.0"  # the only place that says it: the build reads it from here
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a public name when it is first used."""
     if name in ("augment", "optim", "train"):
         return import_module(f"fastcifar.{name}")  # the package `train` can be called: see there

@@ -7,10 +7,9 @@ published one, for 224 px, divides the side by 4 at once.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import StochasticDepth
 
 from fastcifar.config.schema import ConvNeXtV2Config
-from fastcifar.models.transformer import drop_path_rates
+from fastcifar.models.transformer import drop_path_rates, dropped_path
 
 
 class LayerNorm(nn.LayerNorm):
@@ -57,7 +56,7 @@ class Block(nn.Module):
         self.expand = nn.Linear(dim, 4 * dim)
         self.grn = GlobalResponseNorm(4 * dim)
         self.reduce = nn.Linear(4 * dim, dim)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = dropped_path(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W)."""

@@ -9,7 +9,6 @@ branches is `torchvision.ops.stochastic_depth`.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import StochasticDepth
 
 from fastcifar.config.schema import CCTConfig, ViTConfig
 from fastcifar.errors import UserError
@@ -52,6 +51,14 @@ def mlp(dim: int, hidden: int, dropout: float = 0.0) -> nn.Sequential:
     )
 
 
+def dropped_path(rate: float) -> nn.Module:
+    """Return a layer that leaves out whole samples with this probability in training (Huang et al., 2016)."""
+    # Not imported above: it brings torch's compiler along, which a training on a CPU never needs.
+    from torchvision.ops import StochasticDepth
+
+    return StochasticDepth(rate, "row")
+
+
 def drop_path_rates(last: float, blocks: int) -> list[float]:
     """Return each block's probability of being dropped: rising linearly from 0 to ``last`` (Huang et al., 2016)."""
     return [last * i / max(blocks - 1, 1) for i in range(blocks)]
@@ -74,7 +81,7 @@ class EncoderBlock(nn.Module):
         self.attention = Attention(dim, heads, dropout=dropout)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = mlp(dim, hidden, dropout)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = dropped_path(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, T, D) to (B, T, D)."""
@@ -100,7 +107,7 @@ class CCTBlock(nn.Module):
         self.attention = Attention(dim, heads, bias=False, dropout=attention_dropout)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = mlp(dim, hidden, dropout)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = dropped_path(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, T, D) to (B, T, D)."""
