@@ -11,15 +11,14 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcifar.config import Recipe, load_recipe, to_toml
 from fastcifar.errors import UserError
-from fastcifar.interrupt import stop_if_requested
-from fastcifar.ladder.execute import Deadline, OutOfTime, RowFailed, RunRow
+from fastcifar.ladder.execute import Deadline, RowFailed, RunRow, places_for
 from fastcifar.ladder.rows import Job
 from fastcifar.ladder.state import DONE, stored_state
 from fastcifar.locations import install_command
@@ -38,14 +37,6 @@ NOT_SEARCHED = ("data.holdout", "data.holdout_seed", "seed")
 FIRST_FAILURES = 3
 # What a trial's user attributes in the study hold: its run directory's name, and why it failed.
 RUN, MESSAGE = "run", "message"
-
-
-class TrialFailed(Exception):
-    """A trial's run ended with an error; the message says why. The rest of the sweep goes on."""
-
-
-class Stopped(BaseException):
-    """A trial was stopped and is to be resumed; no `Exception`, which Optuna would count as a failure of the trial."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +132,6 @@ class Sweep:
         self.first = problem.check()
         self.deadline = Deadline()
         self.study = open_study(problem, self.first, out, jobs)
-        self._error: BaseException | None = None  # what ended the execution, of whichever trial said so first
 
     def execute(self, trials: int) -> None:
         """Search until the study has so many trials, or every combination.
@@ -156,56 +146,51 @@ class Sweep:
             for values in grid:
                 self.study.enqueue_trial(values, skip_if_exists=True)
         revive(self.study)
-        left = trials - len(ended(self.study))
-        if left > 0:
-            # Optuna raises what one of several trials raised, or, at the end of the search, nothing.
-            with suppress(Stopped):
-                self.study.optimize(self._objective, n_trials=left, n_jobs=self.jobs, catch=(TrialFailed,))
-        stop_if_requested()
-        if self._error is not None:
-            raise self._error
+        self._search(trials - len(ended(self.study)))
 
-    def job(self, trial: "optuna.Trial") -> tuple[Job, Recipe]:
-        """Return a trial's run, with its recipe: the one that it goes on with, or a new one that bears its number."""
-        recipe = self.problem.with_values([space.suggest(trial) for space in self.problem.spaces])
+    def _search(self, left: int) -> None:
+        """Keep every place busy until so many trials more have ended.
+
+        Optuna is asked and told in this thread alone: of two threads that take a trial from the queue of an SQLite
+        study at once, both may get the same one.
+        """
+        running: dict[Future[float], optuna.Trial] = {}
+        with places_for(self.jobs) as places:
+            try:
+                while left > 0 or running:
+                    while left > 0 and len(running) < self.jobs:
+                        trial = self.study.ask()
+                        settings = [space.suggest(trial) for space in self.problem.spaces]
+                        running[places.submit(self._train, trial, settings)] = trial
+                        left -= 1
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        self._tell(running.pop(future), future)
+            except BaseException:
+                self.deadline.end_now()  # for the trials in the other places, whose end the executor waits for
+                raise
+
+    def job(self, trial: "optuna.Trial", settings: Sequence[str]) -> tuple[Job, Recipe]:
+        """Return a trial's run, with its recipe: the one that it goes on with, or a new one that bears its number.
+
+        Raises:
+            UserError: the recipe does not accept these values together.
+        """
         name = trial.user_attrs.get(RUN) or f"trial-{trial.number:04d}"
         trial.set_user_attr(RUN, name)
+        recipe = self.problem.with_values(settings)
         return Job(name, recipe.seed, recipe, self.out / name, {}, 0), recipe
 
-    def _objective(self, trial: "optuna.Trial") -> float:
+    def _train(self, trial: "optuna.Trial", settings: Sequence[str]) -> float:
         """Train one trial; return its accuracy on the holdout at the last epoch, in percent.
 
         Raises:
             TrialPruned: it was stopped as one of the worse.
-            TrialFailed: its run ended with an error.
-            Stopped: it was stopped to be resumed.
+            RowFailed, UserError: its run ended with an error.
+            OutOfTime, Interrupted: it was stopped to be resumed.
         """
         import optuna
 
-        if self.deadline.over:  # of a place that became free while the others stop
-            raise Stopped
-        try:
-            return self._train(trial)
-        except (RowFailed, UserError) as error:
-            self._fail(trial, str(error))
-            raise TrialFailed from None
-        except optuna.TrialPruned:
-            raise
-        except BaseException as error:
-            self._end(error)
-            raise Stopped from None
-
-    def _end(self, error: BaseException) -> None:
-        """End the execution: the trials beside this one stop with their checkpoints."""
-        if not isinstance(error, OutOfTime):  # which is what those trials say then
-            self._error = self._error or error
-        self.deadline.end_now()
-        self.study.stop()
-
-    def _train(self, trial: "optuna.Trial") -> float:
-        import optuna
-
-        job, recipe = self.job(trial)
+        job, recipe = self.job(trial, settings)
         known: dict[int, float] = {}  # accuracies by epoch, as far as Optuna has been told
 
         def progress(text: str = "") -> None:
@@ -214,26 +199,47 @@ class Sweep:
             if self.prune and at_work and trial.should_prune():
                 raise optuna.TrialPruned
 
-        try:
-            if stored_state(job) != DONE:
-                self.run_row(job, self.deadline, progress)
-        except optuna.TrialPruned:
-            self.say(f"{job.row}: pruned after epoch {max(known)}: {in_words(trial)}")
-            raise
+        if stored_state(job) != DONE:
+            self.run_row(job, self.deadline, progress)
         report(trial, job, known)
         if stored_state(job) != DONE or not known:
             raise RowFailed("ended without a result")
-        self.say(f"{job.row}: {known[max(known)]:.2f}% of the holdout: {in_words(trial)}")
         return known[max(known)]
 
-    def _fail(self, trial: "optuna.Trial", message: str) -> None:
-        """Note why a trial failed; where none has ever got to the end of an epoch, all would fail: end here."""
-        trial.set_user_attr(MESSAGE, message)
-        self.say(f"{trial.user_attrs[RUN]}: failed: {message}")
+    def _tell(self, trial: "optuna.Trial", future: "Future[float]") -> None:
+        """Tell Optuna, and whoever watches, how a trial ended.
+
+        Raises:
+            UserError: the first trials failed.
+            BaseException: whatever else stopped the trial, which then is to be resumed.
+        """
+        import optuna
+
+        error, name, states = future.exception(), trial.user_attrs[RUN], optuna.trial.TrialState
+        if error is None:
+            self.study.tell(trial, future.result())
+            self.say(f"{name}: {future.result():.2f}% of the holdout: {in_words(trial)}")
+        elif isinstance(error, optuna.TrialPruned):
+            self.study.tell(trial, state=states.PRUNED)
+            self.say(f"{name}: pruned: {in_words(trial)}")
+        elif isinstance(error, RowFailed | UserError):
+            trial.set_user_attr(MESSAGE, str(error))
+            self.study.tell(trial, state=states.FAIL)
+            self.say(f"{name}: failed: {error}")
+            self._refuse_failures(str(error))
+        else:
+            raise error
+
+    def _refuse_failures(self, message: str) -> None:
+        """End a sweep none of whose trials has ever got to the end of an epoch: all would fail.
+
+        Raises:
+            UserError: with the last trial's message.
+        """
         known = self.study.get_trials(deepcopy=False)
         failed = [t for t in known if MESSAGE in t.user_attrs]
         if len(failed) >= FIRST_FAILURES and not any(t.intermediate_values for t in known):
-            self._end(UserError(f"the first {len(failed)} trials failed; the last one: {message}"))
+            raise UserError(f"the first {len(failed)} trials failed; the last one: {message}")
 
     # ------------------------------------------------------------------------------------------------------ the result
 

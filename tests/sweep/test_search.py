@@ -80,7 +80,7 @@ def test_trials_that_are_worse_than_the_median_on_the_holdout_are_pruned(tmp_pat
     states = {t.params["optimizer.lr"]: t.state.name for t in ended(found.study)}
     assert states.pop("0.1") == "PRUNED"
     assert set(states.values()) == {"COMPLETE"}
-    assert [text for text in found.said if "pruned after epoch 1: optimizer.lr = 0.1" in text]
+    assert [text for text in found.said if "pruned: optimizer.lr = 0.1" in text]
     assert {t.state.name for t in ended(sweep(tmp_path / "all", FakeRuns(), grid).study)} == {"COMPLETE"}
 
 
@@ -148,7 +148,7 @@ def test_an_error_in_one_place_stops_the_others_and_is_raised(tmp_path):
 def test_a_trial_that_was_finished_but_not_told_is_not_trained_again(tmp_path):
     found = sweep(tmp_path, FakeRuns(), trials=1)
     trial = found.study.ask()
-    job, _ = found.job(trial)
+    job, _ = found.job(trial, [space.suggest(trial) for space in found.problem.spaces])
     FakeRuns()(job, Deadline(), lambda text: None)
     runs = FakeRuns()
     assert len(ended(sweep(tmp_path, runs, trials=2).study)) == 2
@@ -174,6 +174,15 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_made(tmp_path, fi
     assert re.search(message, done.stderr), done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_values_that_do_not_go_together_are_a_failed_trial(tmp_path):
+    spaces = 'optimizer.name=["sgd", "adam"]', "optimizer.lr=[0.01]", "asam=[false, {rho = 0.5}]"
+    found = sweep(tmp_path, FakeRuns(), *spaces)
+    failed = [t for t in ended(found.study) if t.state.name != "COMPLETE"]
+    assert [list(t.params.values()) for t in failed] == [['"adam"', "0.01", '{"rho" = 0.5}']]
+    assert 'asam works with optimizer.name = "sgd"' in failed[0].user_attrs["message"]
+    assert len(ended(found.study)) == 4
 
 
 def test_a_combination_is_refused(tmp_path):
