@@ -1,12 +1,60 @@
 """``fastcifar ladder``: execute the ladder of recipes, as far as it has not been measured yet."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from fastcifar.ladder.execute import RunRow
+
+# Each task that waits for room in a cluster is a thread here.
+MOST_TASKS = 256
 UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+class Where(StrEnum):
+    """Where runs are executed."""
+
+    local = "local"
+    ray = "ray"
+
+
+EXECUTOR = "On this machine, or as tasks of a Ray cluster: `ray` starts one here, --address names one that runs."
+Executor = Annotated[Where, typer.Option("--executor", help=EXECUTOR)]
+Address = Annotated[str | None, typer.Option(help="Of a running Ray cluster, such as 10.0.0.1:6379, or `auto`.")]
+Cpus = Annotated[float, typer.Option(min=0, help="With Ray: the CPUs that each run asks for.")]
+Gpus = Annotated[
+    float | None, typer.Option(min=0, help="With Ray: the GPUs that each run asks for, such as 0.5. Default: 1 if any.")
+]
+
+
+@contextmanager
+def runner_for(
+    where: Where, out: Path, data: Path | None, jobs: int, address: str | None, cpus: float, gpus: float | None
+) -> "Iterator[RunRow]":
+    """Return what executes runs for a ``with`` block.
+
+    Raises:
+        UserError: Ray is not installed or not reached, or an option of Ray's stands without it.
+    """
+    from fastcifar.errors import UserError
+    from fastcifar.ladder.places import Places
+    from fastcifar.ladder.runner import Runner
+
+    if where is Where.local:
+        if address or gpus is not None or cpus != 1:
+            raise UserError("--address, --cpus and --gpus speak of a Ray cluster: add --executor ray")
+        yield Runner(out, data, places=Places(jobs))
+        return
+    from fastcifar.ladder.ray_runner import RayRunner, cluster
+
+    with cluster(address), RayRunner(out, data, cpus, gpus, grows=address is not None) as runner:
+        yield runner
 
 
 def ladder(
@@ -20,8 +68,13 @@ def ladder(
     out: Annotated[Path, typer.Option(help="The folder of all runs and of the table.")] = Path("runs/ladder"),
     data: Annotated[Path | None, typer.Option(help="The data: a store, or a CIFAR-10 release.")] = None,
     jobs: Annotated[
-        int, typer.Option(min=1, max=1024, help="Rows and seeds side by side, which share the cores and the GPUs.")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, max=1024, help="Runs side by side, which share cores and GPUs. Default: 1; with Ray, all."),
+    ] = None,
+    executor: Executor = Where.local,
+    address: Address = None,
+    cpus: Cpus = 1,
+    gpus: Gpus = None,
     same_process: Annotated[
         bool, typer.Option(help="Train in this process: no start per row, but a crash ends the ladder.")
     ] = False,
@@ -40,20 +93,22 @@ def ladder(
     from fastcifar.errors import UserError
     from fastcifar.interrupt import deferred, handled
     from fastcifar.ladder.execute import LadderExecution
-    from fastcifar.ladder.places import Places
     from fastcifar.ladder.rows import choose, jobs_for, ladder_rows
     from fastcifar.ladder.runner import Runner
     from fastcifar.ladder.state import Ledger, content
     from fastcifar.ladder.view import WIDE, LadderView, render
 
-    if same_process and jobs > 1:
-        raise UserError("--same-process trains one row after the other; leave it away, or --jobs")
+    if same_process and ((jobs or 1) > 1 or executor is not Where.local):
+        raise UserError("--same-process trains one row after the other, here; leave it away")
     limit_s = None if until is None else seconds(until)
     ledger = Ledger(jobs_for(choose(only) if only else ladder_rows(), seeds, out))
     if not dry_run:
-        runner = Runner(out, data, same_process, Places(jobs))
-        with LadderView(err) as view, handled("stopped; the same command goes on from here"), deferred():
-            LadderExecution(ledger, runner, out, view, limit_s, jobs).execute()
+        many = jobs or (1 if executor is Where.local else min(len(ledger.jobs), MOST_TASKS))
+        with runner_for(executor, out, data, many, address, cpus, gpus) as runner:
+            used = Runner(out, data, same_process=True) if same_process else runner
+            # Within the cluster's block, because Ray takes the signals for itself.
+            with LadderView(err) as view, handled("stopped; the same command goes on from here"), deferred():
+                LadderExecution(ledger, used, out, view, limit_s, many).execute()
         say((str(out / "ladder.html"), "bold"))
     rows = ledger.table()
     if json_:

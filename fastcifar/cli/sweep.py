@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastcifar.cli.ladder import Address, Cpus, Executor, Gpus, Where, runner_for
+
 if TYPE_CHECKING:
     from fastcifar.sweep.search import Sweep
 
@@ -23,6 +25,10 @@ def sweep(
     jobs: Annotated[
         int, typer.Option(min=1, max=1024, help="Trials side by side, which share the cores and the GPUs.")
     ] = 1,
+    executor: Executor = Where.local,
+    address: Address = None,
+    cpus: Cpus = 1,
+    gpus: Gpus = None,
     prune: Annotated[
         bool, typer.Option("--prune/--no-prune", help="Stop trials that are worse than the median of the others.")
     ] = True,
@@ -41,17 +47,20 @@ def sweep(
     from fastcifar.console import out as print_json
     from fastcifar.interrupt import deferred, handled
     from fastcifar.ladder.execute import alone_in
-    from fastcifar.ladder.places import Places
-    from fastcifar.ladder.runner import Runner
     from fastcifar.sweep.search import Problem, Sweep
     from fastcifar.sweep.spaces import split_settings
 
     problem = Problem(recipe, *split_settings(set_ or []))
     first = problem.check()
     folder = out or Path("runs") / f"sweep-{first.name}"
-    with alone_in(folder, "sweep"), handled("stopped; the same command goes on from here"), deferred():
+    with (
+        alone_in(folder, "sweep"),
+        runner_for(executor, folder, data, jobs, address, cpus, gpus) as runner,
+        handled("stopped; the same command goes on from here"),
+        deferred(),
+    ):
         say(f"searching by the accuracy on {first.data.holdout:,} held-out training images, never the test set")
-        search = Sweep(problem, Runner(folder, data, places=Places(jobs)), folder, jobs, prune, lambda text: say(text))
+        search = Sweep(problem, runner, folder, jobs, prune, lambda text: say(text))
         search.execute(trials)
         best = search.write_best()
     if json_:

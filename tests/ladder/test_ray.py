@@ -1,0 +1,179 @@
+"""Rows as tasks of a Ray cluster on this machine: a worker is killed midway, and the table is the local ladder's."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+
+from fastcifar.errors import UserError
+from fastcifar.ladder import ray_runner
+from fastcifar.ladder.execute import Deadline, LadderExecution, OutOfTime, RowFailed
+from fastcifar.ladder.ray_runner import Mailbox, RayRunner, cluster
+from fastcifar.ladder.rows import jobs_for
+from fastcifar.ladder.runner import Runner
+from fastcifar.ladder.state import DONE, Ledger, stored_state
+from fastcifar.run_directory import RunDirectory
+from tests.command import fastcifar
+from tests.ladder.fakes import Quiet
+from tests.ladder.test_execute import accuracies, table
+
+EPOCHS = 60  # of a few hundredths of a second each, so that a worker is killed long before the last
+# Ray gives its own processes 30 s to start; a busy machine may need several goes.
+STARTS = 5
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """Ray with two workers."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_runner, "POLL_S", 0.05)
+        for left in reversed(range(STARTS)):
+            block = cluster(None, cpus=2)
+            try:
+                block.__enter__()
+                break
+            except UserError:
+                ray.shutdown()
+                if not left:
+                    raise
+        yield ray
+        block.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """The run directories and the table of the same ladder in this process, with the thread that a worker has."""
+    import torch
+
+    out, threads = tmp_path_factory.mktemp("local"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        execute_ladder(out, Runner(out, same_process=True), 1)
+    finally:
+        torch.set_num_threads(threads)
+    return out
+
+
+def small_jobs(out):
+    jobs = jobs_for(["smoke/lenet5"], 2, out)
+    train = jobs[0].recipe.train.model_copy(update={"epochs": EPOCHS})
+    return [replace(job, recipe=job.recipe.model_copy(update={"train": train})) for job in jobs]
+
+
+def execute_ladder(out, runner, side_by_side):
+    LadderExecution(Ledger(small_jobs(out)), runner, out, Quiet(), jobs=side_by_side).execute()
+
+
+def without_clocks(out, seed):
+    run = RunDirectory.open(out / "smoke" / "lenet5" / f"seed-{seed}")
+    clocks = ("seconds", "training_s", "images_per_s")
+    return [{k: v for k, v in row.items() if k not in clocks} for row in run.metrics()]
+
+
+class Killing:
+    """Executes as the runner does, but kills the first worker of the first seed midway."""
+
+    def __init__(self, ray, runner):
+        self.ray, self.runner, self.killed, self.texts = ray, runner, [], []
+
+    def __call__(self, job, deadline, progress):
+        def kill(text):
+            self.texts.append(text)
+            done = len(RunDirectory(job.folder).metrics())
+            if job.seed == 42 and not self.killed and done:
+                assert done < EPOCHS
+                name = job.folder.relative_to(self.runner.out).as_posix()
+                ((_, process),) = self.ray.get(self.runner.mailbox.workers.remote(name))
+                self.killed.append(process)
+                os.kill(process, signal.SIGKILL)
+            progress(text)
+
+        self.runner(job, deadline, kill)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["a shared folder", "files through the object store"])
+def test_a_ladder_whose_worker_is_killed_midway_equals_the_local_one(tmp_path, ray, local, shared):
+    with RayRunner(tmp_path, shared=shared) as runner:
+        killing = Killing(ray, runner)
+        execute_ladder(tmp_path, killing, 2)
+    assert killing.killed
+    assert [text for text in killing.texts if "lost 1 of its workers" in text]
+    assert accuracies(table(tmp_path)) == accuracies(table(local))
+    for job in small_jobs(tmp_path):
+        assert stored_state(job) == DONE
+        assert without_clocks(tmp_path, job.seed) == without_clocks(local, job.seed)
+    assert not list(tmp_path.glob(".shared-*"))
+
+
+def test_the_deadline_stops_a_worker_with_its_checkpoint_and_the_next_execution_goes_on(tmp_path, ray, local):
+    job, deadline = small_jobs(tmp_path)[0], Deadline()
+
+    def end_soon(text):
+        if RunDirectory(job.folder).metrics():
+            deadline.end_now()
+
+    with RayRunner(tmp_path, shared=False) as runner:
+        with pytest.raises(OutOfTime):
+            runner(job, deadline, end_soon)
+        done = len(RunDirectory(job.folder).metrics())
+        assert 1 <= done < EPOCHS
+        runner(job, Deadline(), lambda text: None)
+    assert without_clocks(tmp_path, job.seed) == without_clocks(local, job.seed)
+
+
+def test_what_fails_in_a_worker_is_the_rows_message(tmp_path, ray):
+    (job, _), data = small_jobs(tmp_path), tmp_path / "nothing"
+    with RayRunner(tmp_path, data) as runner, pytest.raises(RowFailed, match=f"^{data} .*: no such file"):
+        runner(job, Deadline(), lambda text: None)
+
+
+def test_a_request_that_no_machine_can_meet_is_refused(tmp_path, ray):
+    runner = RayRunner(tmp_path, None, 3, 0.5)
+    with pytest.raises(UserError, match=r"^3 CPUs and 0\.5 GPUs: no machine has so many"), runner:
+        pass
+
+
+def test_a_worker_that_was_taken_for_lost_changes_nothing_any_more(tmp_path):
+    mailbox, job = Mailbox(tmp_path), small_jobs(tmp_path)[0]
+    name = job.folder.relative_to(tmp_path).as_posix()
+    mailbox.begin(name, ("first", 1))
+    mailbox.make(name, ("first", 1), job.recipe, {"hardware": "none", "git": "0000000000"})
+    mailbox.begin(name, ("second", 1))
+    with pytest.raises(RowFailed, match="another worker"):
+        mailbox.commit(name, ("first", 1), {"metrics.jsonl": "old"}, [])
+    mailbox.commit(name, ("second", 1), {"metrics.jsonl": "new"}, [])
+    files = mailbox.files(name)
+    assert files["metrics.jsonl"] == b"new"
+    assert set(files) == {"recipe.toml", "environment.json", "metrics.jsonl", "manifest.json"}
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+def test_without_ray_one_message_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = fastcifar("ladder", "--only", "smoke/lenet5", "--executor", "ray", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--executor ray needs the extra `ray`: " in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpus", "1"), "add --executor ray"),
+        (("--address", "10.0.0.1:6379"), "add --executor ray"),
+        (("--executor", "ray", "--same-process"), "--same-process"),
+        (("--executor", "ray", "--address", "ray://10.0.0.1:6379"), "give it as HOST:PORT"),
+        (("--executor", "ray", "--address", "127.0.0.1:1"), "127.0.0.1:1: cannot be connected to"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(tmp_path, words, message):
+    if "--address" in words and "ray" in words:
+        pytest.importorskip("ray", reason="ray is not installed")
+    done = fastcifar("ladder", "--only", "smoke/lenet5", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
