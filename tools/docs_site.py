@@ -22,9 +22,9 @@ from pydantic_core import PydanticUndefined
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = {
     "Start": ["index.md", "tour.md", "commands.md"],
-    "Recipes": ["writing-recipes.md", "recipes.md", "keys.md", "ladder.md", "benchmarks.md"],
-    "Guides": ["data.md", "run-directory.md", "report.md"],
-    "Inside": ["walk.md", "gpu-path.md", "contributing.md", "api.md"],
+    "Recipes": ["recipes.md", "keys.md", "ladder.md", "benchmarks.md"],
+    "Guides": ["data.md", "report.md"],
+    "Inside": ["walk.md", "robustness.md", "gpu-path.md", "contributing.md", "api.md"],
 }
 OTHERS = "Guides"
 """The section of pages that `ORDER` does not know."""

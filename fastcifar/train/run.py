@@ -83,7 +83,10 @@ def train(
         recipe, model, augment, mix, steps_per_epoch=len(loader), device=device, ranks=ranks, teacher=teacher
     )
     if check_nan:
-        check_finite(model, lambda: f"epoch {int(step.cursor.epoch) + 1}, step {int(step.cursor.step) + 1}")
+        check_finite(
+            model, lambda: f"epoch {int(step.cursor.epoch) + 1}, step {int(step.cursor.step) + 1}",
+            lambda: f"the evaluation after epoch {int(step.cursor.epoch) + 1}",
+        )
     evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode, ranks)
     results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, evaluator))
     done, end = results.progress.epochs_done, min(stop_after or recipe.train.epochs, recipe.train.epochs)

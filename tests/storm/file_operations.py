@@ -27,6 +27,11 @@ class Operation:
         """Whether it may change a file, and so fail on a full disk or leave a half of something."""
         return self.name not in ("fsync", "fdatasync", "flock")
 
+    @property
+    def reads_perhaps(self) -> bool:
+        """Whether its name leaves open if it changes anything."""
+        return "open" in self.name
+
     def __str__(self) -> str:
         return f"{self.name} {self.what} (operation {self.number})"
 

@@ -14,10 +14,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tests.storm import file_operations
 from tests.storm.file_operations import Operation
@@ -68,7 +68,8 @@ class Server:
             words: the command line.
             cwd: its working directory.
             plans: what is to happen at which file operation; see ``file_operations.c``.
-            limits: resource limits by their names, such as ``RLIMIT_FSIZE``.
+            limits: resource limits by their names, such as ``RLIMIT_FSIZE``; there is no log of operations then, which
+                a limit would hit too.
             environment: variables that differ from this process's.
             dies_after_s: the process ends itself after this time, wherever it is, as by SIGKILL; 0: never.
 
@@ -78,7 +79,7 @@ class Server:
         self._number += 1
         log, output = (self._folder / f"{self._number}.{kind}" for kind in ("log", "txt"))
         request = {
-            "words": words, "cwd": str(cwd), "plans": plans, "log": str(log), "output": str(output),
+            "words": words, "cwd": str(cwd), "plans": plans, "log": "" if limits else str(log), "output": str(output),
             "environment": environment or {}, "limits": limits or {}, "dies_after_s": dies_after_s,
         }  # fmt: skip
         assert self._process.stdin
@@ -132,19 +133,29 @@ def serve(cwd: Path, warm_up: list[str]) -> dict[str, Any] | None:
     gc.freeze()  # what lies in memory already is not looked through, and so not copied, by any fork
     for line in sys.stdin:
         request = json.loads(line)
+        # A pipe: what is said must arrive on a full disk too.
+        read, write = os.pipe()
         child = os.fork()
         if not child:
             os.close(answers)
-            return request
-        os.write(answers, (json.dumps(_wait(child)) + "\n").encode())
+            return request | {"descriptor": write}
+        os.close(write)
+        with open(request["output"], "wb") as output:
+            status = _wait(child, read, output)
+        os.close(read)
+        os.write(answers, (json.dumps(status) + "\n").encode())
     return None
 
 
-def _wait(child: int) -> int | None:
-    """Wait for a child; return its exit status, or None where it had to be killed."""
+def _wait(child: int, said: int, output: BinaryIO) -> int | None:
+    """Wait for a child and copy what it says; return its exit status, or None where it had to be killed."""
+    os.set_blocking(said, False)
     limit = time.monotonic() + LIMIT_S
     while time.monotonic() < limit:
         found, status = os.waitpid(child, os.WNOHANG)
+        with suppress(BlockingIOError):
+            while part := os.read(said, 1 << 16):
+                output.write(part)
         if found:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
@@ -159,10 +170,9 @@ def become(request: dict[str, Any]) -> None:
 
     from fastcifar import __main__ as entry
 
-    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
-        os.dup2(output, descriptor)
-    os.close(output)
+        os.dup2(request["descriptor"], descriptor)
+    os.close(request["descriptor"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(request["cwd"])
     os.environ.update(request["environment"])
