@@ -1,9 +1,12 @@
 """``fastcifar augment``: look at what training sees."""
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from fastcifar.cli.completion import recipe_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +27,9 @@ def _group() -> None:
 
 @app.command()
 def preview(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or the name of a shipped one.", autocompletion=recipe_names)
+    ],
     out: Annotated[Path, typer.Option(help="The picture to write; the ending names its format.")] = Path("sheet.png"),
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as seed=1. Repeatable.")] = None,
     data: Annotated[Path | None, typer.Option(help="The data: a store, or a CIFAR-10 release.")] = None,
@@ -34,17 +39,25 @@ def preview(
     json_: Annotated[bool, typer.Option("--json", help="Print what was drawn as one JSON object.")] = False,
 ) -> None:
     """Draw a contact sheet: a row per training image, the original at the left, then one column per epoch."""
+    from PIL import Image
+
     from fastcifar.config import CombineRecipe, load_recipe
     from fastcifar.console import out as print_json
     from fastcifar.console import say
     from fastcifar.errors import UserError
+    from fastcifar.run_directory import write_atomic
 
     loaded = load_recipe(recipe, set_ or [])
     if isinstance(loaded, CombineRecipe):
         raise UserError(f'"{recipe}" combines runs and trains on no images; preview the recipe of a member')
     columns = range(first_epoch, first_epoch + epochs)
     try:
-        sheet(seen(loaded, data, count, columns)).save(out)
+        # In memory first: a full disk then leaves nothing half written.
+        drawn, kind = io.BytesIO(), Image.registered_extensions().get(out.suffix.lower())
+        if kind is None or not out.parent.is_dir():
+            raise ValueError(f"unknown kind {out.suffix}" if kind is None else f"there is no folder {out.parent}")
+        sheet(seen(loaded, data, count, columns)).save(drawn, format=kind)
+        write_atomic(out, drawn.getvalue())
     except (OSError, ValueError) as error:
         raise UserError(f"{out} could not be written ({error}); give --out a writable path such as sheet.png") from None
     ops = [str(op) for op in loaded.augment.ops]

@@ -22,6 +22,7 @@ from fastcifar.cli.push import push
 from fastcifar.cli.recipes import recipes, show
 from fastcifar.cli.report import report
 from fastcifar.cli.run_command import run
+from fastcifar.cli.schema import schema
 from fastcifar.cli.stack import stack
 from fastcifar.cli.sweep import sweep
 from fastcifar.errors import UserError
@@ -52,7 +53,7 @@ def fastcifar(
 
 TRAIN = (run, recipes, show, plan, ladder, sweep)
 EXPLAIN = (report, compare, evaluate, ensemble, stack, predict, export, push)
-ABOUT = (models, bench, doctor)
+ABOUT = (models, bench, doctor, schema)
 for panel, commands in (("Train", TRAIN), ("Explain and combine", EXPLAIN), ("About this machine", ABOUT)):
     for command in commands:
         app.command(rich_help_panel=panel)(command)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastcifar.cli.completion import recipe_names
+
 if TYPE_CHECKING:
     from fastcifar.config import CombineRecipe, Recipe
     from fastcifar.data.store import Store
@@ -15,7 +17,9 @@ RELEASE_BYTES = 3 * 32 * 32
 
 
 def plan(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe file, or the name of a shipped one.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe file, or the name of a shipped one.", autocompletion=recipe_names)
+    ] = None,
     ladder: Annotated[bool, typer.Option(help="Every row of the ladder, with its predicted time.")] = False,
     gpu: Annotated[
         str | None,

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastcifar.cli.completion import recipe_names
+
 
 def recipes(
     match: Annotated[str, typer.Argument(help='Only names that match, such as "wrn-*" or "smoke/*".')] = "",
@@ -25,7 +27,9 @@ def recipes(
 
 
 def show(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or the name of a shipped one.", autocompletion=recipe_names)
+    ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key, such as train.epochs=2. Repeatable.")
     ] = None,

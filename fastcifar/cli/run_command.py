@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastcifar.cli.completion import recipe_names
 from fastcifar.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 def run(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe file, or the name of a shipped one (`fastcifar recipes`).")
+        str | None,
+        typer.Argument(
+            help="A recipe file, or the name of a shipped one (`fastcifar recipes`).", autocompletion=recipe_names
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key, such as train.epochs=2. Repeatable.")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastcifar.cli.completion import recipe_names
 from fastcifar.cli.ladder import Address, Cpus, Executor, Gpus, Where, runner_for
 
 if TYPE_CHECKING:
@@ -12,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (`fastcifar recipes`).")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe file, or the name of a shipped one (`fastcifar recipes`).", autocompletion=recipe_names
+        ),
+    ],
     set_: Annotated[
         list[str] | None,
         typer.Option(
