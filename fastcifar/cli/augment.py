@@ -54,8 +54,10 @@ def preview(
     try:
         # In memory first: a full disk then leaves nothing half written.
         drawn, kind = io.BytesIO(), Image.registered_extensions().get(out.suffix.lower())
-        if kind is None or not out.parent.is_dir():
-            raise ValueError(f"unknown kind {out.suffix}" if kind is None else f"there is no folder {out.parent}")
+        if kind not in Image.SAVE:  # among the registered endings are those of formats that Pillow only reads
+            raise ValueError(f'no picture can be written with the ending "{out.suffix}"')
+        if not out.parent.is_dir():
+            raise ValueError(f"there is no folder {out.parent}")
         sheet(seen(loaded, data, count, columns)).save(drawn, format=kind)
         write_atomic(out, drawn.getvalue())
     except (OSError, ValueError) as error:

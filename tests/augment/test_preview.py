@@ -1,6 +1,8 @@
 """``fastcifar augment preview``."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -45,5 +47,20 @@ def test_bad_input(synthetic_store, tmp_path):
         run("ensemble-soft")
     with pytest.raises(UserError, match="could not be written"):
         run("lenet5", "--out", str(tmp_path / "missing" / "x.png"), *SYNTHETIC)
-    with pytest.raises(UserError, match="could not be written"):
-        run("lenet5", "--out", str(tmp_path / "sheet.nonsense"), *SYNTHETIC)
+    for name in ("sheet.nonsense", "sheet.psd", "sheet"):  # of these, Pillow knows psd, but only to read
+        with pytest.raises(UserError, match="could not be written"):
+            run("lenet5", "--out", str(tmp_path / name), *SYNTHETIC)
+
+
+def test_a_full_disk_leaves_the_picture_before_and_nothing_half_written(synthetic_store, tmp_path, monkeypatch):
+    path = tmp_path / "sheet.png"
+    path.write_bytes(b"the picture before")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        run("lenet5", "--out", str(path), *SYNTHETIC)
+    assert path.read_bytes() == b"the picture before"
+    assert list(tmp_path.iterdir()) == [path]
