@@ -100,7 +100,8 @@ BINARY_DAMAGE = {
 }
 PYTHON_DAMAGE = {
     "truncated": ("data_batch_1", _truncate, "not a CIFAR pickle"),
-    "code": ("data_batch_2", lambda p: p.write_bytes(pickle.dumps(_Evil(), 2)), "__builtin__.print"),
+    # Not by print's full name: Ray, where another test has started it, puts its own function in its place.
+    "code": ("data_batch_2", lambda p: p.write_bytes(pickle.dumps(_Evil(), 2)), "it wants .*print, which CIFAR does not"),
     "hidden code": (
         "test_batch",
         lambda p: p.write_bytes(pickle.dumps({"data": _Evil(), "labels": []}, 4)),
