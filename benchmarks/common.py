@@ -96,10 +96,19 @@ def device() -> torch.device:
 
 def main(name: str, run: Callable[[bool], list[Row]]) -> None:
     """Parse ``--quick`` and ``--json``, run, print the table to stderr and, with ``--json``, the object to stdout."""
+    execute(name, parser_of(name).parse_args(), run)
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that every benchmark has."""
     parser = argparse.ArgumentParser(prog=f"benchmarks/{name}.py")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few repeats: seconds instead of minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
-    arguments = parser.parse_args()
+    return parser
+
+
+def execute(name: str, arguments: argparse.Namespace, run: Callable[[bool], list[Row]]) -> None:
+    """Run a benchmark with parsed options; see `main`."""
     be_strict()
     try:
         rows = run(arguments.quick)

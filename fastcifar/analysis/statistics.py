@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Difference", "Mean", "accuracy", "binomial_error", "difference", "mcnemar", "mean_of", "negative_log_likelihood",
-    "p_value", "wilson_interval",
+    "p_value", "p_value_above", "wilson_interval",
 ]  # fmt: skip
 
 TEST_IMAGES = 10_000
@@ -102,6 +102,19 @@ def p_value(values: Sequence[float], published: float) -> float | None:
     from scipy.stats import ttest_1samp
 
     return float(ttest_1samp(values, published).pvalue)
+
+
+def p_value_above(values: Sequence[float], target: float) -> float | None:
+    """Return the p-value of a one-sided one-sample t-test (Student, 1908) of seeds against a target.
+
+    The null hypothesis is that the mean over seeds is no more than the target: a small value speaks for a mean above.
+    Arguments and None as for `p_value`.
+    """
+    if len(set(values)) < 2:
+        return None
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(values, target, alternative="greater").pvalue)
 
 
 def accuracy(scores: "np.ndarray", labels: "np.ndarray") -> float:

@@ -26,6 +26,11 @@ def bench(
     quick: Annotated[bool, typer.Option(help="tiny sizes and few repeats: seconds instead of minutes")] = False,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object to stdout")] = False,
     to: Annotated[Path | None, typer.Option("--out", help="results file, instead of benchmarks/results/...")] = None,
+    contract: Annotated[
+        bool, typer.Option("--contract", help="time-to-accuracy: time as the speed records do; mean, error, p-value")
+    ] = False,
+    recipe: Annotated[list[str] | None, typer.Option(help="time-to-accuracy: train this one, with its target")] = None,
+    runs: Annotated[int | None, typer.Option(min=1, max=10_000, help="time-to-accuracy: how many seeds")] = None,
 ) -> None:
     """Run benchmarks; each compares sides in turn and reports medians, spreads and ratios.
 
@@ -34,8 +39,9 @@ def bench(
     """
     folder = benchmarks_folder()
     reports, failed = [], []
+    options = options_of(names, contract, recipe, runs)
     for name in chosen(names or ["all"]):
-        report = run_one(folder / f"{name.replace('-', '_')}.py", quick)
+        report = run_one(folder / f"{name.replace('-', '_')}.py", [*(["--quick"] if quick else []), *options])
         if report is None:
             failed.append(name)
             continue
@@ -66,9 +72,25 @@ def chosen(names: list[str]) -> list[str]:
     return [name for name in NAMES if "all" in wanted or name in wanted]
 
 
-def run_one(script: Path, quick: bool) -> dict[str, Any] | None:
+def options_of(names: list[str] | None, contract: bool, recipes: list[str] | None, runs: int | None) -> list[str]:
+    """Return the options of time-to-accuracy as its own command line has them.
+
+    Raises:
+        UserError: they are given with other benchmarks than that one.
+    """
+    options = ["--contract"] * contract + [f"--recipe={name}" for name in recipes or []]
+    options += [] if runs is None else [f"--runs={runs}"]
+    if options and chosen(names or ["all"]) != ["time-to-accuracy"]:
+        raise UserError(
+            "bench: --contract, --recipe and --runs are of time-to-accuracy: "
+            f"`fastcifar bench time-to-accuracy {' '.join(options)}`"
+        )
+    return options
+
+
+def run_one(script: Path, options: list[str]) -> dict[str, Any] | None:
     """Run one benchmark in a process of its own, so that no side effect reaches the next; None when it fails."""
-    command = [sys.executable, str(script), "--json", *(["--quick"] if quick else [])]
+    command = [sys.executable, str(script), "--json", *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     try:
         return json.loads(done.stdout) if done.returncode == 0 else None
