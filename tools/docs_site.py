@@ -23,12 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = {
     "Start": ["index.md", "tour.md", "commands.md"],
     "Recipes": ["recipes.md", "keys.md", "ladder.md", "benchmarks.md"],
-    "Guides": ["data.md", "report.md"],
+    "Guides": ["data.md", "report.md", "python-api.md", "trackers.md"],
     "Inside": ["walk.md", "robustness.md", "gpu-path.md", "contributing.md", "api.md"],
 }
 OTHERS = "Guides"
 """The section of pages that `ORDER` does not know."""
 API = (
+    "fastcifar.api", "fastcifar.api.loader", "fastcifar.augment.standalone", "fastcifar.optim", "fastcifar.track",
     "fastcifar.config", "fastcifar.config.schema", "fastcifar.run_directory", "fastcifar.data.store",
     "fastcifar.data.batch", "fastcifar.data.loaders.base", "fastcifar.augment.augment", "fastcifar.train.ema",
     "fastcifar.analysis.statistics", "fastcifar.analysis.calibration", "fastcifar.analysis.corruptions",

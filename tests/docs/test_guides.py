@@ -12,7 +12,7 @@ from tests.command import fastcifar
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# ([\w/.-]+\.(?:py|toml))\n")
-GUIDES = ["own-model", "own-augmentation", "own-optimizer"]
+GUIDES = ["own-model", "own-augmentation", "own-optimizer", "python-api", "trackers"]
 
 
 @pytest.fixture
@@ -62,6 +62,6 @@ def test_a_guide_works_as_written(guide, folder):
 @pytest.mark.parametrize("guide", GUIDES)
 def test_a_guide_is_one_page_and_its_links_lead_somewhere(guide):
     text = (DOCS / f"{guide}.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 110
-    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert len(text.splitlines()) < 120
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("https://")]
     assert [link for link in links if not (DOCS / link).exists()] == []
