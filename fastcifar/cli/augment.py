@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastcifar.cli.completion import recipe_names
+from fastcifar.cli.options import Data, RecipeName, Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,12 +27,10 @@ def _group() -> None:
 
 @app.command()
 def preview(
-    recipe: Annotated[
-        str, typer.Argument(help="A recipe file, or the name of a shipped one.", autocompletion=recipe_names)
-    ],
+    recipe: RecipeName,
     out: Annotated[Path, typer.Option(help="The picture to write; the ending names its format.")] = Path("sheet.png"),
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as seed=1. Repeatable.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The data: a store, or a CIFAR-10 release.")] = None,
+    set_: Settings = None,
+    data: Data = None,
     count: Annotated[int, typer.Option(min=1, max=256, help="How many training images, from the first on.")] = 12,
     epochs: Annotated[int, typer.Option(min=1, max=64, help="How many epochs to show, one column each.")] = 8,
     first_epoch: Annotated[int, typer.Option(min=0, help="The first of them, counted from 0.")] = 0,

@@ -1,14 +1,13 @@
 """``fastcifar compare``: runs side by side."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from fastcifar.cli.options import Json, RunFolders
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run directories.")],
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    runs: RunFolders,
+    json_: Json = False,
 ) -> None:
     """Show runs in one table: mean and standard error over the seeds of a recipe, and McNemar's exact test.
 

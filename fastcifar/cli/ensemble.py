@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastcifar.cli.options import Json, Result, RunFolders
+
 if TYPE_CHECKING:
     from fastcifar.run_directory import RunDirectory
 
@@ -18,15 +20,15 @@ class Vote(StrEnum):
 
 
 def ensemble(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run directories.")],
+    runs: RunFolders,
     vote: Annotated[Vote, typer.Option(help="Mean of softmax, or majority (ties: the lowest class).")] = Vote.SOFT,
     weights: Annotated[str | None, typer.Option(help="One weight per run, such as 0.5,0.25,0.25.")] = None,
     fit_weights: Annotated[
         bool, typer.Option("--fit-weights", help="Fit the weights on the members' holdout, by cross-validation.")
     ] = False,
     tta: Annotated[bool, typer.Option("--tta", help="Use the logits under test-time augmentation.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the result as a run directory.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    out: Result = None,
+    json_: Json = False,
 ) -> None:
     """Combine trained runs by voting. No model is run again: `fastcifar ensemble runs/a runs/b runs/c`.
 

@@ -5,25 +5,25 @@ from typing import Annotated, Any
 
 import typer
 
+from fastcifar.cli.options import Json, RunFolder, Tta, Weights
+
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: RunFolder,
     data: Annotated[
         Path | None,
         typer.Option(help="A store, a CIFAR release, or folders named as classes. Default: the run's own data."),
     ] = None,
     split: Annotated[str, typer.Option(help="test or train, where the data has both.")] = "test",
-    weights: Annotated[
-        str | None, typer.Option(help="last, best or selected. Default: selected where there is one, else last.")
-    ] = None,
-    tta: Annotated[str, typer.Option(help="Test-time augmentation: none, flip or multicrop.")] = "none",
+    weights: Weights = None,
+    tta: Tta = "none",
     corruptions: Annotated[
         str | None, typer.Option(help="Corrupt the images too: `all`, or names as gaussian_noise,zoom_blur.")
     ] = None,
     levels: Annotated[str, typer.Option(help="The levels of corruption, of 1 to 5.")] = "1,2,3,4,5",
     limit: Annotated[int, typer.Option(min=0, help="Take so many images, each class in proportion. 0: all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the corruptions' noise.")] = 0,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json_: Json = False,
 ) -> None:
     """Evaluate a run on another test set, an image folder or corrupted images: `fastcifar evaluate RUN --data OTHER`.
 

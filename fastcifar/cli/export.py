@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
+from fastcifar.cli.options import Json, RunFolder, Weights
+
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: RunFolder,
     out: Annotated[Path, typer.Argument(help="The file: .safetensors (state dict), .pt2 (torch.export) or .onnx.")],
-    weights: Annotated[
-        str | None, typer.Option(help="last, best or selected. Default: selected where there is one, else last.")
-    ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    weights: Weights = None,
+    json_: Json = False,
 ) -> None:
     """Export a trained run as a torch state dict, a torch.export program or ONNX: `fastcifar export runs/a model.onnx`.
 

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastcifar.cli.options import Data
+
 if TYPE_CHECKING:
     from fastcifar.ladder.execute import RunRow
+    from fastcifar.ladder.state import Ledger
 
 # Each task that waits for room in a cluster is a thread here.
 MOST_TASKS = 256
@@ -66,7 +69,7 @@ def ladder(
         str | None, typer.Option(help="Stop after so long, such as 90s, 30m, 2h: the running row can be resumed.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder of all runs and of the table.")] = Path("runs/ladder"),
-    data: Annotated[Path | None, typer.Option(help="The data: a store, or a CIFAR-10 release.")] = None,
+    data: Data = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, max=1024, help="Runs side by side, which share cores and GPUs. Default: 1; with Ray, all."),
@@ -86,17 +89,9 @@ def ladder(
     Members come before their combinations and the cheapest rows first. A row that fails is reported and the rest
     goes on. Writes ladder.json and ladder.html into the folder; the same command goes on where it was stopped.
     """
-    from rich.console import Console
-
-    from fastcifar.console import err, say
-    from fastcifar.console import out as print_json
     from fastcifar.errors import UserError
-    from fastcifar.interrupt import deferred, handled
-    from fastcifar.ladder.execute import LadderExecution
     from fastcifar.ladder.rows import choose, jobs_for, ladder_rows
-    from fastcifar.ladder.runner import Runner
-    from fastcifar.ladder.state import Ledger, content
-    from fastcifar.ladder.view import WIDE, LadderView, render
+    from fastcifar.ladder.state import Ledger
 
     if same_process and ((jobs or 1) > 1 or executor is not Where.local):
         raise UserError("--same-process trains one row after the other, here; leave it away")
@@ -105,11 +100,36 @@ def ladder(
     if not dry_run:
         many = jobs or (1 if executor is Where.local else min(len(ledger.jobs), MOST_TASKS))
         with runner_for(executor, out, data, many, address, cpus, gpus) as runner:
-            used = Runner(out, data, same_process=True) if same_process else runner
-            # Within the cluster's block, because Ray takes the signals for itself.
-            with LadderView(err) as view, handled("stopped; the same command goes on from here"), deferred():
-                LadderExecution(ledger, used, out, view, limit_s, many).execute()
-        say((str(out / "ladder.html"), "bold"))
+            execute(ledger, runner, out, data, limit_s, many, same_process)
+    tell(ledger, dry_run, json_)
+
+
+def execute(
+    ledger: "Ledger", runner: "RunRow", out: Path, data: Path | None, limit_s: float | None, many: int, here: bool
+) -> None:
+    """Execute what is missing, under a live table; ``here`` trains in this process."""
+    from fastcifar.console import err, say
+    from fastcifar.interrupt import deferred, handled
+    from fastcifar.ladder.execute import LadderExecution
+    from fastcifar.ladder.runner import Runner
+    from fastcifar.ladder.view import LadderView
+
+    used = Runner(out, data, same_process=True) if here else runner
+    # Within the cluster's block, because Ray takes the signals for itself.
+    with LadderView(err) as view, handled("stopped; the same command goes on from here"), deferred():
+        LadderExecution(ledger, used, out, view, limit_s, many).execute()
+    say((str(out / "ladder.html"), "bold"))
+
+
+def tell(ledger: "Ledger", dry_run: bool, json_: bool) -> None:
+    """Print the table, unless the live one stands there already; end with status 1 where a row failed."""
+    from rich.console import Console
+
+    from fastcifar.console import err
+    from fastcifar.console import out as print_json
+    from fastcifar.ladder.state import content
+    from fastcifar.ladder.view import WIDE, render
+
     rows = ledger.table()
     if json_:
         print_json(content(rows))

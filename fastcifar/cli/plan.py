@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastcifar.cli.completion import recipe_names
+from fastcifar.cli.options import Data, OptionalRecipeName, Settings
 
 if TYPE_CHECKING:
     from fastcifar.config import CombineRecipe, Recipe
@@ -17,16 +17,14 @@ RELEASE_BYTES = 3 * 32 * 32
 
 
 def plan(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A recipe file, or the name of a shipped one.", autocompletion=recipe_names)
-    ] = None,
+    recipe: OptionalRecipeName = None,
     ladder: Annotated[bool, typer.Option(help="Every row of the ladder, with its predicted time.")] = False,
     gpu: Annotated[
         str | None,
         typer.Option(help="Predict for this hardware, such as h200: from its results; h100 and h200 without any, too."),
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key. Repeatable.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The data, as for `fastcifar run`.")] = None,
+    set_: Settings = None,
+    data: Data = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
     devices: Annotated[int, typer.Option(min=1, help="Say what dividing each batch among so many changes.")] = 1,
 ) -> None:

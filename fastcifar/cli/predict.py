@@ -5,16 +5,16 @@ from typing import Annotated
 
 import typer
 
+from fastcifar.cli.options import Json, RunFolder, Tta, Weights
+
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: RunFolder,
     files: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files of any size.")],
-    weights: Annotated[
-        str | None, typer.Option(help="last, best or selected. Default: selected where there is one, else last.")
-    ] = None,
-    tta: Annotated[str, typer.Option(help="Test-time augmentation: none, flip or multicrop.")] = "none",
+    weights: Weights = None,
+    tta: Tta = "none",
     top: Annotated[int, typer.Option(min=1, help="How many classes to tell.")] = 3,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json_: Json = False,
 ) -> None:
     """Predict image files: `fastcifar predict runs/a cat.jpg`. Each is cut to its central square and scaled."""
     from fastcifar.analysis.predict import load_trained, predict_files

@@ -1,20 +1,19 @@
 """``fastcifar push``: a trained run to the Hugging Face hub."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastcifar.cli.options import Json, RunFolder, Weights
+
 
 def push(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: RunFolder,
     repo: Annotated[str, typer.Argument(help="The model repository: NAME or OWNER/NAME. Made where there is none.")],
-    weights: Annotated[
-        str | None, typer.Option(help="last, best or selected. Default: selected where there is one, else last.")
-    ] = None,
+    weights: Weights = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also push model.onnx and model.pt2.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json_: Json = False,
 ) -> None:
     """Push a run's card, weights, recipe and metrics to the Hugging Face hub: `fastcifar push runs/a me/my-model`.
 

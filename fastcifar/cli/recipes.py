@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from fastcifar.cli.completion import recipe_names
+from fastcifar.cli.options import Json, RecipeName, Settings
 
 
 def recipes(
     match: Annotated[str, typer.Argument(help='Only names that match, such as "wrn-*" or "smoke/*".')] = "",
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")] = False,
+    json_: Json = False,
 ) -> None:
     """List the shipped recipes: name, stage, model, epochs, published accuracy, ours.
 
@@ -27,13 +27,9 @@ def recipes(
 
 
 def show(
-    recipe: Annotated[
-        str, typer.Argument(help="A recipe file, or the name of a shipped one.", autocompletion=recipe_names)
-    ],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key, such as train.epochs=2. Repeatable.")
-    ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")] = False,
+    recipe: RecipeName,
+    set_: Settings = None,
+    json_: Json = False,
 ) -> None:
     """Print the resolved recipe: every key with its value, what it extends and every default written out."""
     import sys

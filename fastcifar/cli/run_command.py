@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastcifar.cli.completion import recipe_names
+from fastcifar.cli.options import Data, Json, OptionalRecipeName, Settings
 from fastcifar.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,16 +14,9 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            help="A recipe file, or the name of a shipped one (`fastcifar recipes`).", autocompletion=recipe_names
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key, such as train.epochs=2. Repeatable.")
-    ] = None,
-    data: Annotated[Path | None, typer.Option(help="The data: a store, or a CIFAR-10 release.")] = None,
+    recipe: OptionalRecipeName = None,
+    set_: Settings = None,
+    data: Data = None,
     out: Annotated[Path | None, typer.Option(help="The run directory. Default: a new one under runs/.")] = None,
     resume: Annotated[
         str | None, typer.Option(help="A run directory to go on with, or `auto` for this recipe's newest one.")
@@ -32,11 +25,9 @@ def run(
         int | None, typer.Option(min=1, help="Stop after this many of the planned epochs; resume later.")
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every byte of the data first.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    json_: Json = False,
     quiet: Annotated[bool, typer.Option(help="Show no progress.")] = False,
-    check_nan: Annotated[
-        bool, typer.Option("--check-nan", help="Train slowly and name the first layer that is not finite.")
-    ] = False,
+    check_nan: Annotated[bool, typer.Option("--check-nan", help="Name the first non-finite layer; slow.")] = False,
     devices: Annotated[
         int, typer.Option(min=1, help="Train on so many GPUs of this machine (CPU processes where it has none).")
     ] = 1,

@@ -1,10 +1,11 @@
 """``fastcifar stack``: a meta-model on the saved logits of trained runs."""
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fastcifar.cli.options import Json, Result, RunFolders
 
 
 class Meta(StrEnum):
@@ -22,7 +23,7 @@ class Protocol(StrEnum):
 
 
 def stack(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run directories.")],
+    runs: RunFolders,
     meta: Annotated[Meta, typer.Option(help="The meta-model.")] = Meta.MLP,
     protocol: Annotated[
         Protocol,
@@ -30,8 +31,8 @@ def stack(
     ] = Protocol.HONEST,
     seed: Annotated[int, typer.Option(min=0, help="The meta-model's seed.")] = 250,
     tta: Annotated[bool, typer.Option("--tta", help="Use the test logits under test-time augmentation.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the result as a run directory.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    out: Result = None,
+    json_: Json = False,
 ) -> None:
     """Fit a meta-model on the logits of trained runs: `fastcifar stack runs/a runs/b runs/c`.
 

@@ -5,28 +5,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastcifar.cli.completion import recipe_names
 from fastcifar.cli.ladder import Address, Cpus, Executor, Gpus, Where, runner_for
+from fastcifar.cli.options import Data, RecipeName
 
 if TYPE_CHECKING:
     from fastcifar.sweep.search import Sweep
 
+SPACES = (
+    "A space to search: 'optimizer.lr=log(0.01, 1)', uniform(a, b), int(a, b) or '[0.5, 1, 2]'; or a fixed value, such "
+    "as train.epochs=2. Repeatable."
+)
+
 
 def sweep(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            help="A recipe file, or the name of a shipped one (`fastcifar recipes`).", autocompletion=recipe_names
-        ),
-    ],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="A space to search: 'optimizer.lr=log(0.01, 1)', uniform(a, b), int(a, b) or '[0.5, 1, 2]'; "
-            "or a fixed value, such as train.epochs=2. Repeatable.",
-        ),
-    ] = None,
+    recipe: RecipeName,
+    set_: Annotated[list[str] | None, typer.Option("--set", help=SPACES)] = None,
     trials: Annotated[int, typer.Option(min=1, max=100_000, help="Trials of the whole search, earlier ones too.")] = 20,
     jobs: Annotated[
         int, typer.Option(min=1, max=1024, help="Trials side by side, which share the cores and the GPUs.")
@@ -41,7 +34,7 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option(help="The folder of the study and of all runs. Default: runs/sweep-<recipe>.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="The data: a store, or a CIFAR-10 release.")] = None,
+    data: Data = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the trials as one JSON object.")] = False,
 ) -> None:
     """Search over keys of a recipe: `fastcifar sweep wrn-asam --set data.holdout=5000 --set 'asam.rho=[0.5, 1, 2]'`.
@@ -49,8 +42,7 @@ def sweep(
     Optuna chooses what to try next by the accuracy on the holdout (data.holdout), never on the test set. Each trial is
     a run directory in the folder, beside study.db and best.toml. The same command goes on where it was stopped.
     """
-    from fastcifar.console import err, say
-    from fastcifar.console import out as print_json
+    from fastcifar.console import say
     from fastcifar.interrupt import deferred, handled
     from fastcifar.ladder.execute import alone_in
     from fastcifar.sweep.search import Problem, Sweep
@@ -69,6 +61,14 @@ def sweep(
         search = Sweep(problem, runner, folder, jobs, prune, lambda text: say(text))
         search.execute(trials)
         best = search.write_best()
+    tell(search, best, json_)
+
+
+def tell(search: "Sweep", best: Path | None, json_: bool) -> None:
+    """Print the trials, for programs or for people, and where the best recipe lies; status 1 where there is none."""
+    from fastcifar.console import err, say
+    from fastcifar.console import out as print_json
+
     if json_:
         print_json(content(search))
     else:

@@ -68,7 +68,7 @@ def train(
         UserError: bad data, a missing package or GPU, a full disk, a damaged checkpoint, a loss that is not finite.
     """
     if check_nan:
-        recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"mode": "eager"})})
+        recipe = eagerly(recipe)
     told = begin_callbacks(recipe, run, callbacks)
     device, quiet = pick_device(recipe.engine, ranks.place), quiet or not ranks.first
     ranks = ranks.on(device)
@@ -79,21 +79,15 @@ def train(
     model = build_model(recipe.model, num_classes=classes, image_px=px, seed=recipe.seed).to(device)
     fit_images(model, store, rows, augment, device)
     teacher = build_teacher(recipe, classes, px, device)
-    step = build_step(
-        recipe, model, augment, mix, steps_per_epoch=len(loader), device=device, ranks=ranks, teacher=teacher
-    )
+    step = build_step(recipe, model, augment, mix, len(loader), device, ranks, teacher)
     if check_nan:
-        check_finite(
-            model, lambda: f"epoch {int(step.cursor.epoch) + 1}, step {int(step.cursor.step) + 1}",
-            lambda: f"the evaluation after epoch {int(step.cursor.epoch) + 1}",
-        )
+        check_every_layer(model, step)
     evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode, ranks)
     results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, evaluator))
     done, end = results.progress.epochs_done, min(stop_after or recipe.train.epochs, recipe.train.epochs)
     clock = Clock(device, results.progress.clocks)
     with Display(recipe.name, recipe.train.epochs, len(loader), recipe.train.batch_size, quiet) as display:
-        where = f"{device}" if ranks.world == 1 else f"{ranks.world} ranks, the first on {device}"
-        display.say(f"{recipe.name}: seed {recipe.seed} on {where}, {loader.name} loader ({loader.reason})")
+        display.say(introduction(recipe, device, ranks, loader))
         display.begin(done)
         with closing(loader), closing(told):
             told.begin(recipe)
@@ -103,6 +97,25 @@ def train(
             how = step.execution
             setting = RunSetting(loader.name, how.mode, how.fallback, store.classes, px, rows.holdout)
             return told.summary(results.finish(clock.seconds(), setting))
+
+
+def introduction(recipe: Recipe, device: torch.device, ranks: Ranks, loader: Loader) -> str:
+    """Return a run's first line: what is trained, where, and from which loader for what reason."""
+    where = f"{device}" if ranks.world == 1 else f"{ranks.world} ranks, the first on {device}"
+    return f"{recipe.name}: seed {recipe.seed} on {where}, {loader.name} loader ({loader.reason})"
+
+
+def eagerly(recipe: Recipe) -> Recipe:
+    """Return the recipe executed operation by operation: a compiled model has no layers to look into."""
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"mode": "eager"})})
+
+
+def check_every_layer(model: nn.Module, step: Step) -> None:
+    """End the run at the first layer that is not finite, and say in which step it was."""
+    check_finite(
+        model, lambda: f"epoch {int(step.cursor.epoch) + 1}, step {int(step.cursor.step) + 1}",
+        lambda: f"the evaluation after epoch {int(step.cursor.epoch) + 1}",
+    )  # fmt: skip
 
 
 def open_data(

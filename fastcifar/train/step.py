@@ -188,7 +188,7 @@ class Step(StepState):
 
 
 def build_step(
-    recipe: Recipe, model: nn.Module, augment: Any, mix: Any, *, steps_per_epoch: int, device: torch.device,
+    recipe: Recipe, model: nn.Module, augment: Any, mix: Any, steps_per_epoch: int, device: torch.device,
     ranks: Ranks = ALONE, teacher: Teacher | None = None,
 ) -> Step:
     """Make the training step of a recipe.

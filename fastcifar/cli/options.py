@@ -1,0 +1,27 @@
+"""Arguments and options that several commands share, so that one word means the same everywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastcifar.cli.completion import recipe_names
+
+_RECIPE = typer.Argument(
+    help="A recipe file, or the name of a shipped one (`fastcifar recipes`).", autocompletion=recipe_names
+)
+RecipeName = Annotated[str, _RECIPE]
+OptionalRecipeName = Annotated[str | None, _RECIPE]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key, such as train.epochs=2. Repeatable.")
+]
+Data = Annotated[Path | None, typer.Option(help="The data: a store, or a CIFAR-10 release.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+RunFolder = Annotated[Path, typer.Argument(help="A run directory.")]
+RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run directories.")]
+Weights = Annotated[
+    str | None, typer.Option(help="last, best or selected. Default: selected where there is one, else last.")
+]
+Tta = Annotated[str, typer.Option(help="Test-time augmentation: none, flip or multicrop.")]
+Result = Annotated[Path | None, typer.Option(help="Write the result as a run directory.")]
