@@ -64,12 +64,15 @@ class Page:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Return the addresses that pages have asked for since the last call, other than ``data:`` ones."""
+        """Return the addresses that pages have asked for since the last call, other than ``data:`` ones.
+
+        ``chrome:`` is the browser's own first tab, which may still be loading when a page is opened.
+        """
         import json
 
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        return [url for url in sent if not url.startswith("data:")]
+        return [url for url in sent if not url.startswith(("data:", "chrome:"))]
 
 
 @pytest.fixture(scope="session")
