@@ -115,3 +115,11 @@ def test_a_conversion_says_each_step_once(monkeypatch):
     for what, done in (("read", 0), ("read", 1), ("write train as raw", 0), ("read", 2)):
         steps(what, done, 2)
     assert said == ["converting the data: read", "converting the data: write train as raw"]
+
+
+def test_in_a_notebook_each_epoch_is_a_line_of_output_and_no_bar_is_drawn(clock, monkeypatch):
+    given = []
+    monkeypatch.setattr("rich.jupyter.display", lambda segments, text: given.append(text))
+    run(Display("tiny", 2, 100, 128, console=Console(force_jupyter=True, width=200, highlight=False)), clock)
+    lines = [line for text in given for line in text.splitlines() if line]
+    assert [line[:9] for line in lines] == ["epoch 1/2", "epoch 2/2"]
