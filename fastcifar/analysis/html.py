@@ -5,6 +5,7 @@ pictures and what answers a click, from the values in ``<script id="data">``.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -131,7 +132,7 @@ class _Part:
             "has_curves": bool(self.run.metrics()),
             "how": {which: _how(values["results"], which) for which in ("last", "best", "selected", "tta")},
             "note": self.images.note,
-            "recipe": to_toml(self.run.recipe),
+            "recipe": _lists_in_a_line(to_toml(self.run.recipe)),
             "shades": _shades(np.array(values["confusion"]["counts"])),
             "scale_from": low,
             "on_scale": lambda percent: 100 * (percent - low) / (100 - low),
@@ -161,12 +162,23 @@ def _reliability_series(found: dict[str, Any]) -> list[dict[str, Any]]:
     for key, name, colour in looks:
         if found[key]:
             bins = found[key]["reliability"]
+            most = max(b["images"] for b in bins)
             series.append({
                 "name": name, "colour": colour, "marks": True,
                 "x": [100 * b["confidence"] for b in bins], "y": [100 * b["accuracy"] for b in bins],
                 "labels": [f"{b['images']} images, {name}" for b in bins],
+                "sizes": [b["images"] / most for b in bins],
             })  # fmt: skip
     return series
+
+
+def _lists_in_a_line(toml: str) -> str:
+    """Return TOML with each list of single values in one line."""
+
+    def joined(found: re.Match[str]) -> str:
+        return "[" + ", ".join(line.strip().removesuffix(",") for line in found[0].splitlines()[1:-1]) + "]"
+
+    return re.sub(r"\[\n(?: +[^\n\[{]*,\n)+\]", joined, toml)
 
 
 def _how(results: dict[str, Any], which: str) -> str:

@@ -24,12 +24,14 @@ svg.picture { width: 100%; max-width: 62rem; min-width: 34rem; margin: 1.2rem 0 
 circle.ours { fill: var(--c2); } circle.published { fill: none; stroke: var(--c0); stroke-width: 2; }
 line.error { stroke: var(--c2); stroke-width: 2; } line.grid { stroke: var(--line); }
 svg.picture text { fill: var(--ink); font-size: 12px; }
+@media (max-width: 520px) { svg.picture text { font-size: 16px; } }
 """
 LEGEND = (
     "Best: the highest test accuracy over all epochs, the published protocol (the epoch is chosen on the test set). "
     "Last: the last epoch, chosen by nobody. Both in percent, mean ± standard error over n seeds. The difference is "
     "ours minus published, best to best, in points; its standard error joins ours with the binomial one of the "
-    "single published run. The published ladder is the article “CIFAR-10 분류 모델 97.78% 달성하기” with its code, "
+    "single published run. In the picture a ring is the published accuracy, a dot ours with its standard error. "
+    "The published ladder is the article “CIFAR-10 분류 모델 97.78% 달성하기” with its code, "
     "github.com/windopper/cifar (commit 70ec89d)."
 )
 HEADER = ("row", "stage", "state", "best", "published", "difference", "last", "n", "wall-clock", "images/s", "hardware")
@@ -88,9 +90,13 @@ def _cells(row: Row) -> str:
         f"{metrics.images_per_s:,.0f}" if metrics and metrics.images_per_s else NOT_MEASURED,
         escape(metrics.hardware) if metrics else NOT_MEASURED,
     ]
-    faint = f'<span class="unmeasured">{NOT_MEASURED}</span>'
-    shown = [faint if value == NOT_MEASURED else value for value in values]
+    shown = [_faint(name) if value == NOT_MEASURED else value for name, value in zip(HEADER, values, strict=True)]
     return "".join(f"<td{_kind(name)}>{value}</td>" for name, value in zip(HEADER, shown, strict=True))
+
+
+def _faint(name: str) -> str:
+    """Return what stands for a value that is not measured: the words once a row, dashes in the cells after them."""
+    return f'<span class="unmeasured" title="{NOT_MEASURED}">{NOT_MEASURED if name == "best" else "&ndash;"}</span>'
 
 
 def picture(rows: Sequence[Row]) -> str:

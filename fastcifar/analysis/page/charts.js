@@ -40,7 +40,7 @@ function digits(value, places = 4) {
  * Draw a chart into `root` and keep it alive.
  *
  * spec: {title, x: {label, log, whole}, y: {label, low, high}, series: [...]}
- * series: {name, colour, x, y, low, high (a band), marks, line, thin, dashed, labels (per point), quiet (not in the legend)}
+ * series: {name, colour, x, y, low, high (a band), marks, sizes (of the marks, 0 to 1), line, thin, dashed, labels (per point), quiet (not in the legend)}
  */
 function chart(root, spec) {
   const heading = make(root, "h3", {}, spec.title);
@@ -108,6 +108,9 @@ function chart(root, spec) {
     return s.x.map((_, i) => i).filter((i) => keep[i]);
   }
 
+  /** Return the radius of a point in rem; its area goes by its size where it has one. */
+  const radius = (s, i) => (s.sizes ? 0.14 + 0.3 * Math.sqrt(s.sizes[i]) : s.thin ? 0.16 : 0.3);
+
   function draw() {
     svg.replaceChildren();
     scale = measure();
@@ -127,7 +130,7 @@ function chart(root, spec) {
       if (s.line !== false && rows.length > 1)
         make(plot, "polyline", { class: `curve${s.thin ? " thin" : ""}${s.dashed ? " dashed" : ""}`, style, points: line(s.y, rows).join(" ") });
       if (s.marks || rows.length === 1)
-        for (const i of rows) make(plot, "circle", { class: "mark", style, cx: px(s.x[i]), cy: py(s.y[i]), r: (s.thin ? 0.16 : 0.3) * rem });
+        for (const i of rows) make(plot, "circle", { class: "mark", style, cx: px(s.x[i]), cy: py(s.y[i]), r: radius(s, i) * rem });
     }
     root.classList.toggle("zoomed", zoom !== null);
     if (at !== null) cursor(at);
