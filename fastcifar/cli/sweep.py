@@ -45,7 +45,7 @@ def sweep(
     from fastcifar.console import say
     from fastcifar.interrupt import deferred, handled
     from fastcifar.ladder.execute import alone_in
-    from fastcifar.sweep.search import Problem, Sweep
+    from fastcifar.sweep.search import STUDY, Problem, Sweep, study_errors
     from fastcifar.sweep.spaces import split_settings
 
     problem = Problem(recipe, *split_settings(set_ or []))
@@ -56,6 +56,7 @@ def sweep(
         runner_for(executor, folder, data, jobs, address, cpus, gpus) as runner,
         handled("stopped; the same command goes on from here"),
         deferred(),
+        study_errors(folder / STUDY),
     ):
         say(f"searching by the accuracy on {first.data.holdout:,} held-out training images, never the test set")
         search = Sweep(problem, runner, folder, jobs, prune, lambda text: say(text))

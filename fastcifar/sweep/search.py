@@ -10,14 +10,15 @@ Akiba et al., "Optuna: A Next-generation Hyperparameter Optimization Framework",
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcifar.config import Recipe, load_recipe, to_toml
-from fastcifar.errors import UserError
+from fastcifar.errors import UserError, root_cause
 from fastcifar.ladder.execute import Deadline, RowFailed, RunRow, places_for
 from fastcifar.ladder.rows import Job
 from fastcifar.ladder.state import DONE, stored_state
@@ -35,6 +36,7 @@ STARTUP_TRIALS = 5
 NOT_SEARCHED = ("data.holdout", "data.holdout_seed", "seed")
 # So many failures, and nothing else, end a sweep.
 FIRST_FAILURES = 3
+STUDY = "study.db"
 # What a trial's user attributes in the study hold: its run directory's name, and why it failed.
 RUN, MESSAGE = "run", "message"
 
@@ -244,11 +246,20 @@ class Sweep:
     # ------------------------------------------------------------------------------------------------------ the result
 
     def write_best(self) -> Path | None:
-        """Write the best trial's recipe as ``best.toml``; None where no trial is complete."""
+        """Write the best trial's recipe as ``best.toml``; None where no trial is complete.
+
+        Raises:
+            UserError: its run has another accuracy than the study.
+        """
         best = best_of(self.study)
         if best is None:
             return None
         run = RunDirectory.open(self.out / best.user_attrs[RUN])
+        if best.value not in holdout_accuracies(run).values():
+            raise UserError(
+                f"{self.out / STUDY}: says {best.value} of the holdout for {run.folder.name}, which says otherwise; "
+                "one of the two is damaged: choose another --out"
+            )
         head = (
             f"# The best of {len(ended(self.study))} trials: {best.value:.2f}% of {self.first.data.holdout:,} held-out "
             "training images at the last epoch.\n"
@@ -262,11 +273,12 @@ def open_study(problem: Problem, recipe: Recipe, out: Path, jobs: int) -> "optun
     """Open or make the study in ``study.db``.
 
     Raises:
-        UserError: Optuna is not installed, or the study is of another search.
+        UserError: Optuna is not installed, or the study is damaged or of another search.
     """
     optuna = import_optuna()
     out.mkdir(parents=True, exist_ok=True)
-    storage = f"sqlite:///{(out / 'study.db').absolute()}"
+    check_database(out / STUDY)
+    storage = f"sqlite:///{(out / STUDY).absolute()}"
     pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS)
     study = optuna.create_study(
         storage=storage, study_name="sweep", direction="maximize", load_if_exists=True, pruner=pruner
@@ -279,6 +291,40 @@ def open_study(problem: Problem, recipe: Recipe, out: Path, jobs: int) -> "optun
         raise UserError(f"{out}: holds a sweep of another recipe or other spaces; choose another --out")
     study.set_user_attr("problem", identity)
     return study
+
+
+def check_database(path: Path) -> None:
+    """Let SQLite look at a whole study, which it would else find damaged in the middle of a search, or not at all.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    import sqlite3
+
+    if not path.exists():
+        return
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            found = [row[0] for row in database.execute("PRAGMA integrity_check(1)")]
+    except sqlite3.DatabaseError as error:
+        found = [str(error)]
+    if found != ["ok"]:
+        raise UserError(f"{path}: is damaged as a study ({found[0]}); move it away, or choose another --out")
+
+
+@contextmanager
+def study_errors(path: Path) -> Iterator[None]:
+    """Say in one message, for a ``with`` block, what keeps Optuna from reading or writing its study.
+
+    Raises:
+        UserError: a full disk, one that cannot be written, or a study that another version or a fault has spoilt.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("sqlalchemy", "optuna"):
+            raise
+        raise UserError(f"{path}: cannot be read or written as a study ({root_cause(error)})") from None
 
 
 def import_optuna() -> Any:

@@ -5,9 +5,11 @@ import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -20,7 +22,7 @@ from fastcifar.ladder.execute import Deadline, OutOfTime, RowFailed
 from fastcifar.ladder.runner import Runner
 from fastcifar.run_directory import RunDirectory
 from fastcifar.sweep import search
-from fastcifar.sweep.search import Problem, Sweep, best_of, ended
+from fastcifar.sweep.search import Problem, Sweep, best_of, ended, study_errors
 from fastcifar.sweep.spaces import split_settings
 from tests.command import fastcifar
 from tests.ladder.test_runner import wait_for
@@ -197,6 +199,33 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path):
         sweep(tmp_path, FakeRuns(), "optimizer.lr=log(0.001, 0.2)")
     with pytest.raises(UserError, match="another recipe or other spaces"):
         sweep(tmp_path, FakeRuns(), fixed=[*FIXED, "optimizer.weight_decay=0.1"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "no database"])
+def test_a_damaged_study_is_refused(tmp_path, damage):
+    sweep(tmp_path, FakeRuns(), trials=1)
+    whole = (tmp_path / "study.db").read_bytes()
+    (tmp_path / "study.db").write_bytes(whole[:50_000] if damage == "cut" else bytes(100) + whole[100:])
+    with pytest.raises(UserError, match=r"study\.db: is damaged as a study"):
+        sweep(tmp_path, FakeRuns(), trials=2)
+
+
+def test_a_study_that_disagrees_with_its_best_run_is_not_believed(tmp_path):
+    sweep(tmp_path, FakeRuns(), trials=1)
+    with closing(sqlite3.connect(tmp_path / "study.db")) as database, database:
+        database.execute("UPDATE trial_values SET value = value + 20")
+    with pytest.raises(UserError, match=r"study\.db: says .* for trial-0000, which says otherwise"):
+        sweep(tmp_path, FakeRuns(), trials=1).write_best()
+
+
+def test_a_disk_that_the_study_cannot_be_written_to_is_one_message(tmp_path):
+    (tmp_path / "study.db").mkdir()
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    with pytest.raises(UserError, match=r"study\.db: cannot be .* written as a study \(.*unable to open"):
+        with study_errors(tmp_path / "study.db"):
+            optuna.create_study(storage=storage)
+    with pytest.raises(ZeroDivisionError), study_errors(tmp_path / "study.db"):
+        _ = 1 / 0
 
 
 def test_without_optuna_one_message_names_the_extra(monkeypatch):
