@@ -170,7 +170,9 @@ def _output(  # type: ignore[no-untyped-def]
     return value
 
 
-@triton.jit
+# A shortcut of 16, 32, ... channels under a wider output would be read in another arrangement than the rest, and the
+# compiler would spill to bring the two together.
+@triton.jit(do_not_specialize_on_alignment=["R"])
 def normalize_kernel(  # type: ignore[no-untyped-def]
     x, partials, weight, bias, running_mean, running_var, residual, scales, seed, y, saved, sums,
     count, C, R, HW, B, eps, momentum, drop,

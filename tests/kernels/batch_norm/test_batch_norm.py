@@ -27,8 +27,8 @@ def test_strips_cover_every_element_once(count: int, channels: int) -> None:
 
 FLOATS = set("partials sums weight bias running_mean running_var scales saved dweight dbias".split())
 IMAGES = set("x grad residual y extra dx".split())
-# Rows and channels: WideResNet's widths are multiples of 16, PyramidNet's are anything.
-SIZES = {"wide_resnet": (131_072, 128), "pyramidnet": (8_192, 166)}
+# Rows, channels, and the shortcut's channels: WideResNet's widths are multiples of 16, PyramidNet's are anything.
+SIZES = {"wide_resnet": (131_072, 128, 128), "pyramidnet": (8_192, 166, 163), "a narrower shortcut": (32_768, 82, 80)}
 KERNELS: dict[str, Any] = {
     "statistics": kernels.statistics_kernel,
     "normalize": kernels.normalize_kernel,
@@ -40,14 +40,16 @@ KERNELS: dict[str, Any] = {
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("size", SIZES)
 def test_compiles_for_sm90_without_spills(name: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    kernel, (count, channels) = KERNELS[name], SIZES[size]
+    kernel, (count, channels, shortcut) = KERNELS[name], SIZES[size]
     plan, aligned = kernels.strips(count, channels), channels % 16 == 0
     # Everything that its model may ask for at once.
     constants: dict[str, Any] = {
         "TRACK": True, "RELU": True, "DROP": aligned, "SCALE": True, "ADD": True, "SUM": not aligned,
         "STRIPS": plan.programs, "ROUNDS": plan.rounds, "ROWS": plan.rows, "COLUMNS": plan.columns,
     }  # fmt: skip
-    compiled = compile_for_sm90(kernel, {k: v for k, v in constants.items() if k in kernel.arg_names}, aligned)
+    multiples = [k for k, v in {"C": channels, "R": shortcut, "E": shortcut}.items() if v % 16 == 0]
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    compiled = compile_for_sm90(kernel, constants, [*multiples, "count", "HW", "B"])
     used = resources(compiled)
     with capsys.disabled():
         print(f"\n  {name} {size}: {used['REG']} registers, {used['STACK']} bytes of stack", end="")
@@ -59,13 +61,14 @@ def test_compiles_for_sm90_without_spills(name: str, size: str, capsys: pytest.C
         assert ".v4" in compiled.asm["ptx"], "memory is not read 16 bytes at a time"
 
 
-def compile_for_sm90(kernel: Any, constants: dict[str, Any], aligned: bool) -> Any:
+def compile_for_sm90(kernel: Any, constants: dict[str, Any], multiples: list[str]) -> Any:
+    """Compile a kernel as a launch does whose arguments of these names are multiples of 16."""
     signature, divisible = {}, {}
-    for position, name in enumerate(kernel.arg_names):
+    for position, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         kind = "*bf16" if name in IMAGES else "*fp32" if name in FLOATS else "*i64" if name == "seed" else "i32"
         kind = "fp32" if name in ("eps", "momentum", "drop") else kind
         signature[name] = "constexpr" if name in constants else kind
-        if kind.startswith("*") or name in ("count", "HW", "B") or (aligned and name in ("C", "R", "E")):
+        if (kind.startswith("*") or name in multiples) and not parameter.do_not_specialize_on_alignment:
             divisible[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     options = {"num_warps": kernels.WARPS, "maxnreg": kernels.REGISTERS}
