@@ -83,6 +83,7 @@ def epoch_order(count: int, seed: int, epoch: int, device: torch.device | str = 
 
     It sorts the samples by a random word of theirs, ties by index, so it is the same on every device.
     """
+    # Sorting by a hash instead of torch.randperm, which differs between devices and versions.
     index = torch.arange(count, dtype=torch.int64, device=device)
     word = philox(seed, index, epoch, 0, Stream.ORDER)[0]
     # The key must fit a signed 64-bit integer: 31 random bits above 32 index bits.

@@ -107,6 +107,7 @@ class PyramidNet(nn.Module):
         self.blocks = nn.ModuleList()
         for i, (inputs, width) in enumerate(pairwise(channels)):
             inputs *= EXPANSION[config.block] if i else 1
+            # The first block of the second and the third stage.
             stride = 2 if i in (count // 3, 2 * count // 3) else 1
             self.blocks.append(PyramidBlock(inputs, width, stride, config, rates[i]))
         self.width = channels[-1] * EXPANSION[config.block]
@@ -118,6 +119,7 @@ class PyramidNet(nn.Module):
         """Map images (B, 3, S, S) to logits (B, num_classes)."""
         scales = self.draws(len(x)) if self.draws is not None and self.training else [None] * len(self.blocks)
         x = self._fused(x, scales) if fuses(self, x) else self._plain(x, scales)
+        # The padded channels are zero, but the head has no weights for them.
         return self.head(x.mean((2, 3))[:, : self.width])
 
     def _plain(self, x: Tensor, scales: Sequence[Tensor | None]) -> Tensor:

@@ -62,6 +62,7 @@ class ShakeDraws(nn.Module):
         self.share: Share | None = None
         # None is state of the model: the rates follow from the recipe, counter and seed belong to the step. Integers
         # stay exact whatever dtype the model is moved to.
+        # Integers to compare with random bits: a float comparison could differ in the last bit between devices.
         thresholds = torch.tensor([round(rate * 2**BITS) for rate in rates])
         self.register_buffer("thresholds", thresholds, persistent=False)
         self.register_buffer("counter", torch.zeros(1, dtype=torch.int64), persistent=False)
@@ -79,6 +80,7 @@ class ShakeDraws(nn.Module):
         if not self.bound:
             raise RuntimeError("ShakeDrop has no counter to draw from: call bind_counter(model, counter, seed) first")
         first, total = self.share or (0, batch)
+        # The draws of the whole batch, of which a rank takes its own: any number of ranks sees the same.
         scales = draw_scales(self.thresholds, self.counter, self.seed, total, self.gate == "sample")
         return scales if batch == total else scales[..., first : first + batch].contiguous()
 

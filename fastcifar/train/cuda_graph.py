@@ -45,6 +45,7 @@ class GraphedStep:
                 are still in capture mode.
         """
         images, rows, labels, indices = batch.tensors()
+        # The graph reads fixed addresses: the resident set has one, a streamed batch gets one here.
         images = images if batch.resident else images.clone()
         own = Batch(images, rows.clone(), labels.clone(), indices.clone(), batch.share)
         graph, pool = torch.cuda.CUDAGraph(), next((c.graph.pool() for c in self._captured.values()), None)
@@ -65,6 +66,7 @@ class GraphedStep:
         """Run the captured step on a batch whose shape is known."""
         captured = self._captured[self._key(batch)]
         for own, given in zip(captured.batch.tensors(), batch.tensors(), strict=True):
+            # The resident images are the very same tensor; only rows, labels and indices change.
             if own is not given:
                 own.copy_(given, non_blocking=True)
         captured.graph.replay()
@@ -85,5 +87,6 @@ class GraphedStep:
 
 def _shape(batch: Batch) -> Hashable:
     """Return what a graph is captured for; where the batch lies in the global one is built into it too."""
+    # Of two resident sets (progressive resizing) each needs a graph of its own.
     address = batch.images.data_ptr() if batch.resident else None
     return tuple(batch.images.shape), len(batch.rows), address, batch.share

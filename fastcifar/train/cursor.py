@@ -62,6 +62,7 @@ class DeviceCursor:
 
     def begin(self, epoch: int) -> None:
         """Go to the start of an epoch: the only copies from the host, once an epoch."""
+        # The whole epoch's rates at once: a replayed graph cannot call a Python function for the next one.
         rates = torch.tensor([self._rate(epoch, step) for step in range(self.steps_per_epoch + 1)])
         self._rates.copy_(rates)
         self.epoch.fill_(epoch)
@@ -71,10 +72,12 @@ class DeviceCursor:
     def advance(self) -> None:
         """Go to the next step, on the device."""
         self.step.add_(1)
+        # index_select, because indexing by a device tensor would make the host wait for its value.
         self.lr.copy_(self._rates.index_select(0, self.step))
 
     def record(self, table: Tensor, value: Tensor) -> None:
         """Write a scalar into the (steps_per_epoch,) table at this step."""
+        # Likewise without the host: `table[self.step] = value` would have to read the step.
         table.index_copy_(0, self.step, value.reshape(1).to(table.dtype))
 
     def tensors(self) -> list[Tensor]:

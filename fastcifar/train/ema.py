@@ -23,6 +23,7 @@ def build_averages(flat: FlatParameters, config: EmaConfig | None) -> Averages |
 @contextmanager
 def averaged(flat: FlatParameters, averages: Averages) -> Iterator[None]:
     """Put the averages into the model for the time of a ``with`` block, in place, whatever happens inside."""
+    # In place and back, so that compiled models and captured graphs see the averages without being made anew.
     weights, stats = flat.weights.clone(), flat.stats.clone()
     try:
         with torch.no_grad():

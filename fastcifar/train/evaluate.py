@@ -130,8 +130,10 @@ class Evaluator:
         if tta not in self._graphs:
             return self.predict(images.to(self.device, non_blocking=True), tta)
         graph, output = self._graphs[tta]
+        # The rest of the input keeps old images; nobody reads their logits.
         self._input[: len(images)].copy_(images, non_blocking=True)
         graph.replay()
+        # A copy: the next replay writes over the graph's own output.
         return output[: len(images)].clone()
 
     @torch.no_grad()
@@ -147,6 +149,7 @@ class Evaluator:
         was_training = self.model.training
         self.model.eval()
         rank, world, parts = self._ranks.place.rank, self._ranks.world, images.split(self.batch_size)
+        # Whole batches, because a batch of another size may round differently.
         own = [self.batch(part, tta) for part in parts[rank::world]]
         if world > 1:
             own = self._of_all_ranks(own, images, rank)
@@ -178,6 +181,7 @@ class EvaluationSet:
     def __init__(self, images: np.ndarray, labels: np.ndarray, evaluator: Evaluator) -> None:
         self._evaluator, device = evaluator, evaluator.device
         self._images = torch.from_numpy(np.ascontiguousarray(images))
+        # Test sets are small and looked at in every epoch: sent once instead of each time.
         if images.nbytes <= RESIDENT_BYTES:
             self._images = self._images.to(device)
         self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)

@@ -86,6 +86,7 @@ class Execution:
         Raises:
             UserError: out of memory, a capture that failed, or, with ``engine.strict``, any fallback.
         """
+        # Every shape and both phases: none may be met first while the training clock runs.
         for ascending, batch in itertools.product(self._step.phases(), list(batches)):
             own, self._step.ascending = self._step.user_optimizer, ascending
             with preserved(self._step.changing()), own.unchanged() if own else nullcontext(), out_of_memory_explained():
@@ -104,6 +105,7 @@ class Execution:
         except Exception as error:
             if not self.compiled:
                 raise
+            # Whose error is it? The plain model tells: where it fails too, the model is wrong, not the compiler.
             self.compiled, (self._step.forward, self._step.score) = False, self._plain
             if self._step.teacher is not None:
                 self._step.teacher.compile(None)
@@ -115,6 +117,7 @@ class Execution:
             self._step.execute(batch)
             return
         self.graph.beside(lambda: repeat(WARM_UP_RUNS, self._step.execute, batch))
+        # Asked before the capture, not found out by it: a failed capture cannot be undone.
         waits = self.graph.beside(lambda: first_wait(lambda: self._step.execute(batch)))
         if waits is not None:
             self.graph = None
@@ -186,12 +189,14 @@ def compile_model(forward: Function) -> Function:
     # Whether fp32 may be rounded to tf32 is the recipe's decision, not something to be reminded of.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     batch_norm.allow_in_graph()
+    # Static shapes: there are two or three in a run, and kernels for a known size are faster.
     return cast(Function, torch.compile(forward, dynamic=False))
 
 
 @contextmanager
 def preserved(state: Iterable[Tensor]) -> Iterator[None]:
     """Put tensors and torch's generators back to what they were before the block, in place."""
+    # Copies, because a captured graph has the addresses of the tensors themselves.
     before, host = [(tensor, tensor.clone()) for tensor in state], torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     yield

@@ -62,6 +62,7 @@ class FlatParameters:
         self.norm_biases = frozenset(
             f"{path}.bias" for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
         )
+        # A stable sort: within a role the model's own order stays, and with it checkpoints.
         ordered = sorted(parameters, key=lambda name: roles.get(name, 3))
         self.segments = _lay_out({name: parameters[name] for name in ordered})
         self.stat_segments = _lay_out(stats)
@@ -77,6 +78,7 @@ class FlatParameters:
         self._tensors = parameters | stats
         # What autograd leaves gradients on: the parameters, or the working copies that stand for them.
         self._leaves: list[Tensor] = [parameters[segment.name] for segment in self.segments]
+        # Made once: there are hundreds of them, and each costs the host some microseconds.
         self._grad_views = [segment.view(self.grads) for segment in self.segments]
         self._model = model
         self._bind()
@@ -87,6 +89,7 @@ class FlatParameters:
             for segment in segments:
                 view = segment.view(buffer)
                 view.copy_(self._tensors[segment.name].data)
+                # `.data`, not a new Parameter: optimizers, hooks and tied weights keep what they hold.
                 self._tensors[segment.name].data = view
 
     def add(self, name: str, like: str = "weights", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,8 +129,10 @@ class FlatParameters:
         by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for leaf, view in zip(self._leaves, self._grad_views, strict=True):
             if leaf.grad is None:
+                # It took no part in this step, such as a layer that stochastic depth left out.
                 view.zero_()
                 continue
+            # The foreach copy is one launch only for tensors of one dtype; a working copy's gradients are bf16.
             views, grads = by_dtype.setdefault(leaf.grad.dtype, ([], []))
             views.append(view)
             grads.append(leaf.grad)
@@ -212,6 +217,7 @@ def _lay_out(tensors: dict[str, Tensor]) -> list[Segment]:
     """Place tensors one after the other, each on a multiple of the alignment."""
     segments, offset = [], 0
     for name, tensor in tensors.items():
+        # Channels-last weights keep their strides; a slice of something larger is laid out afresh.
         stride = tensor.stride() if _dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
         segments.append(Segment(name, offset, tensor.numel(), tuple(tensor.shape), tuple(stride)))
         offset += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT

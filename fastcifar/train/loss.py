@@ -39,6 +39,7 @@ def cross_entropy(
     if logits.dtype != torch.float64:
         logits = logits.float()
     smoothing = config.label_smoothing
+    # The common case takes torch's own fused kernel.
     if isinstance(target, Tensor) and divide is None:
         return F.cross_entropy(logits, target, weight=weights, label_smoothing=smoothing)
     by_a, by_b = divisors(target, weights) if divide is None else divide
@@ -101,6 +102,7 @@ def right(logits: Tensor, target: Any) -> Tensor:
     if isinstance(target, Tensor):
         return (best == target).sum()
     labels_a, labels_b, lam = target
+    # Published CutMix code counts the same way, so that its training accuracies compare.
     return (lam * (best == labels_a) + (1 - lam) * (best == labels_b)).sum()
 
 

@@ -58,12 +58,14 @@ class Muon:
     def _decay(self, weights: Tensor, rate: Tensor | float) -> None:
         """Shrink weights by the decoupled weight decay at their learning rate."""
         if self._decoupled:
+            # Decoupled: an orthogonal step has no size of its own that a decay inside the gradient could balance.
             weights.mul_(1 - rate * self._decoupled)
 
     def _convolutions(self, lr: Tensor | float) -> None:
         """Move all convolution weights, those of one shape together."""
         flat, config, end = self._flat, self._config, self._flat.conv_end
         momentum, grads = self._momentum[:end], flat.grads[:end]
+        # Nesterov: the gradient buffer becomes what is to be made orthogonal.
         momentum.mul_(config.momentum).add_(grads)
         grads.add_(momentum, alpha=config.momentum)
         if self._padded is not None:

@@ -65,6 +65,7 @@ class SGD:
         """Take one step; see `Optimizer`."""
         flat, averages, whole = self._flat, self._averages, len(self._groups) == 1
         for part, factor, settings in self._groups:
+            # A product by 1 would be one more launch for nothing.
             rate = lr if factor == 1 else lr * factor
             sgd_step(
                 flat.weights[part], flat.grads[part], self._momentum[part], settings, rate,
@@ -72,6 +73,7 @@ class SGD:
                 averages=None if averages is None else averages_of(averages, part, last=part is self._groups[-1].part),
                 coefficient=coefficient, working_copy=flat.working_copy if whole else None,
             )  # fmt: skip
+        # A range does not know where it lies in the copy, which begins with the matrices.
         if not whole:
             flat.cast()
 
@@ -122,6 +124,7 @@ class Adam:
             missed = 1.0 - torch.isfinite(coefficient).float() if self._skip else None
             # Not by NaN: that would stay in the padding between tensors, and every later norm would count it.
             flat.grads.mul_(coefficient.nan_to_num(nan=0.0) if self._skip else coefficient)
+        # On the device, so that bias correction goes on when a captured graph is replayed.
         self._steps.add_(1)
         for part, decay in self._parts:
             self._kernel(
@@ -129,6 +132,7 @@ class Adam:
                 lr=lr, found_inf=missed, weight_decay=decay, **self._settings,
             )  # fmt: skip
         if missed is not None:
+            # A skipped step does not count, as with torch.amp.GradScaler.
             self._steps.sub_(missed[0])
         if self._averages is not None:
             average(flat.weights, self._averages)

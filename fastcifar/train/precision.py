@@ -34,6 +34,7 @@ class Precision(NamedTuple):
         """Set the process's tf32 switches, and let cuDNN choose its algorithms by timing them."""
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         torch.backends.cudnn.allow_tf32 = self.tf32
+        # Shapes never change within a run, so that the search is paid once.
         torch.backends.cudnn.benchmark = True
 
 
@@ -73,6 +74,7 @@ class LossScaler:
     def advance(self) -> None:
         """End the step: move the scale and forget the norms."""
         good = torch.isfinite(self._norms)
+        # All by `where` and none by `if`: the host never learns whether a step was good.
         self.good_steps.copy_(torch.where(good, self.good_steps + 1, 0.0))
         grown = good & (self.good_steps >= INTERVAL)
         self.scale.mul_(torch.where(good, torch.where(grown, GROWTH, 1.0), BACKOFF))

@@ -75,6 +75,7 @@ class Ranks:
         The first rank's values are the origin, so that equal ones differ from it by exactly 0.
         """
         if self.world > 1:
+            # The plain sum / world would round values that all ranks share, and move them a little every epoch.
             origin = tensor.clone()
             self.broadcast([origin])
             tensor.copy_(origin + self.sum(tensor - origin) / self.world)
@@ -105,6 +106,7 @@ class Ranks:
             UserError: it has not.
         """
         if self.world > 1:
+            # A sum of the bits as integers: exact in any order, and eight bytes to compare instead of all.
             own = tensor.view(torch.int32).sum(dtype=torch.int64).reshape(1).cpu()
             if len({int(sums) for sums in self.gather(own)}) > 1:
                 raise UserError(
@@ -170,6 +172,7 @@ class Ranks:
 
     def _sent(self) -> tuple[Any, Tensor]:
         """Send the number of the signal that came, or 0; a rank without its launcher asks for an end, too."""
+        # A rank whose launcher was killed would wait for ever and keep its GPU.
         orphan = os.getppid() != self._parent
         number = torch.tensor([interrupt.requested() or (interrupt.SIGNALS[1] if orphan else 0)])
         return dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control, async_op=True), number

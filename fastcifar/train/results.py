@@ -98,6 +98,7 @@ class Results:
 
     def _restore(self, run: RunDirectory) -> Progress:
         """Take up the newest intact checkpoint; name damaged ones, which are of no use any more, and remove them."""
+        # From the newest back to the first intact one: a damaged file costs some epochs, not the run.
         names, damaged, progress = run.checkpoints(), [], Progress()
         run.check_weights()
         for name in reversed(names):
@@ -121,6 +122,7 @@ class Results:
     def _forget_later(self, run: RunDirectory, progress: Progress, damaged: list[str]) -> None:
         """Drop the metrics of epochs that come after the checkpoint taken, and the damaged checkpoints."""
         rows = run.metrics()
+        # Those epochs will be trained again and write their rows again.
         later = rows[progress.epochs_done :]
         if later or damaged:
             kept = run.metrics_file(rows[: progress.epochs_done]) if later else {}
@@ -191,12 +193,14 @@ class Results:
             UserError: the weights or what they predict are not finite; nothing of the epoch is written then.
         """
         epoch, last = row["epoch"], row["epoch"] == self.recipe.train.epochs
+        # Before the evaluation: a NaN that is only found in a checkpoint has spoiled the checkpoint.
         self._require_finite(epoch)
         if epoch % self.recipe.eval.every_epochs == 0 or last:
             self._evaluate(row)
         self.progress.epochs_done = epoch
         self.progress.images += row["images"]
         self.progress.timed_images += row["images_per_s"] * row["training_s"]
+        # Written with the checkpoint in one commit: a crash between the two would leave one epoch more than the other.
         self._files |= self.run.metrics_file([*self.run.metrics(), row])
         if epoch % self.recipe.checkpoint.every_epochs == 0 or last or save:
             self._add_checkpoint(clocks)
@@ -237,6 +241,7 @@ class Results:
         entry = {"epoch": row["epoch"], **test}
         progress.last = entry
         self._keep("last", results)
+        # Chosen on the test set, as published ladders do; `selected` is the honest one beside it.
         if progress.best is None or test["accuracy"] > progress.best["accuracy"]:
             progress.best = {**entry, "protocol": BEST}
             self._keep("best", results, weights=True)
@@ -318,6 +323,7 @@ class Results:
         """Return the logits of the training images by key: of the last weights, and of the best and selected ones."""
         arrays = {f"train/last/{k}": found.logits for k, found in self._metrics(["train"])["train"].items()}
         for which in ("best", "selected"):
+            # Stacking as published reads the best epoch's logits of the training images.
             if getattr(self.progress, which) is not None:
                 with self._saved_weights(which):
                     arrays[f"train/{which}/{self.reported}"] = self.splits["train"].metrics().logits

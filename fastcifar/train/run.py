@@ -77,12 +77,14 @@ def train(
     mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=len(loader))
     px, classes = store.image_shape[0], len(store.classes)
     model = build_model(recipe.model, num_classes=classes, image_px=px, seed=recipe.seed).to(device)
+    # Before the step: its averages begin as copies of the weights.
     fit_images(model, store, rows, augment, device)
     teacher = build_teacher(recipe, classes, px, device)
     step = build_step(recipe, model, augment, mix, len(loader), device, ranks, teacher)
     if check_nan:
         check_every_layer(model, step)
     evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode, ranks)
+    # Takes up the newest checkpoint, so that all after it is the same for a new run and a resumed one.
     results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, evaluator))
     done, end = results.progress.epochs_done, min(stop_after or recipe.train.epochs, recipe.train.epochs)
     clock = Clock(device, results.progress.clocks)
@@ -91,6 +93,7 @@ def train(
         display.begin(done)
         with closing(loader), closing(told):
             told.begin(recipe)
+            # Compiling is not training: the clock of the published comparison starts after it.
             warm_up(range(done, end), step, evaluator, loader, clock, display, store.image_shape)
             with closing(profiled(loader, profile, run)) as source:
                 train_epochs(range(done, end), source, step, clock, display, results, told)
@@ -325,6 +328,7 @@ class Rows:
 def choose_rows(config: DataConfig, store: Store, seed: int) -> Rows:
     """Return the rows to train, select and test on: first the subset of each split, then the holdout out of it."""
     labels = store.labels("train")
+    # The subset first: a holdout is a part of what the run may see.
     train = subset_rows(labels, config.subset)
     test = subset_rows(store.labels("test"), config.test_subset, "data.test_subset")
     holdout = train[:0]

@@ -70,6 +70,7 @@ class Step(StepState):
     def execute(self, batch: Batch) -> None:
         """Train on one batch, operation by operation."""
         flat, cursor, saved = self.flat, self.cursor, None
+        # Where bad steps are skipped, the forward pass must not leave their statistics behind either.
         if self._stats_before is not None:
             self._stats_before.copy_(flat.stats)
         images, target = self.inputs(batch)  # uint8 (B, H, W, C) -> bf16 (B, C, H, W)
@@ -79,6 +80,7 @@ class Step(StepState):
         loss, correct = self.backward(images, target, batch.total)
         if not alone:
             self.ranks.sum(flat.grads)
+        # Kept on the device until the epoch ends: reading a loss here would make the host wait for it.
         cursor.record(self.losses, loss)
         cursor.record(self.correct, correct)
 
@@ -93,6 +95,7 @@ class Step(StepState):
             # batch_norm = "freeze" takes that back.
             if self._stats is not None:
                 self._stats.copy_(flat.stats)
+            # The same images and the same mix as at w: the two gradients must be of one function.
             self.backward(images, target, batch.total)
             self.ranks.sum(flat.grads)
             if self._stats is not None:
@@ -103,6 +106,7 @@ class Step(StepState):
         if self._stats_before is not None and coefficient is not None:
             flat.stats.copy_(torch.where(torch.isfinite(coefficient), flat.stats, self._stats_before))
         self.optimizer.step(cursor.lr, saved=saved, coefficient=coefficient)
+        # After the step, so that both passes and the optimizer saw one scale.
         if self.scaler is not None:
             self.scaler.advance()
         cursor.advance()
@@ -134,9 +138,11 @@ class Step(StepState):
         divide = divisors(target, self.class_weights, total, self.ranks) if in_parts else None
         self.flat.clear_gradients()
         for x, y in split(images, target, -(-len(images) // accumulate)):
+            # Before the pass: ShakeDrop draws by this number, so that SAM's second pass has other draws than the first.
             self.forward_passes.add_(1)
             with self.precision.autocasting(x.device.type):
                 logits = self.forward(x)
+            # Outside autocast: log-softmax and the sum over the batch need fp32's range and precision.
             loss, count = self.score(logits, y, divide)
             if self.teacher is not None:
                 with self.precision.autocasting(x.device.type):
@@ -148,6 +154,7 @@ class Step(StepState):
             (objective if self.scaler is None else objective * self.scaler.scale[0]).backward()
             losses.append(loss.detach())
             correct.append(count)
+        # From where autograd left them into one buffer, in one launch; what follows works on that buffer.
         self.flat.collect_gradients()
         return (losses[0], correct[0]) if accumulate == 1 else (torch.stack(losses).sum(), torch.stack(correct).sum())
 
@@ -171,10 +178,12 @@ class Step(StepState):
         clip = self.recipe.train.grad_clip
         if not clip and self.scaler is None and not self._skip:
             return None
+        # Not scaled by the weights, as ASAM's norm is: what counts here is the gradient that the optimizer takes.
         partials = norm_squared(self.flat.weights, self.flat.grads)
         self._observe(partials)
         coefficient = torch.ones_like(partials[:1]) if self.scaler is None else self.scaler.coefficient()
         if clip:
+            # The norm of the true gradient: what is in memory still has the loss scale in it.
             norm = partials.sum().sqrt() * coefficient
             coefficient = coefficient * (clip / (norm + 1e-6)).clamp(max=1.0)
         if self._skip:
@@ -209,6 +218,7 @@ def build_step(
     precision, asam = PRECISIONS[recipe.engine.precision], recipe.asam
     if device.type == "cuda":
         precision.apply_to_cuda()
+    # First of all: whatever holds a parameter from here on holds a view that stays.
     flat = FlatParameters(model.to(device))
     averages = build_averages(flat, recipe.ema)
     rate = learning_rate(recipe.schedule, recipe.optimizer.lr, recipe.train.epochs, steps_per_epoch)
@@ -224,6 +234,7 @@ def build_step(
         optimizer = Lookahead(optimizer, recipe.lookahead, flat, recipe.train.epochs * steps_per_epoch)
     # Outermost, so that nothing moves what is frozen.
     optimizer = build_freeze(optimizer, recipe, model, flat, averages, steps_per_epoch)
+    # The authors scale weights, not biases; the flat order puts the weights first, so that a number says which.
     scaled_end = flat.weights.numel() if asam and asam.scope == "all" else flat.weight_end
     return Step(
         recipe=recipe, model=model, augment=augment, mix=mix, flat=flat, precision=precision, rate=rate,

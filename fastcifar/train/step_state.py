@@ -88,6 +88,7 @@ class StepState:
         """Return whether the next step makes SAM's ascent step and a second pass: from ``asam.start`` of the run on."""
         if self.recipe.asam is None:
             return False
+        # By steps done, not by the cursor: that lies on the device, and asking it would wait.
         steps = self.cursor.steps_per_epoch
         return self._epoch * steps + len(self._sizes) >= self.recipe.asam.start * self.recipe.train.epochs * steps
 
@@ -108,6 +109,7 @@ class StepState:
         self.flat.check()
         self.model.train()
         hooks.begin_epoch(self.model, epoch)
+        # Each epoch afresh: a resume at its start needs no generator state, and ranks drop different units.
         torch.manual_seed(torch_seed(self.recipe.seed, epoch, self.ranks.place.rank))
         self.cursor.begin(epoch)
         self._epoch, self._sizes = epoch, []
@@ -130,6 +132,7 @@ class StepState:
         self._join_ranks()
         set_batches_tracked(self.model, self.forward_passes)
         sizes = torch.tensor(self._sizes, dtype=torch.float64)
+        # Here the host waits, once an epoch. Sums in float64: 400 epochs of curves should not drift by rounding.
         losses = self.losses[: len(sizes)].to("cpu", torch.float64)
         correct = self.correct[: len(sizes)].to("cpu", torch.float64)
         bad = (~torch.isfinite(losses)).nonzero()
@@ -203,6 +206,7 @@ class StepState:
         """Return all that a bit-identical resume at an epoch boundary needs: flat names to tensors (not copies)."""
         state = {f"flat.{name}": tensor for name, tensor in self.flat.state_dict().items()}
         state["forward_passes"] = self.forward_passes
+        # What is not floating point is in no flat buffer: counters such as num_batches_tracked.
         state |= {f"model.{n}": t for n, t in self.model.state_dict().items() if not t.is_floating_point()}
         if self.scaler is not None:
             state |= {f"scaler.{name}": tensor for name, tensor in self.scaler.tensors().items()}
@@ -221,6 +225,7 @@ class StepState:
             if name not in state or state[name].shape != tensor.shape:
                 raise ValueError(f"{name} is missing or has another size: the state belongs to another recipe")
         for name, tensor in own.items():
+            # In place: a captured graph keeps reading the old addresses.
             tensor.copy_(state[name])
         if self.user_optimizer is not None:
             self.user_optimizer.load_tensors({k.removeprefix(USER): v for k, v in state.items() if k.startswith(USER)})

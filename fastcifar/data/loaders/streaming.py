@@ -60,6 +60,7 @@ class StreamingLoader(ABC):
         return self._running
 
     def _end(self) -> None:
+        # Two epochs at once would share buffers and worker threads.
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -133,6 +134,7 @@ def _receive(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Ba
     stream = torch.cuda.current_stream(device)
     stream.wait_event(copied)
     for tensor in batch.tensors():
+        # The allocator would otherwise hand this memory to the side stream while the step still reads it.
         tensor.record_stream(stream)
     return batch
 

@@ -67,6 +67,7 @@ def fold(table: Any, chosen: Any, first: Any, window: Any) -> Any:
                 window[M00 + i] = row[P0 + i]
             return s + 1
         if row[CODE] == MIRROR:
+            # A mirror reads from the last column backwards; after another mirror, forwards again.
             window[SHIFT_X] += window[SIGN] * window[LAST_COLUMN]
             window[SIGN] = -window[SIGN]
         elif row[CODE] == SHIFT and not shifted:
@@ -301,11 +302,13 @@ def apply_sample(image: Any, chosen: Any, table: Any, factors: Any, work: Any) -
     window, pixels, words, index, counts, lut = work
     height, width, size, now, s = image.shape[0], image.shape[1], image.size, 0, 0
     source = image.reshape(size)
+    # Into memory with room for what the word-wise move spills; the source may be the caller's data set.
     for i in range(size):
         pixels[0, i] = source[i]
     while s < chosen.shape[0]:
         row, factor = table[chosen[s]], factors[chosen[s], P0]
         if IDENTITY < row[CODE] <= AFFINE:
+            # Crop, mirror and rotation together move each pixel once, and round once.
             s = fold(table, chosen, s, window)
             if window[REFLECT]:
                 find_reflected(window, height, width, index)
@@ -372,6 +375,7 @@ def share_threads() -> int:
     Starting them sets torch's number to that of the cores, and with it the last bits of sums; it is put back.
     """
     count = torch.get_num_threads()
+    # With one thread numba's are not started at all: starting them is what changes torch's number.
     if count > 1:
         nb.set_num_threads(min(count, nb.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         if torch.get_num_threads() != count:
@@ -431,6 +435,7 @@ def augment_batch(
     low, high = split_seed(seed)
     key = (np.uint64(low), np.uint64(high), np.uint64(epoch))
     tables = (program.slots, program.table, program.table.view(np.float32))
+    # The same results for any number of chunks: a sample's decisions are a hash of its number.
     chunks = min(CHUNKS, len(rows) // CHUNK_SAMPLES)
     if chunks > 1 and share_threads() > 1:
         _augment_parallel(images, rows, indices, key, tables, normal, out, scratch, chunks)

@@ -252,6 +252,7 @@ def decide_sample(seed_low: Any, seed_high: Any, index: Any, epoch: Any, slots: 
     gate_words = words
     for s in range(slots.shape[0]):
         slot = slots[s]
+        # Four words come out of one evaluation of Philox; neighbouring slots share them.
         if slot[BLOCK_NUMBER] != block:
             block = slot[BLOCK_NUMBER]
             words = philox_scalar(seed_low, seed_high, index, epoch, np.uint64(block), stream)

@@ -161,6 +161,7 @@ def sharpness(packed, factor, y, x, H: tl.constexpr, W: tl.constexpr):  # type: 
 def enhance(packed, code, factor, valid, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Blend with the grey image, its mean, or black."""
     grey = grey_of(packed)
+    # In integers, as PIL rounds it: a float mean may fall on the other side.
     mean = (2 * tl.sum(tl.where(valid, grey, 0), 0) + COUNT) // (2 * COUNT)
     low = tl.where(code == COLOR, grey, tl.where(code == CONTRAST, mean, 0))
     red, green = blend(low, channel(packed, 0), factor), blend(low, channel(packed, 1), factor)
@@ -173,6 +174,7 @@ def stretched(value, valid, stretch):  # type: ignore[no-untyped-def]
     low = tl.min(tl.where(valid, value, 255), 0)
     high = tl.max(tl.where(valid, value, 0), 0)
     scale = tl.load(stretch + high - low)
+    # float64, because PIL computes its tables in double and cuts off.
     exact = value.to(tl.float64) * scale + (-low).to(tl.float64) * scale
     mapped = tl.minimum(tl.maximum(exact, 0.0), 255.0).to(tl.int32)
     return tl.where(high > low, mapped, value)
@@ -233,6 +235,7 @@ def augment_kernel(  # type: ignore[no-untyped-def]
     SLOTS: tl.constexpr, LEAD: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Augment and normalize image ``rows[program]``; see `launch`."""
+    # One program an image: 1,024 pixels stay in registers from the first step to the last.
     i = tl.program_id(0)
     index = tl.load(indices + i).to(tl.uint32)
     seed, epoch = tl.load(seed_at), tl.load(epoch_at).to(tl.uint32)
@@ -240,12 +243,14 @@ def augment_kernel(  # type: ignore[no-untyped-def]
     y, x = pixel // W, pixel % W
     valid = pixel < H * W
     image = images + tl.load(rows + i) * (H * W * 3)
+    # The first steps cost no more than the reading: they only say which pixel is read.
     packed = read_image(image, table, y, x, LEAD, H, W, (seed, index, epoch), slots)
     for s in range(LEAD, SLOTS):
         row = table + pick_row(seed, index, epoch, slots, table, s) * WIDTH
         packed = apply_step(packed, row, y, x, valid, stretch, H, W)
     to = out + i.to(tl.int64) * (H * W * 3) + pixel * 3
     for c in tl.static_range(3):
+        # A table instead of arithmetic: the same bytes become the same values on every device.
         tl.store(to + c, tl.load(normal + 256 * c + channel(packed, c)), mask=valid)
 
 

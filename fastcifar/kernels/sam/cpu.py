@@ -19,6 +19,7 @@ def norm_squared(weights: Tensor, grads: Tensor, ascent: Ascent | None = None) -
     """Return the squared norm in partial sums; see `fastcifar.kernels.sam.norm_squared`."""
     if ascent is None or not ascent.adaptive:
         return torch.dot(grads, grads)[None]
+    # Biases and the like count with their plain gradient.
     rest = grads[ascent.scaled_end :]
     parts = [torch.dot(rest, rest)]
     for block in blocks(ascent.scaled_end, BLOCK):
@@ -33,15 +34,18 @@ def ascend(
 ) -> None:
     """Save w and move it to w + e; see `fastcifar.kernels.sam.ascend`. The gradient's memory is used up."""
     total, end = partials.sum(), ascent.scaled_end if ascent.adaptive else 0
+    # On a CPU reading a value costs nothing; the Triton kernel selects instead.
     finite, factor = bool(torch.isfinite(total)), ascent.rho / (total.sqrt() + 1e-12)
     for block in blocks(weights.numel(), BLOCK):
         w, g = weights[block], grads[block]
         saved[block].copy_(w)
         if finite:
             scaled = max(0, min(end - block.start, w.numel()))
+            # T^2 g: once for the metric, once because the step is measured in it (Kwon et al., eq. 8).
             g[:scaled].mul_(_scale(w[:scaled], ascent.eta).square_())
             w.addcmul_(g, factor)
     if working_copy is not None:
+        # The second pass reads the copy, so that it must be at w + e as well.
         working_copy.copy_(weights[: working_copy.numel()])
 
 

@@ -33,6 +33,7 @@ def norm_kernel(  # type: ignore[no-untyped-def]
         if ADAPTIVE:
             w = tl.load(weights + i, mask=i < n, other=0.0)
             g = tl.where(i < scaled_end, tl.abs(w) + eta, 1.0) * g
+        # A lane keeps its own sum; one reduction at the end instead of one for each round.
         total += g * g
     tl.store(partials + tl.program_id(0), tl.sum(total, 0))
 
@@ -44,6 +45,7 @@ def ascend_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Save w and add rho T^2 g / (||T g|| + 1e-12) to it; a norm that is not finite moves nothing."""
     part = tl.arange(0, PARTIALS)
+    # Each program adds up all partial sums: cheaper than a third launch, and without atomics the same bits always.
     total = tl.sum(tl.load(partials + part, mask=part < count, other=0.0), 0)
     # Infinity and NaN both fail this comparison.
     finite = total < float("inf")
@@ -56,6 +58,7 @@ def ascend_kernel(  # type: ignore[no-untyped-def]
         t = tl.abs(w) + eta
         direction = tl.where(i < scaled_end, t * t, 1.0) * direction
     tl.store(saved + i, w, mask=inside)
+    # An overflow must not spoil the weights: the optimizer step leaves such a step out.
     w = tl.where(finite, w + direction * factor, w)
     tl.store(weights + i, w, mask=inside)
     if COPY:

@@ -30,6 +30,7 @@ def sgd_step(
         if not skip:
             _move(w, g if coefficient is None else g.mul_(coefficient), momentum[block], settings, lr)
         if averages is not None:
+            # While the block is in the cache; a second loop would read all weights again.
             averages.weights[block].lerp_(w, 1 - averages.decay)
     if averages is not None:
         averages.stats_average.lerp_(averages.stats, 1 - averages.decay)

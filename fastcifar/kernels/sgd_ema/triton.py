@@ -29,12 +29,15 @@ def sgd_kernel(  # type: ignore[no-untyped-def]
     if pid < weight_blocks:
         i = pid * BLOCK + lane
         inside = i < n
+        # Restoring costs nothing here: the weights are read anyway, only from elsewhere.
         w = tl.load((saved if RESTORE else weights) + i, mask=inside)
         g = tl.load(grads + i, mask=inside)
         v = tl.load(momenta + i, mask=inside)
+        # From memory, not an argument: a captured graph would keep an argument for ever.
         lr = tl.load(rate)
         scale = tl.load(coefficient) if COEFFICIENT else 1.0
         d = g * scale + weight_decay * w
+        # torch.optim.SGD's form, without dampening: the learning rate is outside the momentum.
         moved = momentum * v + d
         step = d + momentum * moved if NESTEROV else moved
         if SKIP:
@@ -47,6 +50,7 @@ def sgd_kernel(  # type: ignore[no-untyped-def]
         tl.store(weights + i, w, mask=inside)
         if AVERAGE:
             a = tl.load(average + i, mask=inside)
+            # The form that leaves a = w exactly where they are equal; d * a + (1 - d) * w would round.
             tl.store(average + i, a + share * (w - a), mask=inside)
         if COPY:
             tl.store(working_copy + i, w.to(working_copy.dtype.element_ty), mask=i < copy_end)
