@@ -204,7 +204,7 @@ def _check_bases(path: Path, names: list[str]) -> None:
 # What belongs to a file itself and is not handed down to those that extend it.
 OWN_KEYS = ("name", "title", "published", "target")
 # Where ``false`` means that there is none.
-OPTIONAL_TABLES = ("mix", "asam", "ema", "lookahead", "distill", "published")
+OPTIONAL_TABLES = ("mix", "asam", "ema", "lookahead", "distill", "select", "published")
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], top: bool = True) -> dict[str, Any]:

@@ -577,6 +577,24 @@ class DistillConfig(Section):
     weight: Fraction = 0.9
 
 
+class SelectConfig(Section):
+    """Training on the hardest samples of each batch only, as a small net, the proxy, finds them.
+
+    It is what airbench96_faster does (Jordan, 2024).
+    The proxy goes through the same batches with the recipe's own optimizer, rates and loss, without averages; it is no
+    part of what is trained. Metrics and images/s are of the samples that the model trains on.
+
+    Attributes:
+        share: of a batch that is kept.
+        every: the proxy learns, from what it keeps, in every so many-th step; in the others it only looks.
+        model: the proxy, a table as the recipe's ``model``.
+    """
+
+    share: float = Field(0.5, gt=0, lt=1)
+    every: int = Field(4, ge=1, le=MAX_IMAGES)
+    model: Annotated[ModelUnion, BeforeValidator(expand_preset)]
+
+
 class TrainConfig(Section):
     """How long, and how a batch goes through the model.
 
@@ -684,6 +702,7 @@ class Recipe(Section):
     ema: EmaConfig | None = None
     lookahead: LookaheadConfig | None = None
     distill: DistillConfig | None = None
+    select: SelectConfig | None = None
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
@@ -693,7 +712,8 @@ class Recipe(Section):
     @property
     def passes_per_step(self) -> float:
         """How often a step goes through the model with each sample, forward and backward: the mean over the run."""
-        return 2 - self.asam.start if self.asam else 1
+        passes = 2 - self.asam.start if self.asam else 1
+        return passes if self.select is None else passes * self.select.share
 
     @model_validator(mode="after")
     def _resizing(self) -> "Recipe":
@@ -702,10 +722,23 @@ class Recipe(Section):
             return self
         if starts[0] != 0 or starts != sorted(set(starts)):
             raise ValueError(f"data.resize begins at {starts}; the first must begin at 0, each one after the last")
-        if self.model.name in FIXED_SIZE:
-            raise ValueError(f'data.resize: model.name = "{self.model.name}" has layers made for one size of images')
+        for model in (self.model, *([self.select.model] if self.select else [])):
+            if model.name in FIXED_SIZE:
+                raise ValueError(f'data.resize: model.name = "{model.name}" has layers made for one size of images')
         if self.data.loader.name not in ("auto", "resident") or self.augment.where == "loader":
             raise ValueError('data.resize works with data.loader.name = "resident" and augment.where = "device"')
+        return self
+
+    @model_validator(mode="after")
+    def _selection(self) -> "Recipe":
+        if self.select is None:
+            return self
+        if self.mix is not None:
+            raise ValueError("select works without mix: how hard a sample is shows with one label (mix = false)")
+        if isinstance(self.optimizer, UserOptimizerConfig):
+            raise ValueError(f'select works with our own optimizers, not "{self.optimizer.name}"')
+        if self.engine.precision == "fp16" or self.engine.on_nonfinite == "skip":
+            raise ValueError('select works with engine.precision other than "fp16" and engine.on_nonfinite = "stop"')
         return self
 
     @model_validator(mode="after")

@@ -27,7 +27,8 @@ def step_key(recipe: Recipe) -> str:
     start = recipe.asam.start if recipe.asam else 0.0
     distilled = ["distilled"] if recipe.distill else []
     asam = ["asam" if not start else f"asam from {start:g}"] if recipe.asam else []
-    update = "+".join([recipe.optimizer.name, *asam, *distilled, *(["ema"] if recipe.ema else [])])
+    selected = [f"selected {recipe.select.share:g}"] if recipe.select else []
+    update = "+".join([recipe.optimizer.name, *asam, *distilled, *selected, *(["ema"] if recipe.ema else [])])
     return f"{model} | batch {recipe.train.batch_size} | {update} | {recipe.engine.precision}"
 
 

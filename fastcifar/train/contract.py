@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from fastcifar.augment.mix import build_mix
-from fastcifar.config.schema import Recipe
+from fastcifar.config.schema import ModelBase, Recipe
 from fastcifar.errors import UserError
 from fastcifar.models import build_model, hooks
 from fastcifar.train.clock import Clock
@@ -22,6 +23,7 @@ from fastcifar.train.evaluate import Evaluator
 from fastcifar.train.ranks import ALONE
 from fastcifar.train.results import diverged
 from fastcifar.train.run import evaluation_sets, make_augment, open_data, pick_device, warm_up
+from fastcifar.train.selection import build_proxy
 from fastcifar.train.step import build_step
 
 AVERAGES = {"ema": "weights", "stats_ema": "stats", "lookahead": "weights", "stats_lookahead": "stats"}
@@ -60,12 +62,13 @@ class ContractRun:
         steps, px, classes = len(self._loader), store.image_shape[0], len(store.classes)
         mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=steps)
         self.model = build_model(recipe.model, num_classes=classes, image_px=px, seed=recipe.seed).to(device)
-        first = store.split("train").images[rows.train[: hooks.images_to_fit(self.model)]]
-        self._first_images = torch.from_numpy(first).to(device)
+        self._proxy = build_proxy(recipe, classes, px, device)
+        wanted = max(hooks.images_to_fit(model) for model in (self.model, self._proxy) if model is not None)
+        self._first_images = torch.from_numpy(store.split("train").images[rows.train[:wanted]]).to(device)
         self._recipe, self._classes, self._px = recipe, classes, px
         self.step = build_step(
             recipe, self.model, self._augment, mix, steps_per_epoch=steps, device=device,
-            teacher=build_teacher(recipe, classes, px, device),
+            teacher=build_teacher(recipe, classes, px, device), proxy=self._proxy,
         )
         kind = self.step.execution.mode
         evaluator = Evaluator(self.model, self._augment, self.step.precision, device, recipe.eval.batch_size, kind)
@@ -98,13 +101,18 @@ class ContractRun:
 
     @torch.no_grad()
     def _reset(self) -> None:
-        """Draw the seed's weights and fit the whitening layer, in the memory that is there."""
-        config, flat = self._recipe.model, self.step.flat
-        fresh = build_model(config, num_classes=self._classes, image_px=self._px, seed=self._recipe.seed)
-        self.model.load_state_dict(fresh.state_dict())
-        if len(self._first_images):
-            hooks.fit_images(self.model, self._augment.plain(self._first_images).float())
+        """Draw the seed's weights and fit whitening layers, in the memory that is there."""
+        flat = self.step.flat
+        self._begin_anew(self.model, self._recipe.model)
+        if self._proxy is not None and self._recipe.select is not None:
+            self._begin_anew(self._proxy, self._recipe.select.model)
         for average, present in AVERAGES.items():
             if average in flat.buffers:
                 flat.buffers[average].copy_(flat.buffers[present])
         flat.cast()
+
+    def _begin_anew(self, model: nn.Module, config: ModelBase) -> None:
+        fresh = build_model(config, num_classes=self._classes, image_px=self._px, seed=self._recipe.seed)
+        model.load_state_dict(fresh.state_dict())
+        if wanted := hooks.images_to_fit(model):
+            hooks.fit_images(model, self._augment.plain(self._first_images[:wanted]).float())

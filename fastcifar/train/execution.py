@@ -56,12 +56,11 @@ class Execution:
         device = step.losses.device
         own = step.user_optimizer is not None
         self.compiled, captured, self.fallback = choose_mode(step.recipe.engine, device, own)
-        self.graph = GraphedStep(step.execute, lambda: step.ascending) if captured else None
+        self.graph = GraphedStep(step.execute, lambda: step.phase) if captured else None
         if self.compiled:
             # The loss is a graph of its own, outside autocast.
             step.forward, step.score = compile_model(step.forward), compile_model(step.score)
-            if step.teacher is not None:
-                step.teacher.compile(compile_model)
+            self._compile_others(compile_model)
         if self.fallback and is_strict(step.recipe.engine):
             raise UserError(f"{self.fallback} (engine.strict)")
 
@@ -86,15 +85,20 @@ class Execution:
         Raises:
             UserError: out of memory, a capture that failed, or, with ``engine.strict``, any fallback.
         """
-        # Every shape and both phases: none may be met first while the training clock runs.
-        for ascending, batch in itertools.product(self._step.phases(), list(batches)):
-            own, self._step.ascending = self._step.user_optimizer, ascending
+        for phase, batch in itertools.product(self._step.phases(), list(batches)):
+            own, self._step.phase = self._step.user_optimizer, phase
             with preserved(self._step.changing()), own.unchanged() if own else nullcontext(), out_of_memory_explained():
                 self._rehearse(batch)
                 if self.graph is not None:
                     self.graph.capture(batch)
-        self._step.ascending = self._step.ascends()
+        self._step.phase = self._step.next_phase()
         self.warm = True
+
+    def _compile_others(self, by: Callable[[nn.Module], Forward] | None) -> None:
+        """Compile the models beside the one that is trained, or execute them plainly."""
+        for other in (self._step.teacher, self._step.selection):
+            if other is not None:
+                other.compile(by)
 
     def _rehearse(self, batch: Batch) -> None:
         """Run the step without capturing it, giving up what does not work."""
@@ -107,8 +111,7 @@ class Execution:
                 raise
             # Whose error is it? The plain model tells: where it fails too, the model is wrong, not the compiler.
             self.compiled, (self._step.forward, self._step.score) = False, self._plain
-            if self._step.teacher is not None:
-                self._step.teacher.compile(None)
+            self._compile_others(None)
             self._run(batch)  # an error of the model itself, not of the compiler, is raised here
             self._fall_back(f"the model cannot be compiled and runs without compilation: {root_cause(error)}")
 

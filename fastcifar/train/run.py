@@ -3,7 +3,7 @@
 recipe -> store -> loader -> augment -> model -> step -> evaluate -> record
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -43,6 +43,7 @@ from fastcifar.train.precision import PRECISIONS
 from fastcifar.train.profile import profiled
 from fastcifar.train.ranks import ALONE, Ranks
 from fastcifar.train.results import Results, RunSetting, diverged
+from fastcifar.train.selection import build_proxy
 from fastcifar.train.step import Step, build_step
 
 
@@ -77,10 +78,9 @@ def train(
     mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=len(loader))
     px, classes = store.image_shape[0], len(store.classes)
     model = build_model(recipe.model, num_classes=classes, image_px=px, seed=recipe.seed).to(device)
-    # Before the step: its averages begin as copies of the weights.
-    fit_images(model, store, rows, augment, device)
-    teacher = build_teacher(recipe, classes, px, device)
-    step = build_step(recipe, model, augment, mix, len(loader), device, ranks, teacher)
+    teacher, proxy = build_teacher(recipe, classes, px, device), build_proxy(recipe, classes, px, device)
+    fit_images((model, proxy), store, rows, augment, device)
+    step = build_step(recipe, model, augment, mix, len(loader), device, ranks, teacher, proxy)
     if check_nan:
         check_every_layer(model, step)
     evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode, ranks)
@@ -340,13 +340,14 @@ def choose_rows(config: DataConfig, store: Store, seed: int) -> Rows:
 
 
 def fit_images(
-    model: nn.Module, store: Store, rows: Rows, augment: Augment | AugmentBySize, device: torch.device
+    models: Iterable[nn.Module | None], store: Store, rows: Rows, augment: Augment | AugmentBySize,
+    device: torch.device,
 ) -> None:
-    """Hand the first training images to a model that wants them; before the step copies weights for its averages."""
-    wanted = hooks.images_to_fit(model)
-    if wanted:
-        images = torch.from_numpy(store.split("train").images[rows.train[:wanted]])
-        hooks.fit_images(model, augment.plain(images.to(device)).float())
+    """Hand the first training images to models that want them; before the step copies weights for its averages."""
+    for model in filter(None, models):
+        if wanted := hooks.images_to_fit(model):
+            images = torch.from_numpy(store.split("train").images[rows.train[:wanted]])
+            hooks.fit_images(model, augment.plain(images.to(device)).float())
 
 
 def evaluation_sets(recipe: Recipe, store: Store, rows: Rows, evaluator: Evaluator) -> dict[str, EvaluationSet]:

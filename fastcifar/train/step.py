@@ -36,6 +36,7 @@ from fastcifar.train.optimizers import build_optimizer
 from fastcifar.train.precision import PRECISIONS, LossScaler
 from fastcifar.train.ranks import ALONE, Ranks
 from fastcifar.train.schedule import learning_rate
+from fastcifar.train.selection import build_selection
 from fastcifar.train.step_state import StepState
 from fastcifar.train.user_optimizer import UserOptimizer
 
@@ -63,9 +64,9 @@ class Step(StepState):
 
     def __call__(self, batch: Batch) -> None:
         """Train on one batch: `execute`, or the CUDA graph that was captured from it."""
-        self.ascending = self.ascends()
+        self.phase = self.next_phase()
         self.execution(batch)
-        self._sizes.append(batch.total)
+        self._sizes.append(batch.total if self.selection is None else self.selection.kept(batch.total))
 
     def execute(self, batch: Batch) -> None:
         """Train on one batch, operation by operation."""
@@ -74,17 +75,21 @@ class Step(StepState):
         if self._stats_before is not None:
             self._stats_before.copy_(flat.stats)
         images, target = self.inputs(batch)  # uint8 (B, H, W, C) -> bf16 (B, C, H, W)
+        total = batch.total
+        if self.selection is not None:
+            images, target = self.selection.choose(images, target, cursor.lr, self.phase.proxy_learns)
+            total = len(images)
 
         # The gradient at w, of all ranks' samples; or of each rank's own, where each makes an ascent step of its own.
-        alone = self.ascending and self._ascends_alone
-        loss, correct = self.backward(images, target, batch.total)
+        alone = self.phase.ascending and self._ascends_alone
+        loss, correct = self.backward(images, target, total)
         if not alone:
             self.ranks.sum(flat.grads)
         # Kept on the device until the epoch ends: reading a loss here would make the host wait for it.
         cursor.record(self.losses, loss)
         cursor.record(self.correct, correct)
 
-        if self.ascending and self.ascent is not None and self._saved is not None:
+        if self.phase.ascending and self.ascent is not None and self._saved is not None:
             # SAM's ascent step: to w + e, the point nearby where the loss is highest to first order. The norm of the
             # gradient stays on the device, as partial sums.
             partials = norm_squared(flat.weights, flat.grads, self.ascent)
@@ -95,8 +100,7 @@ class Step(StepState):
             # batch_norm = "freeze" takes that back.
             if self._stats is not None:
                 self._stats.copy_(flat.stats)
-            # The same images and the same mix as at w: the two gradients must be of one function.
-            self.backward(images, target, batch.total)
+            self.backward(images, target, total)
             self.ranks.sum(flat.grads)
             if self._stats is not None:
                 flat.stats.copy_(self._stats)
@@ -198,7 +202,7 @@ class Step(StepState):
 
 def build_step(
     recipe: Recipe, model: nn.Module, augment: Any, mix: Any, steps_per_epoch: int, device: torch.device,
-    ranks: Ranks = ALONE, teacher: Teacher | None = None,
+    ranks: Ranks = ALONE, teacher: Teacher | None = None, proxy: nn.Module | None = None,
 ) -> Step:
     """Make the training step of a recipe.
 
@@ -211,6 +215,7 @@ def build_step(
         device: where to train.
         ranks: those that divide each batch.
         teacher: the trained model to learn from, or None.
+        proxy: the small net that chooses samples, for a recipe that selects.
 
     Raises:
         UserError: there is not one class weight per class.
@@ -234,7 +239,7 @@ def build_step(
         optimizer = Lookahead(optimizer, recipe.lookahead, flat, recipe.train.epochs * steps_per_epoch)
     # Outermost, so that nothing moves what is frozen.
     optimizer = build_freeze(optimizer, recipe, model, flat, averages, steps_per_epoch)
-    # The authors scale weights, not biases; the flat order puts the weights first, so that a number says which.
+    weights = class_weights(recipe.loss, _classes(recipe, model), device)
     scaled_end = flat.weights.numel() if asam and asam.scope == "all" else flat.weight_end
     return Step(
         recipe=recipe, model=model, augment=augment, mix=mix, flat=flat, precision=precision, rate=rate,
@@ -243,11 +248,12 @@ def build_step(
         optimizer=optimizer, averages=averages,
         ascent=Ascent(asam.rho, asam.adaptive, asam.eta, scaled_end) if asam else None,
         scaler=LossScaler(device) if precision.scaled else None,
-        class_weights=class_weights(recipe.loss, _classes(recipe, model), device),
+        class_weights=weights,
         forward_passes=forward_passes,
         losses=torch.zeros(steps_per_epoch, device=device),
         correct=torch.zeros(steps_per_epoch, device=device),
         user_optimizer=user_optimizer, ranks=ranks, teacher=teacher,
+        selection=build_selection(recipe, proxy, forward_passes, steps_per_epoch, weights),
     )  # fmt: skip
 
 

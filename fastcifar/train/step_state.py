@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,26 @@ from fastcifar.train.optimizers import Optimizer
 from fastcifar.train.precision import LossScaler, Precision
 from fastcifar.train.ranks import ALONE, Ranks
 from fastcifar.train.schedule import LearningRate
+from fastcifar.train.selection import Selection
 from fastcifar.train.user_optimizer import UserOptimizer
 
+SELECT = "select."  # before the names of the state of what selects samples
 USER = "optimizer."  # before the names of the state of an optimizer of the user's own
+
+
+class Phase(NamedTuple):
+    """What the host decides before a step; each combination is a CUDA graph of its own.
+
+    Attributes:
+        ascending: whether the step makes SAM's ascent step and a second pass.
+        proxy_learns: whether the proxy that selects samples takes a step too.
+    """
+
+    ascending: bool
+    proxy_learns: bool
+
+
+PLAIN = Phase(ascending=False, proxy_learns=False)
 
 
 @dataclass(eq=False)
@@ -52,10 +69,11 @@ class StepState:
             rank's part of it.
         correct: float32 (steps_per_epoch,), how many samples it got right; mixed labels count by their shares. During
             an epoch, of this rank's samples.
-        ascending: whether this step makes SAM's ascent step and a second pass; the host decides it before each step.
+        phase: what this step does; the host decides it before each step.
         user_optimizer: the optimizer of the user's own that ``optimizer`` steps, which keeps state of its own, or None.
         ranks: those that divide each batch.
         teacher: the trained model that the student learns from, or None.
+        selection: what chooses the samples of a batch to train on, or None for all.
     """
 
     recipe: Recipe
@@ -78,9 +96,10 @@ class StepState:
     user_optimizer: UserOptimizer | None = None
     ranks: Ranks = ALONE
     teacher: Teacher | None = None
+    selection: Selection | None = None
     _sizes: list[int] = field(default_factory=list)
     _epoch: int = 0
-    ascending: bool = False
+    phase: Phase = PLAIN
 
     # ----------------------------------------------------------------------------------------------------------- phases
 
@@ -92,11 +111,17 @@ class StepState:
         steps = self.cursor.steps_per_epoch
         return self._epoch * steps + len(self._sizes) >= self.recipe.asam.start * self.recipe.train.epochs * steps
 
-    def phases(self) -> list[bool]:
-        """Return what `ascending` will be in this run: each is a CUDA graph of its own."""
-        if self.recipe.asam is None:
-            return [False]
-        return [False, True] if self.recipe.asam.start else [True]
+    def next_phase(self) -> Phase:
+        """Return the phase of the next step."""
+        number = self._epoch * self.cursor.steps_per_epoch + len(self._sizes)
+        return Phase(self.ascends(), self.selection is not None and self.selection.learns(number))
+
+    def phases(self) -> list[Phase]:
+        """Return the phases of this run."""
+        asam, selection = self.recipe.asam, self.selection
+        ascending = [False] if asam is None else [False, True] if asam.start else [True]
+        learning = [False] if selection is None else selection.phases()
+        return [Phase(a, b) for a in ascending for b in learning]
 
     # ----------------------------------------------------------------------------------------------------------- epochs
 
@@ -109,7 +134,8 @@ class StepState:
         self.flat.check()
         self.model.train()
         hooks.begin_epoch(self.model, epoch)
-        # Each epoch afresh: a resume at its start needs no generator state, and ranks drop different units.
+        if self.selection is not None:
+            self.selection.begin_epoch(epoch)
         torch.manual_seed(torch_seed(self.recipe.seed, epoch, self.ranks.place.rank))
         self.cursor.begin(epoch)
         self._epoch, self._sizes = epoch, []
@@ -208,6 +234,8 @@ class StepState:
         state["forward_passes"] = self.forward_passes
         # What is not floating point is in no flat buffer: counters such as num_batches_tracked.
         state |= {f"model.{n}": t for n, t in self.model.state_dict().items() if not t.is_floating_point()}
+        if self.selection is not None:
+            state |= {f"{SELECT}{name}": tensor for name, tensor in self.selection.tensors().items()}
         if self.scaler is not None:
             state |= {f"scaler.{name}": tensor for name, tensor in self.scaler.tensors().items()}
         if self.user_optimizer is not None:

@@ -30,7 +30,10 @@ def tiny(**changes) -> Recipe:
     return recipe(**{**tables, "train": {"epochs": 2, "batch_size": 40}} | changes)
 
 
-@pytest.mark.parametrize("changes", [{"lookahead": {"every": 3}, "eval": {"tta": "flip"}}, {"ema": {"decay": 0.9}}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"lookahead": {"every": 3}, "eval": {"tta": "flip"}}, {"ema": {"decay": 0.9}, "select": {"model": SPEEDNET}}],
+)
 def test_it_trains_what_an_ordinary_run_trains(changes: dict, tmp_path: Path) -> None:
     """Reset and whitening within the memory that was made for them; the averages begin at the whitened weights."""
     wanted = tiny(**changes)

@@ -136,7 +136,7 @@ def test_training_row(row):
     assert (recipe.mix and recipe.mix.model_dump()) == mix
     loss = {"label_smoothing": wanted.pop("label_smoothing"), "class_weights": None, "reduction": "mean"}
     assert recipe.loss.model_dump() == loss
-    assert recipe.lookahead is None
+    assert (recipe.lookahead, recipe.select) == (None, None)
     assert (recipe.asam and recipe.asam.model_dump()) == ASAM[wanted.pop("asam")]
     assert (recipe.ema and recipe.ema.model_dump()) == EMA[wanted.pop("ema")]
     train = {"epochs": wanted.pop("epochs"), "batch_size": wanted.pop("batch_size"), "drop_last": False}
