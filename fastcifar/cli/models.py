@@ -32,6 +32,7 @@ CATALOGUE: dict[str, dict[str, Any]] = {
     "convnextv2_femto": {"name": "convnextv2_femto"},
     "shake_shake26_2x32d": {"name": "shake_shake26_2x32d"},
     "shake_shake26_2x64d": {"name": "shake_shake26_2x64d"},
+    "residual_attention92": {"name": "residual_attention92"},
 }
 """The table's rows: a name and the ``model`` table of a recipe that builds it."""
 

@@ -357,6 +357,25 @@ class ShakeShakeConfig(ModelBase):
         return self
 
 
+class ResidualAttentionConfig(ModelBase):
+    """Residual attention network for small images (Wang et al., 2017); Attention-92 here, 1.9 M parameters.
+
+    Attributes:
+        depth: layers of the trunk: 36 for each attention module of a stage, and 20.
+        width: channels of the first stage; the second and third have twice and four times as many.
+    """
+
+    name: Literal["residual_attention"]
+    depth: int = Field(92, ge=56, le=2000)
+    width: int = Field(64, ge=4, le=4096, multiple_of=4)
+
+    @model_validator(mode="after")
+    def _depth(self) -> "ResidualAttentionConfig":
+        if (self.depth - 20) % 36:
+            raise ValueError(f"depth {self.depth} is not 36m + 20; the nearest is {(self.depth - 20) // 36 * 36 + 20}")
+        return self
+
+
 class UserModelConfig(ModelBase):
     """A model by import path: ``mypkg.nets:MyNet``, or ``timm:resnet18`` (with the extra ``timm``).
 
@@ -379,6 +398,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "convnextv2_femto": {"name": "convnextv2", "widths": [48, 96, 192, 384], "depths": [2, 2, 6, 2]},
     "shake_shake26_2x32d": {"name": "shake_shake", "depth": 26, "width": 32},
     "shake_shake26_2x64d": {"name": "shake_shake", "depth": 26, "width": 64},
+    "residual_attention92": {"name": "residual_attention", "depth": 92},
+    "residual_attention236": {"name": "residual_attention", "depth": 236},
 }
 
 
@@ -400,7 +421,8 @@ ModelUnion = Annotated[
     | ViTConfig
     | CCTConfig
     | ConvNeXtV2Config
-    | ShakeShakeConfig,
+    | ShakeShakeConfig
+    | ResidualAttentionConfig,
     Field(discriminator="name"),
 ]
 ModelConfig = Annotated[

@@ -17,6 +17,7 @@ from fastcifar.models import (
     lenet,
     pyramidnet,
     residual,
+    residual_attention,
     shake_shake,
     speednet,
     transformer,
@@ -42,6 +43,7 @@ MODELS: dict[str, Builder] = {
     "cct": transformer.build_cct,
     "convnextv2": convnext.build,
     "shake_shake": shake_shake.build,
+    "residual_attention": residual_attention.build,
 }
 """A model's name in a recipe -> (config, num_classes, image_px) -> the network with torch's default weights."""
 

@@ -1,4 +1,4 @@
-"""ViT, CCT, ConvNeXt V2 and Shake-Shake against torchvision's own or plain formulations in float64."""
+"""ViT, CCT, ConvNeXt V2, Shake-Shake, Residual Attention against torchvision's own or plain formulations in float64."""
 
 import random
 from pathlib import Path
@@ -22,13 +22,15 @@ from fastcifar.train.run import train
 from tests.train.tiny import assert_same_run, recipe
 
 # Published counts: CCT-7/3x1 3.760 M in its authors' table; Shake-Shake 2x32d 2.9 M and 2x64d 11.7 M. ConvNeXt V2's are
-# those of the published stem and 1,000 classes, 3.7 M and 5.2 M.
+# those of the published stem and 1,000 classes, 3.7 M and 5.2 M. Residual Attention's are those of its paper for CIFAR.
 COUNTS = {
     "cct7_3x1": ({"name": "cct7_3x1"}, 10, 3_760_139),
     "shake_shake26_2x32d": ({"name": "shake_shake26_2x32d"}, 10, 2.9e6),
     "shake_shake26_2x64d": ({"name": "shake_shake26_2x64d"}, 10, 11.7e6),
     "convnextv2_atto": ({"name": "convnextv2_atto", "stem_stride": 4}, 1000, 3.7e6),
     "convnextv2_femto": ({"name": "convnextv2_femto", "stem_stride": 4}, 1000, 5.2e6),
+    "residual_attention92": ({"name": "residual_attention92"}, 10, 1.9e6),
+    "residual_attention236": ({"name": "residual_attention236"}, 10, 5.1e6),
 }
 
 
@@ -165,11 +167,15 @@ def test_convnextv2_equals_a_plain_formulation() -> None:
         torch.testing.assert_close(model(x), plain_convnext(state, x), rtol=1e-9, atol=1e-9)
 
 
+def batch_norm(s: dict[str, Tensor], x: Tensor, name: str) -> Tensor:
+    mean, var = s[f"{name}.running_mean"], s[f"{name}.running_var"]
+    scaled = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+    return scaled * s[f"{name}.weight"][:, None, None] + s[f"{name}.bias"][:, None, None]
+
+
 def plain_shake_shake(s: dict[str, Tensor], x: Tensor) -> Tensor:
     def bn(x: Tensor, name: str) -> Tensor:
-        mean, var = s[f"{name}.running_mean"], s[f"{name}.running_var"]
-        scaled = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
-        return scaled * s[f"{name}.weight"][:, None, None] + s[f"{name}.bias"][:, None, None]
+        return batch_norm(s, x, name)
 
     x = bn(F.conv2d(x, s["stem.0.weight"], padding=1), "stem.1")
     for i in range(3):
@@ -188,11 +194,65 @@ def plain_shake_shake(s: dict[str, Tensor], x: Tensor) -> Tensor:
     return x.clamp(min=0).mean((2, 3)) @ s["head.weight"].T + s["head.bias"]
 
 
-def test_shake_shake_equals_a_plain_formulation() -> None:
-    model, state = shaken({"name": "shake_shake", "depth": 8, "width": 4})
+def doubled(x: Tensor) -> Tensor:
+    """Return (B, C, H, W) at twice the size, bilinearly: each pixel 3/4 of the nearest and 1/4 of the next one."""
+    for dim in (2, 3):
+        first, last = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
+        before = torch.cat([first, x.narrow(dim, 0, x.shape[dim] - 1)], dim)
+        after = torch.cat([x.narrow(dim, 1, x.shape[dim] - 1), last], dim)
+        pairs = torch.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], dim + 1)
+        x = pairs.flatten(dim, dim + 1)
+    return x
+
+
+def plain_residual_attention(s: dict[str, Tensor], x: Tensor) -> Tensor:
+    def part(x: Tensor, name: str, **options: int) -> Tensor:
+        return F.conv2d(batch_norm(s, x, f"{name}.0").clamp(min=0), s[f"{name}.2.weight"], **options)
+
+    def unit(x: Tensor, p: str, stride: int = 1) -> Tensor:
+        active = batch_norm(s, x, f"{p}.norm").clamp(min=0)
+        if f"{p}.shortcut.weight" in s:
+            x = F.conv2d(active, s[f"{p}.shortcut.weight"], stride=stride)
+        y = part(F.conv2d(active, s[f"{p}.narrow.weight"]), f"{p}.middle", stride=stride, padding=1)
+        return part(y, f"{p}.wide") + x
+
+    def module(x: Tensor, p: str, twice: bool) -> Tensor:
+        x = unit(x, f"{p}.before")
+        far = unit(F.max_pool2d(x, 3, 2, 1), f"{p}.mask.0.down")
+        if twice:
+            farther = unit(F.max_pool2d(far, 3, 2, 1), f"{p}.mask.0.inner.down")
+            back = doubled(unit(farther, f"{p}.mask.0.inner.up"))
+            far = back + unit(far, f"{p}.mask.0.skip")
+        mask = part(part(doubled(unit(far, f"{p}.mask.0.up")), f"{p}.mask.1"), f"{p}.mask.2")
+        trunk = unit(unit(x, f"{p}.trunk.0"), f"{p}.trunk.1")
+        return unit(trunk + trunk / (1 + torch.exp(-mask)), f"{p}.after")
+
+    x = F.conv2d(x, s["features.0.weight"], padding=1)
+    for stage in range(3):
+        x = unit(x, f"features.{1 + 2 * stage}", 2 if stage else 1)
+        x = module(x, f"features.{2 + 2 * stage}", twice=stage < 2)
+    for number in (7, 8, 9):
+        x = unit(x, f"features.{number}")
+    return batch_norm(s, x, "norm").clamp(min=0).mean((2, 3)) @ s["head.weight"].T + s["head.bias"]
+
+
+def test_residual_attention_equals_a_plain_formulation() -> None:
+    model, state = shaken({"name": "residual_attention", "depth": 56, "width": 8})
+    make_variances_positive(state)
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain_residual_attention(state, x), rtol=1e-9, atol=1e-9)
+
+
+def make_variances_positive(state: dict[str, Tensor]) -> None:
     for name, tensor in state.items():
         if name.endswith("running_var"):
             tensor.abs_().add_(0.5)
+
+
+def test_shake_shake_equals_a_plain_formulation() -> None:
+    model, state = shaken({"name": "shake_shake", "depth": 8, "width": 4})
+    make_variances_positive(state)
     x = images()
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain_shake_shake(state, x), rtol=1e-9, atol=1e-9)
@@ -241,6 +301,7 @@ SMALL: list[dict[str, Any]] = [
     {"name": "cct", "dim": 16, "depth": 2, "heads": 2, "drop_path": 0.5},
     {"name": "convnextv2", "widths": [4, 4, 8, 8], "depths": [1, 1, 1, 1], "drop_path": 0.5},
     {"name": "shake_shake", "depth": 8, "width": 4},
+    {"name": "residual_attention", "depth": 56, "width": 4},
 ]
 
 
@@ -258,7 +319,8 @@ def test_trains_and_resumes_to_the_same_bits(table: dict[str, Any], tmp_path: Pa
     assert_same_run(*folders)
 
 
-@pytest.mark.parametrize("table", [{"name": "vit", "depth": 1}, {"name": "cct", "depth": 1}, {"name": "shake_shake"}])
+@pytest.mark.parametrize("table", [{"name": "vit", "depth": 1}, {"name": "cct", "depth": 1}, {"name": "shake_shake"},
+                                   {"name": "residual_attention", "depth": 56, "width": 8}])  # fmt: skip
 def test_other_classes_and_sizes(table: dict[str, Any]) -> None:
     model = build_model(config_of(table), num_classes=7, image_px=64, seed=1).eval()
     with torch.no_grad():
