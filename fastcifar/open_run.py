@@ -1,6 +1,5 @@
 """Which directory a run lives in: a new one, the one to resume, or the newest unfinished one of the same recipe."""
 
-import hashlib
 import re
 import time
 from collections.abc import Iterator
@@ -54,20 +53,17 @@ def open_run(
 
 
 def teacher_digest(recipe: "Recipe | CombineRecipe") -> str | None:
-    """Return the SHA-256 of the weights of the model that a recipe distills; None where it names none.
+    """Return a SHA-256 of the weights of the models that a recipe distills; None where it names none.
 
     Raises:
-        UserError: the teacher is no finished run, or has no such weights.
+        UserError: the teacher is no finished run or combination, or has no such weights.
     """
-    from fastcifar.run_directory import RunDirectory
-
     distill = getattr(recipe, "distill", None)
     if distill is None:
         return None
-    run = RunDirectory.open(distill.teacher)
-    if not run.finished:
-        raise UserError(f"distill.teacher: {run.folder} is not finished; `fastcifar run --resume {run.folder}` first")
-    return hashlib.sha256(run.read(f"weights/{distill.weights or run.default_weights()}.safetensors")).hexdigest()
+    from fastcifar.teachers import teachers_digest
+
+    return teachers_digest(distill)
 
 
 def _existing(

@@ -584,10 +584,13 @@ class LossConfig(Section):
 
 
 class DistillConfig(Section):
-    """Knowledge distillation from a trained model (Hinton et al., 2015).
+    """Knowledge distillation from trained models (Hinton et al., 2015).
 
     Attributes:
-        teacher: a finished run's directory.
+        teacher: a finished run's directory; or that of a soft or weighted combination, whose members then teach
+            together, each with its weight.
+        cache: compute what the teachers say of every augmented image of an epoch once, in float16, and keep it: for
+            all later runs of the same seed, images and augmentations, whatever their student.
         weights: which of its weights; by default the epoch selected on its holdout where it has one, else the last.
         temperature: what both models' logits are divided by.
         weight: share of the divergence from the teacher in the loss; the rest is the cross entropy with the labels.
@@ -597,6 +600,7 @@ class DistillConfig(Section):
     weights: Literal["last", "best", "selected"] | None = None
     temperature: Positive = 4.0
     weight: Fraction = 0.9
+    cache: bool = False
 
 
 class SelectConfig(Section):

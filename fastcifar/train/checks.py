@@ -91,6 +91,8 @@ def check_division(recipe: Recipe, count: int, ranks: int) -> None:
             micro-batches.
     """
     size, accumulate = recipe.train.batch_size, recipe.train.accumulate
+    if recipe.distill is not None and recipe.distill.cache and ranks > 1:
+        raise UserError("distill.cache is filled by one device: train on one (--devices 1), or set it to false")
     if recipe.select is not None and ranks > 1:
         raise UserError("select chooses among the samples of a whole batch: train on one device (--devices 1)")
     EpochOrder(np.arange(count), recipe.seed, size, recipe.train.drop_last, world=ranks)

@@ -22,7 +22,7 @@ from fastcifar.train.distillation import build_teacher
 from fastcifar.train.evaluate import Evaluator
 from fastcifar.train.ranks import ALONE
 from fastcifar.train.results import diverged
-from fastcifar.train.run import evaluation_sets, make_augment, open_data, pick_device, warm_up
+from fastcifar.train.run import evaluation_sets, make_augment, open_data, pick_device, prepare_teachers, warm_up
 from fastcifar.train.selection import build_proxy
 from fastcifar.train.step import build_step
 
@@ -68,13 +68,14 @@ class ContractRun:
         self._recipe, self._classes, self._px = recipe, classes, px
         self.step = build_step(
             recipe, self.model, self._augment, mix, steps_per_epoch=steps, device=device,
-            teacher=build_teacher(recipe, classes, px, device), proxy=self._proxy,
+            teacher=build_teacher(recipe, store, device), proxy=self._proxy,
         )
         kind = self.step.execution.mode
         evaluator = Evaluator(self.model, self._augment, self.step.precision, device, recipe.eval.batch_size, kind)
         self._test = evaluation_sets(recipe, store, rows, evaluator)["test"]
         self._clock = Clock(device, {"evaluation_s": 0.0})
-        with Display(recipe.name, recipe.train.epochs, steps, recipe.train.batch_size, quiet=True) as display:
+        self._display = Display(recipe.name, recipe.train.epochs, steps, recipe.train.batch_size, quiet=True)
+        with self._display as display:
             epochs = range(recipe.train.epochs)
             warm_up(epochs, self.step, evaluator, self._loader, self._clock, display, store.image_shape)
 
@@ -86,6 +87,7 @@ class ContractRun:
         """
         with self._clock.span("training_s"):
             self._reset()
+            prepare_teachers(range(self._recipe.train.epochs), self.step, self._loader, self._display)
             for epoch in range(self._recipe.train.epochs):
                 self.step.begin_epoch(epoch)
                 for batch in self._loader.epoch(epoch):

@@ -1,61 +1,107 @@
 """Knowledge distillation (Hinton et al., 2015, "Distilling the knowledge in a neural network").
 
-A trained model, the teacher, sees the very images that the student trains on, augmented and mixed. The student's loss
-is a weighted mean of its cross entropy with the labels and T^2 times its Kullback-Leibler divergence from the teacher,
-both with their logits divided by the temperature T.
+Trained models, the teachers, see the very images that the student trains on, augmented and mixed. The student's loss
+is a weighted mean of its cross entropy with the labels and T^2 times its Kullback-Leibler divergence from what the
+teachers say, all with their logits divided by the temperature T; several teachers say the weighted mean of their
+probabilities. What happens to an image in an epoch is a hash, so that their logits can be computed once and kept
+(`fastcifar.train.teacher_logits`).
+
+Shapes in the docstrings: B samples, K classes, T teachers, M images.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcifar.config.schema import FIXED_SIZE, DistillConfig, Recipe
+from fastcifar.data.store import Store
 from fastcifar.errors import UserError
 from fastcifar.models.trained import trained_model
-from fastcifar.run_directory import RunDirectory
+from fastcifar.teachers import TeacherRun, teacher_runs
+from fastcifar.train.teacher_logits import TeacherLogits
+
+Forward = Callable[[Tensor], Tensor]
 
 
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return T^2 KL(softmax(teacher / T) || softmax(student / T)), summed over the samples: float32 ().
+def divergence(student: Tensor, teachers: Tensor, temperature: float, weights: Tensor | None = None) -> Tensor:
+    """Return T^2 KL(mean of softmax(teacher / T) || softmax(student / T)), summed over the samples: float32 ().
 
     Args:
         student: logits (B, K), with their gradient.
-        teacher: logits (B, K).
+        teachers: logits (B, K) of one, or (T, B, K).
         temperature: T, above 0.
+        weights: float32 (T,), of the teachers, their sum 1; by default all are equal.
     """
     log_p = F.log_softmax(student.float() / temperature, 1)
-    log_q = F.log_softmax(teacher.float() / temperature, 1)
+    log_q = F.log_softmax(teachers.float() / temperature, -1)
+    if log_q.ndim == 3:
+        shares = torch.full_like(log_q[:, 0, 0], 1 / len(log_q)) if weights is None else weights
+        log_q = torch.logsumexp(log_q + shares.log()[:, None, None], 0)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="sum", log_target=True)
 
 
-class Teacher:
-    """A trained model that a student learns from.
+class TaughtBy(NamedTuple):
+    """One teacher.
 
-    Args:
+    Attributes:
         model: in evaluation mode; maps images normalized in its own way, (B, 3, S, S), to logits (B, K).
-        config: the recipe's ``distill`` table.
         scale: (3,), with ``shift`` what makes the student's normalized images those of the teacher.
         shift: (3,).
+        weight: its share of what is taught.
+    """
+
+    model: nn.Module
+    scale: Sequence[float]
+    shift: Sequence[float]
+    weight: float = 1.0
+
+
+class Teacher:
+    """The trained models that a student learns from, as one.
+
+    Args:
+        teachers: the models.
+        config: the recipe's ``distill`` table.
         device: where the student trains.
+        logits: where what they say is kept, or None to ask them in each step.
     """
 
     def __init__(
-        self, model: nn.Module, config: DistillConfig, scale: Sequence[float], shift: Sequence[float],
-        device: torch.device,
+        self, teachers: Sequence[TaughtBy], config: DistillConfig, device: torch.device,
+        logits: TeacherLogits | None = None,
     ):
-        self._model = model.to(device).requires_grad_(False)
-        self._forward: Callable[[Tensor], Tensor] = self._model
-        self._config = config
-        self._scale, self._shift = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (scale, shift))
+        self._models = [each.model.to(device).requires_grad_(False) for each in teachers]
+        self._forwards: list[Forward] = [*self._models]
+        self._config, self.logits = config, logits
+        self._weights = torch.tensor([each.weight for each in teachers], device=device)
+        self._moves = [(_per_channel(each.scale, device), _per_channel(each.shift, device)) for each in teachers]
 
-    def compile(self, by: Callable[[nn.Module], Callable[[Tensor], Tensor]] | None) -> None:
-        """Execute the model as ``by`` compiles it, or plainly."""
-        self._forward = self._model if by is None else by(self._model)
+    def begin_epoch(self, epoch: int) -> None:
+        """Take up what is kept of an epoch, counted from 0.
 
-    def blend(self, loss: Tensor, images: Tensor, logits: Tensor, total: int) -> Tensor:
+        Raises:
+            UserError: nothing is kept of it, any more.
+        """
+        if self.logits is not None and not self.logits.load(epoch):
+            raise UserError(
+                f"{self.logits.folder}: the teachers' logits of epoch {epoch + 1} are not there or damaged; "
+                "go on with the run (--resume), which computes them again, or set distill.cache = false"
+            )
+
+    def compile(self, by: Callable[[nn.Module], Forward] | None) -> None:
+        """Execute the models as ``by`` compiles them, or plainly."""
+        self._forwards = [*self._models] if by is None else [by(model) for model in self._models]
+
+    @torch.no_grad()
+    def see(self, images: Tensor) -> Tensor:
+        """Return the teachers' logits (T, B, K) of images (B, 3, S, S), normalized in the student's way."""
+        moved = [(images * scale + shift).to(images.dtype) for scale, shift in self._moves]
+        return torch.stack([forward(x) for forward, x in zip(self._forwards, moved, strict=True)])
+
+    def blend(self, loss: Tensor, images: Tensor, logits: Tensor, total: int, indices: Tensor | None = None) -> Tensor:
         """Return the student's whole loss, float32 ().
 
         Args:
@@ -63,24 +109,41 @@ class Teacher:
             images: what it saw, (B, 3, S, S), normalized in its way.
             logits: its answer, (B, K).
             total: samples of the whole batch, where these are but a part of it.
+            indices: int64 (B,), which images of the training set they are; needed where logits are kept.
         """
-        with torch.no_grad():
-            theirs = self._forward((images * self._scale + self._shift).to(images.dtype))
-        apart = divergence(logits, theirs, self._config.temperature) / total
+        theirs = self.see(images) if self.logits is None or indices is None else self.logits.of(indices)
+        apart = divergence(logits, theirs, self._config.temperature, self._weights) / total
         return (1 - self._config.weight) * loss + self._config.weight * apart
 
 
-def build_teacher(recipe: Recipe, num_classes: int, image_px: int, device: torch.device) -> Teacher | None:
-    """Load the teacher that a recipe names, or None where it names none.
+def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
+def build_teacher(recipe: Recipe, store: Store, device: torch.device) -> Teacher | None:
+    """Load the teachers that a recipe names, or None where it names none.
+
+    Args:
+        recipe: what the student trains by.
+        store: on what.
+        device: where the student trains.
 
     Raises:
-        UserError: it is no finished run, or of other classes or images.
+        UserError: they are no finished runs, or of other classes or images.
     """
     config = recipe.distill
     if config is None:
         return None
-    run = RunDirectory.open(Path(config.teacher))
-    model, theirs, classes, side_px = trained_model(run, config.weights)
+    classes = len(store.classes)
+    teachers = [_taught_by(each, recipe, classes, store.image_shape[0]) for each in teacher_runs(config)]
+    shape = len(teachers), store.count("train"), classes
+    kept = TeacherLogits(recipe, shape, store.manifest.content, device) if config.cache else None
+    return Teacher(teachers, config, device, kept)
+
+
+def _taught_by(teacher: TeacherRun, recipe: Recipe, num_classes: int, image_px: int) -> TaughtBy:
+    run = teacher.run
+    model, theirs, classes, side_px = trained_model(run, teacher.which)
     if classes != num_classes:
         raise UserError(f"distill.teacher: {run.folder} knows {classes} classes, the data has {num_classes}")
     sizes = {image_px, *(px for _, px in recipe.data.resize)}
@@ -89,4 +152,4 @@ def build_teacher(recipe: Recipe, num_classes: int, image_px: int, device: torch
     ours = zip(recipe.data.std, recipe.data.mean, theirs.data.std, theirs.data.mean, strict=True)
     # (x * std + mean - mean_t) / std_t, channel by channel.
     scale, shift = zip(*((std / std_t, (mean - mean_t) / std_t) for std, mean, std_t, mean_t in ours), strict=True)
-    return Teacher(model, config, scale, shift, device)
+    return TaughtBy(model, scale, shift, teacher.weight)

@@ -78,7 +78,7 @@ def train(
     mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=len(loader))
     px, classes = store.image_shape[0], len(store.classes)
     model = build_model(recipe.model, num_classes=classes, image_px=px, seed=recipe.seed).to(device)
-    teacher, proxy = build_teacher(recipe, classes, px, device), build_proxy(recipe, classes, px, device)
+    teacher, proxy = build_teacher(recipe, store, device), build_proxy(recipe, classes, px, device)
     fit_images((model, proxy), store, rows, augment, device)
     step = build_step(recipe, model, augment, mix, len(loader), device, ranks, teacher, proxy)
     if check_nan:
@@ -95,6 +95,7 @@ def train(
             told.begin(recipe)
             # Compiling is not training: the clock of the published comparison starts after it.
             warm_up(range(done, end), step, evaluator, loader, clock, display, store.image_shape)
+            prepare_teachers(range(done, end), step, loader, display)
             with closing(profiled(loader, profile, run)) as source:
                 train_epochs(range(done, end), source, step, clock, display, results, told)
             how = step.execution
@@ -233,6 +234,30 @@ def train_epoch(
         "images_per_s": result["samples"] / max(training_s, 1e-9),
         "seconds": after["total_s"] - before["total_s"],
     }
+
+
+@torch.no_grad()
+def prepare_teachers(epochs: range, step: Step, loader: Loader, display: Display) -> None:
+    """With ``distill.cache``, compute the teachers' logits of the epochs that are not kept yet, before training.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    teacher = step.teacher
+    if teacher is None or teacher.logits is None:
+        return
+    missing = [epoch for epoch in epochs if not teacher.logits.load(epoch)]
+    if missing:
+        display.say(f"computing the teachers' logits of {len(missing)} epochs, once: {teacher.logits.folder}")
+    for epoch in missing:
+        step.cursor.begin(epoch)
+        for batch in loader.epoch(epoch):
+            images, _ = step.inputs(batch)
+            with step.precision.autocasting(images.device.type):
+                logits = teacher.see(images)
+            teacher.logits.put(batch.indices, logits)
+            step.cursor.advance()
+        teacher.logits.save(epoch)
 
 
 def warm_up(

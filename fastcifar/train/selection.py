@@ -70,17 +70,14 @@ class Selection:
         """Return how many samples of a batch are kept, at least one."""
         return max(1, round(self._config.share * samples))
 
-    def choose(self, images: Tensor, labels: Tensor, lr: Tensor | float, learning: bool) -> tuple[Tensor, Tensor]:
-        """Return the hardest samples of a batch, in their order; in a learning step the proxy learns from them.
+    def choose(self, images: Tensor, labels: Tensor, lr: Tensor | float, learning: bool) -> Tensor:
+        """Return which samples of a batch are the hardest, int64 (k,), ascending; a learning proxy learns from them.
 
         Args:
             images: normalized, (B, C, H, W), channels-last.
             labels: int64 (B,).
             lr: this step's learning rate.
             learning: whether the proxy takes a step, on what it was right or wrong about just now.
-
-        Returns:
-            Images (k, C, H, W), channels-last, and labels (k,).
         """
         with torch.set_grad_enabled(learning), self._precision.autocasting(images.device.type):
             logits = self._forward(images)
@@ -91,9 +88,7 @@ class Selection:
         hardest = losses.topk(self.kept(len(labels))).indices.sort().values
         if learning:
             self._learn(logits.index_select(0, hardest), labels[hardest], lr)
-        # Whole rows in channels-last order: a plain copy of each image.
-        chosen = images.permute(0, 2, 3, 1).index_select(0, hardest).permute(0, 3, 1, 2)
-        return chosen, labels[hardest]
+        return hardest
 
     def _learn(self, logits: Tensor, labels: Tensor, lr: Tensor | float) -> None:
         loss = cross_entropy(logits, labels, self._loss, weights=self._class_weights)
@@ -105,6 +100,11 @@ class Selection:
     def tensors(self) -> dict[str, Tensor]:
         """Return the state, by name (not copies)."""
         return self.flat.state_dict()
+
+
+def taken(images: Tensor, samples: Tensor) -> Tensor:
+    """Return some images of a batch (B, C, H, W), in channels-last order as they were."""
+    return images.permute(0, 2, 3, 1).index_select(0, samples).permute(0, 3, 1, 2)
 
 
 def build_selection(

@@ -36,7 +36,7 @@ from fastcifar.train.optimizers import build_optimizer
 from fastcifar.train.precision import PRECISIONS, LossScaler
 from fastcifar.train.ranks import ALONE, Ranks
 from fastcifar.train.schedule import learning_rate
-from fastcifar.train.selection import build_selection
+from fastcifar.train.selection import build_selection, taken
 from fastcifar.train.step_state import StepState
 from fastcifar.train.user_optimizer import UserOptimizer
 
@@ -75,14 +75,15 @@ class Step(StepState):
         if self._stats_before is not None:
             self._stats_before.copy_(flat.stats)
         images, target = self.inputs(batch)  # uint8 (B, H, W, C) -> bf16 (B, C, H, W)
-        total = batch.total
+        total, indices = batch.total, batch.indices
         if self.selection is not None:
-            images, target = self.selection.choose(images, target, cursor.lr, self.phase.proxy_learns)
+            hardest = self.selection.choose(images, target, cursor.lr, self.phase.proxy_learns)
+            images, target, indices = taken(images, hardest), target[hardest], indices[hardest]
             total = len(images)
 
         # The gradient at w, of all ranks' samples; or of each rank's own, where each makes an ascent step of its own.
         alone = self.phase.ascending and self._ascends_alone
-        loss, correct = self.backward(images, target, total)
+        loss, correct = self.backward(images, target, total, indices)
         if not alone:
             self.ranks.sum(flat.grads)
         # Kept on the device until the epoch ends: reading a loss here would make the host wait for it.
@@ -100,7 +101,7 @@ class Step(StepState):
             # batch_norm = "freeze" takes that back.
             if self._stats is not None:
                 self._stats.copy_(flat.stats)
-            self.backward(images, target, total)
+            self.backward(images, target, total, indices)
             self.ranks.sum(flat.grads)
             if self._stats is not None:
                 flat.stats.copy_(self._stats)
@@ -123,7 +124,9 @@ class Step(StepState):
             return images, batch.labels
         return mixed(self.mix, images, batch, self.cursor.epoch, self.cursor.step, self.ranks)
 
-    def backward(self, images: Tensor, target: Any, total: int) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, images: Tensor, target: Any, total: int, indices: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run forward and backward and leave the gradient of the mean (or summed) loss in ``flat.grads``.
 
         With ``train.accumulate`` above 1 the batch goes through in micro-batches, whose gradients autograd adds up.
@@ -133,11 +136,12 @@ class Step(StepState):
             images: (B, C, H, W), this rank's.
             target: labels, or mixed labels.
             total: samples of the whole batch.
+            indices: int64 (B,), which images of the training set they are, for teachers whose logits are kept.
 
         Returns:
             The mean loss and the number of right answers, both () on the device: this rank's part of them.
         """
-        accumulate, losses, correct = self.recipe.train.accumulate, [], []
+        accumulate, losses, correct, done = self.recipe.train.accumulate, [], [], 0
         in_parts = accumulate > 1 or self.ranks.world > 1
         divide = divisors(target, self.class_weights, total, self.ranks) if in_parts else None
         self.flat.clear_gradients()
@@ -149,13 +153,15 @@ class Step(StepState):
             # Outside autocast: log-softmax and the sum over the batch need fp32's range and precision.
             loss, count = self.score(logits, y, divide)
             if self.teacher is not None:
+                rows = None if indices is None else indices[done : done + len(x)]
                 with self.precision.autocasting(x.device.type):
-                    loss = self.teacher.blend(loss, x, logits, total)
+                    loss = self.teacher.blend(loss, x, logits, total, rows)
             objective = loss
             if self.recipe.loss.reduction == "sum":
                 # The mean times what it was divided by, which without class weights is the whole batch's size.
                 objective = loss * total
             (objective if self.scaler is None else objective * self.scaler.scale[0]).backward()
+            done += len(x)
             losses.append(loss.detach())
             correct.append(count)
         # From where autograd left them into one buffer, in one launch; what follows works on that buffer.
@@ -248,10 +254,8 @@ def build_step(
         optimizer=optimizer, averages=averages,
         ascent=Ascent(asam.rho, asam.adaptive, asam.eta, scaled_end) if asam else None,
         scaler=LossScaler(device) if precision.scaled else None,
-        class_weights=weights,
-        forward_passes=forward_passes,
-        losses=torch.zeros(steps_per_epoch, device=device),
-        correct=torch.zeros(steps_per_epoch, device=device),
+        class_weights=weights, forward_passes=forward_passes,
+        losses=torch.zeros(steps_per_epoch, device=device), correct=torch.zeros(steps_per_epoch, device=device),
         user_optimizer=user_optimizer, ranks=ranks, teacher=teacher,
         selection=build_selection(recipe, proxy, forward_passes, steps_per_epoch, weights),
     )  # fmt: skip

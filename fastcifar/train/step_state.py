@@ -136,6 +136,8 @@ class StepState:
         hooks.begin_epoch(self.model, epoch)
         if self.selection is not None:
             self.selection.begin_epoch(epoch)
+        if self.teacher is not None:
+            self.teacher.begin_epoch(epoch)
         torch.manual_seed(torch_seed(self.recipe.seed, epoch, self.ranks.place.rank))
         self.cursor.begin(epoch)
         self._epoch, self._sizes = epoch, []

@@ -5,19 +5,28 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fastcifar.config.schema import DistillConfig, Recipe
+from fastcifar.analysis.combine import run_combine
+from fastcifar.augment import Augmentation
+from fastcifar.config.schema import CombineRecipe, DistillConfig, Recipe
 from fastcifar.data.batch import Batch
+from fastcifar.data.store import resolve_store
 from fastcifar.environment import describe
 from fastcifar.errors import UserError
+from fastcifar.models.trained import trained_model
 from fastcifar.open_run import open_run
 from fastcifar.run_directory import RunDirectory
-from fastcifar.train.distillation import Teacher, divergence
-from fastcifar.train.run import train
+from fastcifar.teachers import teacher_runs, teachers_digest
+from fastcifar.train import teacher_logits
+from fastcifar.train.checks import check_division
+from fastcifar.train.distillation import TaughtBy, Teacher, divergence
+from fastcifar.train.run import choose_rows, train
 from fastcifar.train.step import build_step
+from fastcifar.train.teacher_logits import plan_key
 from tests.train.reference import error, make_data, make_net
 from tests.train.test_against_torch import Given
 from tests.train.tiny import assert_same_run, recipe
@@ -64,7 +73,7 @@ def test_training_equals_float64(accumulate: int) -> None:
         "train": {"epochs": 1, "batch_size": 16, "accumulate": accumulate}, "optimizer": {"name": "sgd", "lr": 0.02},
     }  # fmt: skip
     wanted, cpu = Recipe.model_validate(table), torch.device("cpu")
-    teacher = Teacher(master, DistillConfig(teacher="x", weight=0.7), scale, shift, cpu)
+    teacher = Teacher([TaughtBy(master, scale, shift)], DistillConfig(teacher="x", weight=0.7), cpu)
     step = build_step(wanted, net, Given(data), None, steps_per_epoch=STEPS, device=cpu, teacher=teacher)
     step.begin_epoch(0)
     for x, y in data:
@@ -122,3 +131,129 @@ def test_what_is_no_teacher_is_refused(master: Path, tmp_path: Path) -> None:
     train(wanted, RunDirectory.create(unfinished, wanted, describe()), quiet=True, stop_after=1)
     with pytest.raises(UserError, match="is not finished"):
         run_in(tmp_path / "run", student(unfinished))
+
+
+# ------------------------------------------------------------------------------------------------- several teachers
+
+
+def test_several_teachers_say_the_mean_of_their_probabilities() -> None:
+    generator = torch.Generator().manual_seed(random.randrange(2**31))
+    student, *teachers = 3 * torch.randn(3, 7, 10, generator=generator)
+    weights = torch.tensor([0.8, 0.2])
+    said = sum(w * F.softmax(t.double() / 3, 1) for w, t in zip(weights.double(), teachers, strict=True))
+    expected = 9 * torch.nn.KLDivLoss(reduction="sum")(F.log_softmax(student.double() / 3, 1), said)
+    found = divergence(student, torch.stack(teachers), 3.0, weights)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    alone = divergence(student, teachers[0][None], 3.0, torch.ones(1))
+    assert torch.equal(alone, divergence(student, teachers[0], 3.0))
+
+
+@pytest.fixture(scope="module")
+def ensemble(master: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weighted combination of the teacher and a less trained one; it and its members lie beside each other."""
+    parent = tmp_path_factory.mktemp("ensemble")
+    shutil.copytree(master, parent / "one")
+    wanted = recipe(name="other", seed=7, train={"epochs": 1, "batch_size": 100})
+    train(wanted, RunDirectory.create(parent / "two", wanted, describe()), quiet=True)
+    members = {name: RunDirectory.open(parent / place) for name, place in (("tiny", "one"), ("other", "two"))}
+    table = {"how": "weighted", "members": ["tiny", "other"], "weights": [3.0, 1.0]}
+    run_combine(CombineRecipe.model_validate({"name": "both", "combine": table}), members, parent / "both")
+    return parent / "both"
+
+
+def test_a_combination_teaches_with_its_members_and_weights(ensemble: Path, tmp_path: Path) -> None:
+    teachers = teacher_runs(DistillConfig(teacher=str(ensemble)))
+    assert [(each.run.folder.name, each.which, each.weight) for each in teachers] == [
+        ("one", "last", 0.75), ("two", "last", 0.25),
+    ]  # fmt: skip
+    shutil.copytree(ensemble.parent, tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "two")
+    moved = teacher_runs(DistillConfig(teacher=str(tmp_path / "moved" / "both")))
+    assert moved[1].run.folder == ensemble.parent / "two"
+    one, both = (teachers_digest(DistillConfig(teacher=str(ensemble.parent / name))) for name in ("one", "both"))
+    assert one != both
+    with pytest.raises(UserError, match="has no selected weights"):
+        teacher_runs(DistillConfig(teacher=str(ensemble), weights="selected"))
+
+
+def test_a_combination_without_probabilities_is_refused(ensemble: Path, tmp_path: Path) -> None:
+    members = {name: RunDirectory.open(ensemble.parent / place) for name, place in (("tiny", "one"), ("other", "two"))}
+    table = {"how": "hard", "members": ["tiny", "other"]}
+    run_combine(CombineRecipe.model_validate({"name": "votes", "combine": table}), members, tmp_path / "votes")
+    with pytest.raises(UserError, match="how = soft or weighted"):
+        teacher_runs(DistillConfig(teacher=str(tmp_path / "votes")))
+
+
+# ----------------------------------------------------------------------------------------------------- kept logits
+
+
+def cached(ensemble: Path, **changes) -> Recipe:
+    tables = {"distill": {"teacher": str(ensemble), "cache": True}, "mix": {"name": "mixup"}}
+    return student(ensemble, **(tables | changes))
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(teacher_logits, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "teacher-logits"
+
+
+def test_kept_logits_are_computed_once_and_mean_the_same(
+    ensemble: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_in(tmp_path / "first", cached(ensemble))
+    files = sorted(own_cache.glob("*/epoch-*.npz"))
+    assert [path.name for path in files] == ["epoch-0.npz", "epoch-1.npz"]
+    files[1].write_bytes(files[1].read_bytes()[:-100])
+    asked = []
+    see = Teacher.see
+    monkeypatch.setattr(Teacher, "see", lambda self, images: asked.append(len(images)) or see(self, images))
+    run_in(tmp_path / "second", cached(ensemble))
+    assert asked == [50, 50]  # of the damaged epoch alone
+    assert_same_run(tmp_path / "first", tmp_path / "second")
+    run_in(tmp_path / "online", cached(ensemble, distill={"teacher": str(ensemble)}))
+    kept, online = (RunDirectory.open(tmp_path / name).metrics() for name in ("first", "online"))
+    for one, other in zip(kept, online, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-2)
+
+
+def test_what_is_kept_is_what_the_teachers_say_of_the_augmented_images(
+    ensemble: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    """Image by image, with the augmentation's own entry and the teachers' runs; nothing of the step."""
+    wanted = cached(ensemble, mix=None, engine={"device": "cpu", "precision": "fp32"})
+    run_in(tmp_path / "run", wanted)
+    store = resolve_store(wanted.data, None)
+    rows = choose_rows(wanted.data, store, wanted.seed).train
+    augment = Augmentation(["crop(4)", "flip"], mean=wanted.data.mean, std=wanted.data.std, seed=wanted.seed)
+    raw = torch.from_numpy(store.split("train").images[rows])
+    images = augment(raw, indices=torch.from_numpy(rows), epoch=1).float()
+    pixels = images * torch.tensor(wanted.data.std).view(3, 1, 1) + torch.tensor(wanted.data.mean).view(3, 1, 1)
+    (path,) = own_cache.glob("*/epoch-1.npz")
+    kept = torch.from_numpy(np.load(path)["logits"])[:, rows].float()
+    for said, each in zip(kept, teacher_runs(wanted.distill), strict=True):
+        model = trained_model(each.run, each.which).model
+        with torch.no_grad():
+            torch.testing.assert_close(said, model((pixels - 0.5) / 0.5), rtol=2e-3, atol=2e-3)
+
+
+def test_runs_share_what_is_kept_where_they_see_the_same_images(master: Path) -> None:
+    def key(**changes) -> str:
+        tables = {"distill": {"teacher": str(master), "cache": True}, **changes}
+        return plan_key(student(master, **tables), "content", torch.device("cpu"))
+
+    same = [
+        {"optimizer": {"name": "sgd", "lr": 0.1}}, {"train": {"epochs": 9, "batch_size": 7}},
+        {"model": {"name": "deep_baseline"}}, {"distill": {"teacher": str(master), "temperature": 1.0}},
+    ]  # fmt: skip
+    other = [
+        {"seed": 1}, {"augment": ["flip"]}, {"mix": {"name": "mixup"}},
+        {"train": {"epochs": 2, "batch_size": 50, "drop_last": True}},
+    ]  # fmt: skip
+    assert {key(**changes) for changes in same} == {key()}
+    assert len({key(), *(key(**changes) for changes in other)}) == 5
+
+
+def test_several_devices_do_not_fill_the_cache(master: Path) -> None:
+    with pytest.raises(UserError, match=r"distill\.cache is filled by one device"):
+        check_division(student(master, distill={"teacher": str(master), "cache": True}), 100, 2)

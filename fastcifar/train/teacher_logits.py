@@ -1,0 +1,99 @@
+"""Teachers' logits of every augmented image, computed once for an epoch, kept in float16, read by all later runs.
+
+Which crop, flip or mixture an image gets in an epoch is a hash of (seed, epoch, sample), so that two runs of the same
+seed, images, augmentations and batches see the same pixels, whatever their models are. An epoch of 50,000 images and
+ten classes takes 1 MB for each teacher: for some tens or hundreds of epochs, not for thousands. Whoever fills the cache
+learns from the same float16 numbers as whoever reads it.
+
+Shapes in the docstrings: T teachers, M images of the whole training set, K classes, B samples.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcifar.cache import cache_folder
+from fastcifar.config.schema import Recipe
+from fastcifar.config.user_code import record
+from fastcifar.logits_file import write_arrays
+from fastcifar.run_directory import refuse_disk, write_atomic
+from fastcifar.teachers import teachers_digest
+
+VERSION = 1
+"""Of what is kept: raise it when the same recipe would see other pixels."""
+
+
+def plan_key(recipe: Recipe, content: str, device: torch.device) -> str:
+    """Return a hash of all that decides what the teachers say of an epoch's images.
+
+    Args:
+        recipe: with a ``distill`` table.
+        content: a hash of the data set.
+        device: its kind decides the rounding.
+    """
+    assert recipe.distill is not None
+    data, train = recipe.data.model_dump(exclude={"loader", "test_subset"}), recipe.train
+    plan = {
+        "version": VERSION, "teachers": teachers_digest(recipe.distill), "content": content, "seed": recipe.seed,
+        "data": data, "augment": recipe.augment.model_dump(), "precision": recipe.engine.precision,
+        "device": device.type, "code": record(recipe), "mix": recipe.mix and recipe.mix.model_dump(),
+        "epochs": train.epochs if recipe.mix or recipe.data.resize else None,
+        # Who is mixed with whom, and who is left out, depends on the batches; else they do not matter.
+        "batches": [train.batch_size, train.drop_last] if recipe.mix or train.drop_last else None,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+class TeacherLogits:
+    """The logits of one epoch on the device, and those of others on disk.
+
+    Args:
+        recipe: with a ``distill`` table.
+        shape: (T, M, K).
+        content: a hash of the data set.
+        device: where the student trains.
+
+    Attributes:
+        folder: where the epochs' files are, in the cache.
+    """
+
+    def __init__(self, recipe: Recipe, shape: tuple[int, int, int], content: str, device: torch.device):
+        self.folder = cache_folder() / "teacher-logits" / plan_key(recipe, content, device)[:32]
+        self._table = torch.zeros(shape, dtype=torch.float16, device=device)
+
+    def load(self, epoch: int) -> bool:
+        """Put an epoch's logits into place, if they are there and whole; return whether they are."""
+        try:
+            with np.load(io.BytesIO((self.folder / f"epoch-{epoch}.npz").read_bytes()), allow_pickle=False) as file:
+                found = file["logits"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return False
+        if found.dtype != np.float16 or found.shape != tuple(self._table.shape):
+            return False
+        self._table.copy_(torch.from_numpy(found))
+        return True
+
+    def put(self, indices: Tensor, logits: Tensor) -> None:
+        """Take in the logits (T, B, K) of the images with these indices, int64 (B,)."""
+        self._table.index_copy_(1, indices, logits.to(torch.float16))
+
+    def save(self, epoch: int) -> None:
+        """Keep what is in place as an epoch's logits.
+
+        Raises:
+            UserError: the disk is full or the cache cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refuse_disk(self.folder, error)
+        write_atomic(self.folder / f"epoch-{epoch}.npz", write_arrays({"logits": self._table.cpu().numpy()}))
+
+    def of(self, indices: Tensor) -> Tensor:
+        """Return the logits (T, B, K), float16, of the images with these indices, int64 (B,)."""
+        return self._table.index_select(1, indices)
