@@ -1,5 +1,7 @@
 """Compiled and captured steps give the eager step's losses; on a GPU nothing in a step waits for the host."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +60,16 @@ def test_compiled_equals_eager_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> No
     eager, reference = run("eager", "cpu", 16, **tables)
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state(step)["flat.ema"], state(reference)["flat.ema"], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_compiled_is_kept_in_our_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # for the test's end to put back what was there
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    execution.compile_model(lambda images: images)  # nothing is compiled before its first call
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
 
 
 @pytest.mark.gpu
