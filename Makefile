@@ -40,7 +40,7 @@ test: lint
 # The CUDA path without a GPU (tests/nullgpu): every recipe compiled, captured and replayed on a device that computes
 # nothing. A small part of it is in `make test`.
 nullgpu: environment
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m nullgpu -n $(WORKERS) --dist loadgroup tests/nullgpu
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m nullgpu -n $(WORKERS) --dist loadscope tests/nullgpu
 
 # STORM names subjects or options, such as STORM="recipes --seed 7"; without it every subject with its full count.
 storm: environment

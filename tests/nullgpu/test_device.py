@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.nullgpu.build import LIBRARY, build
+from tests.nullgpu.conftest import group_of
 from tests.nullgpu.harness import ChildFailed, Job, on_null_device
 from tests.nullgpu.report import Convolution, LogReader, Report, origin, short_name
 
@@ -67,6 +68,14 @@ def test_a_process_that_hangs_is_ended(null_device: Path, tmp_path: Path) -> Non
 def test_an_unknown_job_fails_with_its_reason(null_device: Path, tmp_path: Path) -> None:
     with pytest.raises(ChildFailed, match="no_such_scenario"):
         on_null_device([Job("no_such_scenario")], tmp_path / "child", deadline_s=300)
+
+
+def test_what_shares_its_reports_is_one_group() -> None:
+    wrn, other = (f"tests/nullgpu/test_recipes.py::test_it[wrn: smoke/{name}]" for name in ("wrn-200", "wrn-sgd"))
+    assert group_of(wrn) == group_of(other) != group_of("tests/nullgpu/test_recipes.py::test_it[aug: smoke/aug-none]")
+    assert group_of("tests/nullgpu/test_faults.py::test_a") == group_of("tests/nullgpu/test_faults.py::test_b[x]")
+    ledger = {group_of(f"tests/nullgpu/test_ledger.py::test_a[{name}]") for name in ("lenet5", "wrn-200")}
+    assert len(ledger) == 2
 
 
 def test_it_is_compiled_once(null_device: Path, tmp_path: Path) -> None:

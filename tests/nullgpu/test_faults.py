@@ -8,7 +8,7 @@ from tests.nullgpu.checks import assert_clean, assert_prepared_before_training, 
 from tests.nullgpu.harness import Job, on_null_device
 from tests.nullgpu.report import Report
 
-pytestmark = [pytest.mark.nullgpu, pytest.mark.timeout(1800), pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.nullgpu, pytest.mark.timeout(1800)]
 
 GRAPH = "engine.mode=graph"
 SHORT = ["model.depth=8", "model.alpha=8", "train.batch_size=8"]

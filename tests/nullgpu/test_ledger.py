@@ -36,9 +36,7 @@ def assert_not_grown(recipe: str, report: Report) -> None:
 
 @pytest.mark.nullgpu
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(n, marks=pytest.mark.xdist_group(f"ledger {n}")) for n in COMMITTED if n != CHEAP]
-)
+@pytest.mark.parametrize("recipe", [name for name in COMMITTED if name != CHEAP])
 def test_a_step_has_no_more_launches_than_committed(null_device: Path, tmp_path: Path, recipe: str) -> None:
     assert_not_grown(recipe, steps_of(recipe, tmp_path / "child", deadline_s=1700))
 

@@ -11,7 +11,7 @@ import pytest
 from tests.nullgpu.checks import assert_clean, assert_steps_are_replayed
 from tests.nullgpu.harness import Job, on_null_device
 
-pytestmark = [pytest.mark.nullgpu, pytest.mark.timeout(1800), pytest.mark.xdist_group("loaders")]
+pytestmark = [pytest.mark.nullgpu, pytest.mark.timeout(1800)]
 
 NEEDS = {"torchvision": "torchvision", "ffcv": "ffcv"}
 

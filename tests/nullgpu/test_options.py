@@ -8,7 +8,7 @@ from tests.nullgpu.checks import assert_clean, assert_steps_are_replayed
 from tests.nullgpu.harness import Job, on_null_device
 from tests.nullgpu.report import Report
 
-pytestmark = [pytest.mark.nullgpu, pytest.mark.timeout(1800), pytest.mark.xdist_group("options")]
+pytestmark = [pytest.mark.nullgpu, pytest.mark.timeout(1800)]
 
 SAM = "asam={rho=0.5}"
 BASE = ["train.batch_size=24", "optimizer={name='sgd',lr=0.1}"]

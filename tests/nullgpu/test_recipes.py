@@ -19,7 +19,7 @@ from tests.nullgpu.report import Report
 ODD = ["train.epochs=2", "train.batch_size=30"]  # three whole batches and one of ten
 UNCOMPILED = {"residual": "graph"}
 SPEED = [*ODD, "train.drop_last=false", "data.subset=100", "model.widths=[16,32,32]", "eval.every_epochs=1"]
-WARM_UP = {"beyond/speed96": ["schedule.warmup_epochs=1"]}
+WARM_UP = {name: ["schedule.warmup_epochs=1"] for name in ("beyond/speed95", "beyond/speed96")}
 # Each group with the recipe that is stopped and resumed.
 GROUPS = {
     "aug": "smoke/aug-cutmix-late", "wrn": "smoke/wrn-200", "pyramid": "smoke/pyramid400",
@@ -33,7 +33,7 @@ def recipes() -> dict[str, str]:
     folder = {path: f"{path.parent.name}/{path.stem}" for path in shipped_recipes()}
     smoke = [name for name in folder.values() if name.startswith("smoke/")]
     trained = [name for name in smoke if not isinstance(load_recipe(name), CombineRecipe)]
-    named = [*trained, "beyond/speed94", "beyond/speed96"]
+    named = [*trained, "beyond/speed94", "beyond/speed95", "beyond/speed96"]
     return {name: next((g for g in GROUPS if g in name), "other") for name in sorted(named)}
 
 
@@ -67,8 +67,8 @@ def reports_of(null_device: Path, tmp_path_factory: pytest.TempPathFactory):
 
 
 def params() -> list:
-    """Return every recipe with its group's mark."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(group)) for name, group in recipes().items()]
+    """Return every recipe, its group in its id: see conftest.py."""
+    return [pytest.param(name, id=f"{group}: {name}") for name, group in recipes().items()]
 
 
 @pytest.mark.nullgpu
