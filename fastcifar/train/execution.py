@@ -85,6 +85,7 @@ class Execution:
         Raises:
             UserError: out of memory, a capture that failed, or, with ``engine.strict``, any fallback.
         """
+        # Every shape and every phase: none may be met first while the training clock runs.
         for phase, batch in itertools.product(self._step.phases(), list(batches)):
             own, self._step.phase = self._step.user_optimizer, phase
             with preserved(self._step.changing()), own.unchanged() if own else nullcontext(), out_of_memory_explained():

@@ -75,12 +75,7 @@ def train(
     ranks = ranks.on(device)
     store, rows, loader = open_data(recipe, data, device, quiet, ranks)
     augment = make_augment(recipe, store.image_shape, device)
-    mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=len(loader))
-    px, classes = store.image_shape[0], len(store.classes)
-    model = build_model(recipe.model, num_classes=classes, image_px=px, seed=recipe.seed).to(device)
-    teacher, proxy = build_teacher(recipe, store, device), build_proxy(recipe, classes, px, device)
-    fit_images((model, proxy), store, rows, augment, device)
-    step = build_step(recipe, model, augment, mix, len(loader), device, ranks, teacher, proxy)
+    model, step = make_step(recipe, store, rows, augment, len(loader), device, ranks)
     if check_nan:
         check_every_layer(model, step)
     evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode, ranks)
@@ -99,8 +94,23 @@ def train(
             with closing(profiled(loader, profile, run)) as source:
                 train_epochs(range(done, end), source, step, clock, display, results, told)
             how = step.execution
+            px = store.image_shape[0]
             setting = RunSetting(loader.name, how.mode, how.fallback, store.classes, px, rows.holdout)
             return told.summary(results.finish(clock.seconds(), setting))
+
+
+def make_step(
+    recipe: Recipe, store: Store, rows: "Rows", augment: Augment | AugmentBySize, steps: int, device: torch.device,
+    ranks: Ranks,
+) -> tuple[nn.Module, Step]:
+    """Return the model, fitted to the first images, and its training step; ``steps`` are those of an epoch."""
+    mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=steps)
+    px, classes = store.image_shape[0], len(store.classes)
+    model = build_model(recipe.model, num_classes=classes, image_px=px, seed=recipe.seed).to(device)
+    teacher, proxy = build_teacher(recipe, store, device), build_proxy(recipe, classes, px, device)
+    # Before the step: its averages begin as copies of the weights.
+    fit_images((model, proxy), store, rows, augment, device)
+    return model, build_step(recipe, model, augment, mix, steps, device, ranks, teacher, proxy)
 
 
 def introduction(recipe: Recipe, device: torch.device, ranks: Ranks, loader: Loader) -> str:

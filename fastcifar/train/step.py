@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcifar.config.schema import Recipe, UserModelConfig
+from fastcifar.config.schema import EngineConfig, Recipe, UserModelConfig
 from fastcifar.data.batch import Batch
 from fastcifar.kernels.sam import Ascent, ascend, norm_squared
 from fastcifar.models import hooks
@@ -101,6 +101,7 @@ class Step(StepState):
             # batch_norm = "freeze" takes that back.
             if self._stats is not None:
                 self._stats.copy_(flat.stats)
+            # The same images and the same mix as at w: the two gradients must be of one function.
             self.backward(images, target, total, indices)
             self.ranks.sum(flat.grads)
             if self._stats is not None:
@@ -235,9 +236,7 @@ def build_step(
     rate = learning_rate(recipe.schedule, recipe.optimizer.lr, recipe.train.epochs, steps_per_epoch)
     forward_passes = torch.zeros(1, dtype=torch.int64, device=device)
     hooks.bind_counter(model, forward_passes, recipe.seed)
-    synced = ranks.world > 1 and recipe.engine.batch_norm == "sync"
-    use_sync_batch_norm(model, ranks.data if synced else None)
-    use_fused_batch_norm(model, device.type == "cuda" and recipe.engine.fused_batch_norm is not False and not synced)
+    choose_batch_norm(recipe.engine, model, device, ranks)
     skip = precision.scaled or recipe.engine.on_nonfinite == "skip"
     optimizer = build_optimizer(recipe.optimizer, flat, averages, skip=skip)
     user_optimizer = optimizer if isinstance(optimizer, UserOptimizer) else None
@@ -246,6 +245,7 @@ def build_step(
     # Outermost, so that nothing moves what is frozen.
     optimizer = build_freeze(optimizer, recipe, model, flat, averages, steps_per_epoch)
     weights = class_weights(recipe.loss, _classes(recipe, model), device)
+    # The authors scale weights, not biases; the flat order puts the weights first, so that a number says which.
     scaled_end = flat.weights.numel() if asam and asam.scope == "all" else flat.weight_end
     return Step(
         recipe=recipe, model=model, augment=augment, mix=mix, flat=flat, precision=precision, rate=rate,
@@ -259,6 +259,13 @@ def build_step(
         user_optimizer=user_optimizer, ranks=ranks, teacher=teacher,
         selection=build_selection(recipe, proxy, forward_passes, steps_per_epoch, weights),
     )  # fmt: skip
+
+
+def choose_batch_norm(config: EngineConfig, model: nn.Module, device: torch.device, ranks: Ranks) -> None:
+    """Let BatchNorm layers work over all ranks, fused, or plainly, as the recipe asks for and as can be here."""
+    synced = ranks.world > 1 and config.batch_norm == "sync"
+    use_sync_batch_norm(model, ranks.data if synced else None)
+    use_fused_batch_norm(model, device.type == "cuda" and config.fused_batch_norm is not False and not synced)
 
 
 def working_copy_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:

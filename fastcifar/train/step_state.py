@@ -138,6 +138,7 @@ class StepState:
             self.selection.begin_epoch(epoch)
         if self.teacher is not None:
             self.teacher.begin_epoch(epoch)
+        # Each epoch afresh: a resume at its start needs no generator state, and ranks drop different units.
         torch.manual_seed(torch_seed(self.recipe.seed, epoch, self.ranks.place.rank))
         self.cursor.begin(epoch)
         self._epoch, self._sizes = epoch, []
