@@ -29,6 +29,7 @@ from fastcifar.train.cuda_graph import GraphedStep
 from fastcifar.train.evaluate import Evaluator
 from fastcifar.train.execution import Execution
 from fastcifar.train.precision import PRECISIONS
+from fastcifar.train.selection import build_proxy
 from fastcifar.train.step import Step, build_step
 
 IMAGE_SHAPE = (32, 32, 3)
@@ -227,7 +228,10 @@ class Bench:
         mix = build_mix(recipe.mix, seed=0, epochs=recipe.train.epochs, steps_per_epoch=self.steps)
         self.model = build_model(recipe.model, seed=0).to(self.device)
         given = spoil(augment) if spoil else augment
-        self.step = build_step(recipe, self.model, given, mix, steps_per_epoch=self.steps, device=self.device)
+        proxy = build_proxy(recipe, 10, IMAGE_SHAPE[0], self.device)
+        self.step = build_step(
+            recipe, self.model, given, mix, steps_per_epoch=self.steps, device=self.device, proxy=proxy
+        )
         self.evaluator = Evaluator(
             self.model, augment, self.step.precision, self.device, recipe.eval.batch_size, self.step.execution.mode
         )

@@ -130,6 +130,25 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(())
 
 
+def cudnn_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, log_sum_exp: bool, dropout: float = 0.0,
+    causal: bool = False, debug_mask: bool = False, *, scale: float | None = None,
+) -> tuple[Tensor, Tensor, None, None, int, int, Tensor, Tensor, None]:  # fmt: skip
+    """Stand for cuDNN's attention, (B, heads, T, D) each: output, and what its backward pass needs."""
+    note("attention")
+    sums = torch.empty((*query.shape[:3], 1), device=query.device)
+    seed, offset = (torch.empty((), dtype=torch.int64, device=query.device) for _ in range(2))
+    return torch.empty_like(query), sums, None, None, query.shape[2], key.shape[2], seed, offset, None
+
+
+def cudnn_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stand for the backward pass of cuDNN's attention: the gradients of query, key and value."""
+    note("attention_backward")
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
 def eigh(matrix: Tensor, uplo: str = "L", compute_v: bool = True) -> tuple[Tensor, Tensor]:
     """Stand for an eigendecomposition (cuSOLVER); the speed net's whitening asks for one."""
     note("eigh")
@@ -152,6 +171,8 @@ def install() -> None:
         "convolution": convolution, "convolution_backward": convolution_backward,
         "cudnn_batch_norm": cudnn_batch_norm, "cudnn_batch_norm_backward": cudnn_batch_norm_backward,
         "mm": mm, "addmm": addmm, "bmm": bmm, "baddbmm": baddbmm, "dot": dot, "_linalg_eigh": eigh,
+        "_scaled_dot_product_cudnn_attention": cudnn_attention,
+        "_scaled_dot_product_cudnn_attention_backward": cudnn_attention_backward,
     }  # fmt: skip
     implementations |= {f"{name}.out": _into(name) for name in ("mm", "addmm", "bmm", "baddbmm")}
     with warnings.catch_warnings():

@@ -31,6 +31,7 @@ CAPTURED: dict[str, list[str]] = {
     "asam, frozen BatchNorm": ["asam={rho=0.5,batch_norm='freeze'}"],
     "asam, fp16, clipping": [SAM, "engine.precision=fp16", "train.grad_clip=1.0"],
     "asam, late": ["asam={rho=0.5,start=0.5}"],
+    "hardest samples": ["select={every=2,model={name='speednet',widths=[16,16,16]}}"],
     "accumulate": ["train.accumulate=3"],
     "accumulate, asam": ["train.accumulate=3", SAM],
     "clipping": ["train.grad_clip=1.0"],
@@ -46,6 +47,7 @@ CAPTURED: dict[str, list[str]] = {
     "randaugment": ["augment=['flip','randaugment']"],
     "trivialaugment": ["augment=['crop(4)','trivialaugment','rotate(15)']"],
 }
+TWO_PHASES = ("asam, late", "hardest samples")
 COMPILED = ("working copy", "fp16", "fp32", "asam", "accumulate", "muon")
 
 
@@ -71,7 +73,7 @@ def check(report: Report, phases: int = 1) -> None:
 @pytest.mark.parametrize("name", CAPTURED)
 def test_an_option_is_captured(found: dict[tuple[str, str], Report], name: str) -> None:
     report = found["graph", name]
-    check(report, phases=2 if name == "asam, late" else 1)
+    check(report, phases=2 if name in TWO_PHASES else 1)
     assert report.facts["mode"] == "graph"
 
 
