@@ -6,11 +6,12 @@ WORKERS ?= 2
 PIECE ?=
 BIN := .venv/bin
 
-.PHONY: help environment run test nullgpu storm lint doctor bench tables docs gpu gpu-pack clean
+.PHONY: help environment run test trackers nullgpu storm lint doctor bench tables docs gpu gpu-pack clean
 
 help:
 	@echo "make run       make .venv, then train the smoke recipe on synthetic images (no download)"
 	@echo "make test      make .venv, then ruff, mypy and pytest (WORKERS=$(WORKERS) processes)"
+	@echo "make trackers  the tests of Weights & Biases, MLflow and trackio, which it installs beside .venv"
 	@echo "make nullgpu   every recipe's GPU path on a device that computes nothing: minutes, no GPU"
 	@echo "make storm     thousands of damaged inputs against everything that is read, and one table"
 	@echo "make doctor    say what works here, what is missing and its fix"
@@ -36,6 +37,11 @@ lint: environment
 # process, for its fixtures, and the longest files come first (tests/conftest.py has their order).
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Trackers are large and bind other packages' versions, so that no lock holds them: they lie in a folder of their own.
+trackers: environment
+	$$(command -v uv || echo $(BIN)/uv) pip install --quiet --python $(BIN)/python --target .cache/trackers wandb mlflow-skinny trackio
+	PYTHONPATH=.cache/trackers OMP_NUM_THREADS=1 $(BIN)/pytest -q -p no:xdist tests/track
 
 # The CUDA path without a GPU (tests/nullgpu): every recipe compiled, captured and replayed on a device that computes
 # nothing. A small part of it is in `make test`.
