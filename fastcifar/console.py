@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +16,25 @@ err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 def say(*parts: str | tuple[str, str]) -> None:
     """Print one line for people, of texts and of pairs (text, style); long ones are not broken."""
     err.print(Text.assemble(*parts), soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(before: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a progress callback, ``(what, done, total)``, that draws a bar on stderr, where that is a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task, now = bar.add_task("", total=None), ""
+
+        def show(what: str, done: int, total: int) -> None:
+            nonlocal now
+            if what != now:  # another step: its time left says nothing about this one's
+                bar.reset(task, description=before + what, total=total)
+                now = what
+            bar.update(task, completed=done, total=total)
+
+        yield show
 
 
 def out(obj: Any) -> None:

@@ -15,6 +15,7 @@ from fastcifar.analysis.members import WHICH, source_of
 from fastcifar.analysis.statistics import binomial_error, wilson_interval
 from fastcifar.analysis.top_loss import HardImage, describe, losses, top_loss
 from fastcifar.config.schema import CombineRecipe, DataConfig
+from fastcifar.data import pixels
 from fastcifar.data.split import subset_rows
 from fastcifar.data.store import Store, resolve_store
 from fastcifar.errors import UserError
@@ -45,7 +46,7 @@ class Images:
     """
 
     classes: list[str]
-    splits: dict[str, np.ndarray]
+    splits: dict[str, pixels.Images]
     note: str = ""
 
 
@@ -81,16 +82,16 @@ def data_config(run: RunDirectory) -> DataConfig:
     return recipe.data
 
 
-def _splits(run: RunDirectory, config: DataConfig, store: Store) -> dict[str, np.ndarray]:
+def _splits(run: RunDirectory, config: DataConfig, store: Store) -> dict[str, pixels.Images]:
     """Pick the rows that the run evaluated on, and make sure by their labels that they are the same images."""
     test, train, have = store.split("test"), store.split("train"), run.logits_keys()
     rows = subset_rows(test.labels, config.test_subset, "data.test_subset")
-    found = {"test": (test.images[rows], test.labels[rows])}
+    found = {"test": (pixels.choose(test.images, rows), test.labels[rows])}
     if "holdout/labels" in have:
         held = run.logits("holdout/indices")
         if held.max(initial=-1) >= len(train.labels):
             raise UserError(f"{store.root}: has fewer training images than the run in {run.folder} was trained on")
-        found["holdout"] = (train.images[held], train.labels[held])
+        found["holdout"] = (pixels.choose(train.images, held), train.labels[held])
     for split, (_, labels) in found.items():
         if not np.array_equal(labels, run.logits(f"{split}/labels")):
             raise UserError(f"{store.root}: its {split} labels are not those of {run.folder}; give its own --data")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from fastcifar.data import pixels
 from fastcifar.errors import UserError, nearest
 
 LEVELS = (1, 2, 3, 4, 5)
@@ -181,7 +182,7 @@ def to_uint8(x: Images) -> np.ndarray:
     return (np.clip(x, 0, 1) * 255 + 2**-20).astype(np.uint8)
 
 
-def corrupt(images: np.ndarray, name: str, level: int, seed: int = 0) -> np.ndarray:
+def corrupt(images: pixels.Images, name: str, level: int, seed: int = 0) -> np.ndarray:
     """Return corrupted images, uint8 (N, H, W, 3).
 
     An image's noise depends on the seed, the corruption, the level and its row, not on how many others there are.
@@ -195,19 +196,23 @@ def corrupt(images: np.ndarray, name: str, level: int, seed: int = 0) -> np.ndar
     Raises:
         UserError: an unknown name or level, or images without three channels.
     """
+    return np.concatenate(list(corrupted(images, name, level, seed)))
+
+
+def corrupted(images: pixels.Images, name: str, level: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Yield what `corrupt` returns, `CHUNK` images at a time, so that their floats stay small.
+
+    Raises:
+        UserError: as `corrupt`.
+    """
     if name not in CORRUPTIONS:
         raise UserError(f'"{name}" is no corruption{nearest(name, CORRUPTIONS)}; known: {", ".join(CORRUPTIONS)}')
     if level not in LEVELS:
         raise UserError(f"{level} is no level of a corruption; levels are 1 to 5")
     if images.shape[-1] != 3:
         raise UserError(f"corruptions are of images with three channels, not {images.shape[-1]}")
-    return np.concatenate(list(_chunks(images, name, level, seed)))
-
-
-def _chunks(images: np.ndarray, name: str, level: int, seed: int) -> Iterator[np.ndarray]:
-    """Corrupt so many images at a time that their floats stay small."""
     number = list(CORRUPTIONS).index(name)
     for start in range(0, len(images), CHUNK):
         rng = np.random.default_rng([seed, number, level, start])
-        part = images[start : start + CHUNK]
+        part = np.asarray(images[start : start + CHUNK])
         yield to_uint8(CORRUPTIONS[name](part / 255, level, rng))

@@ -10,11 +10,12 @@ import torch
 
 from fastcifar.analysis.calibration import calibration_error, reliability
 from fastcifar.analysis.content import data_config
-from fastcifar.analysis.corruptions import corrupt
+from fastcifar.analysis.corruptions import corrupted
 from fastcifar.analysis.ensemble import softmax
 from fastcifar.analysis.predict import Trained, logits_of, read_image
 from fastcifar.analysis.statistics import accuracy, negative_log_likelihood, wilson_interval
 from fastcifar.data.images import SUFFIXES
+from fastcifar.data.pixels import Images, choose
 from fastcifar.data.split import subset_rows
 from fastcifar.data.store import Store, is_store, open_store, resolve_store
 from fastcifar.errors import UserError, nearest
@@ -30,12 +31,12 @@ class LabelledImages:
 
     Attributes:
         name: what they are, for the table.
-        images: uint8 (N, S, S, C) of the model's size.
+        images: uint8 (N, S, S, C) of the model's size, in memory or in a store.
         labels: int64 (N,), positions in the model's classes.
     """
 
     name: str
-    images: np.ndarray
+    images: Images
     labels: np.ndarray
 
 
@@ -62,7 +63,7 @@ def read_labelled(
     if not limit:
         return found
     rows = subset_rows(found.labels, limit, "--limit")
-    return LabelledImages(found.name, found.images[rows], found.labels[rows])
+    return LabelledImages(found.name, choose(found.images, rows), found.labels[rows])
 
 
 def _store(run: RunDirectory, data: Path | None) -> Store:
@@ -104,7 +105,7 @@ def _from_store(store: Store, trained: Trained, split: str) -> LabelledImages:
         raise UserError(f"{store.root}: has {width}x{height} pixels, the model takes {size}x{size}; scale the images")
     found = store.split(split)
     own = np.array([trained.classes.index(name) for name in store.classes], np.int64)
-    return LabelledImages(f"{store.root.name} ({split})", np.asarray(found.images), own[np.asarray(found.labels)])
+    return LabelledImages(f"{store.root.name} ({split})", found.images, own[np.asarray(found.labels)])
 
 
 def _refuse_unknown(names: Sequence[str], where: Path, trained: Trained) -> None:
@@ -116,7 +117,7 @@ def _refuse_unknown(names: Sequence[str], where: Path, trained: Trained) -> None
         )
 
 
-def metrics_on(trained: Trained, images: np.ndarray, labels: np.ndarray, tta: str = "none") -> dict[str, Any]:
+def metrics_on(trained: Trained, images: Images, labels: np.ndarray, tta: str = "none") -> dict[str, Any]:
     """Return ``images``, ``accuracy`` with its 95% ``interval`` (percent), ``loss`` (nats), ``calibration_error``.
 
     Args:
@@ -125,7 +126,10 @@ def metrics_on(trained: Trained, images: np.ndarray, labels: np.ndarray, tta: st
         labels: int64 (N,).
         tta: ``none``, ``flip`` or ``multicrop``.
     """
-    logits = logits_of(trained, images, tta)
+    return _metrics(logits_of(trained, images, tta), labels)
+
+
+def _metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     right = int((logits.argmax(1) == labels).sum())
     return {
         "images": len(labels),
@@ -158,8 +162,9 @@ def evaluate(
     for name in corruptions:
         for level in levels:
             progress(f"{name} {level}")
-            images = corrupt(found.images, name, level, seed)
-            rows.append({"corruption": name, "level": level, **metrics_on(trained, images, found.labels, tta)})
+            parts = corrupted(found.images, name, level, seed)
+            logits = np.concatenate([logits_of(trained, part, tta) for part in parts])
+            rows.append({"corruption": name, "level": level, **_metrics(logits, found.labels)})
     mean = float(np.mean([row["accuracy"] for row in rows])) if rows else None
     return {"data": found.name, "clean": clean, "corrupted": rows, "mean_corrupted": mean}
 

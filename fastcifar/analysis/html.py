@@ -21,6 +21,7 @@ from fastcifar.analysis.members import distinct_names
 from fastcifar.analysis.page import POLICY, asset
 from fastcifar.analysis.sprite import COLUMNS, Sprite
 from fastcifar.config import to_toml
+from fastcifar.data import pixels
 from fastcifar.errors import UserError
 from fastcifar.locations import install_command
 from fastcifar.run_directory import RunDirectory
@@ -145,7 +146,7 @@ class _Part:
         return logits[rows].argmax(1).tolist() if rows else []
 
 
-def _entries(listed: Iterable[dict[str, Any]], images: np.ndarray | None, sprite: Sprite) -> list[list[Any]]:
+def _entries(listed: Iterable[dict[str, Any]], images: pixels.Images | None, sprite: Sprite) -> list[list[Any]]:
     """Return images as short lists for the script: tile, row, label, prediction, loss, the two probabilities."""
     entries = []
     for image in listed:

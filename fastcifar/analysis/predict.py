@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastcifar.analysis.content import CIFAR10
 from fastcifar.config.schema import CombineRecipe
 from fastcifar.data.images import read_rgb
+from fastcifar.data.pixels import Images
 from fastcifar.models.trained import trained_model
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.tta import tta_logits
@@ -78,7 +79,7 @@ def read_image(path: Path, image_px: int) -> np.ndarray:
     return np.array(picture)
 
 
-def predict(trained: Trained, images: np.ndarray, tta: str = "none", batch_size: int = 250) -> np.ndarray:
+def predict(trained: Trained, images: Images, tta: str = "none", batch_size: int = 250) -> np.ndarray:
     """Return probabilities float32 (N, K) for uint8 (N, S, S, C) images.
 
     Args:
@@ -91,13 +92,13 @@ def predict(trained: Trained, images: np.ndarray, tta: str = "none", batch_size:
 
 
 @torch.inference_mode()
-def logits_of(trained: Trained, images: np.ndarray, tta: str = "none", batch_size: int = 250) -> np.ndarray:
+def logits_of(trained: Trained, images: Images, tta: str = "none", batch_size: int = 250) -> np.ndarray:
     """Return logits float32 (N, K), as `predict` takes them, computed where the model is."""
     device = next(trained.model.parameters()).device
-    parts = [
-        tta_logits(trained.model, trained.normalized(part.to(device)), tta).cpu()
-        for part in torch.from_numpy(np.ascontiguousarray(images)).split(batch_size)
-    ]
+    parts = []
+    for start in range(0, len(images), batch_size):
+        part = torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size]))
+        parts.append(tta_logits(trained.model, trained.normalized(part.to(device)), tta).cpu())
     return torch.cat(parts).numpy()
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from fastcifar.data.pixels import Images
+
 LARGEST_TILE_PX = 64
 COLUMNS = 64
 LARGEST_BYTES = 3_200_000
@@ -33,7 +35,7 @@ class Sprite:
         """
         return self._tiles.setdefault(self._tile(image).tobytes(), len(self._tiles))
 
-    def add_rows(self, images: np.ndarray | None, rows: Iterable[int]) -> list[int | None]:
+    def add_rows(self, images: Images | None, rows: Iterable[int]) -> list[int | None]:
         """Return a tile number for each row of ``images``, uint8 (N, H, W, C); None for each where there are none."""
         return [None if images is None else self.add(images[row]) for row in rows]
 

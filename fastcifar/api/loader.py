@@ -14,6 +14,7 @@ from fastcifar.augment.standalone import HALF, read_ops
 from fastcifar.config.schema import DataConfig, LoaderConfig
 from fastcifar.data.batch import Batch
 from fastcifar.data.loaders import build_loader
+from fastcifar.data.pixels import as_tensor, choose
 from fastcifar.data.split import subset_rows
 from fastcifar.data.store import Store, resolve_store
 from fastcifar.errors import UserError
@@ -120,22 +121,23 @@ class Loader:
 
 
 class _InOrder:
-    """The rows of the test split on the device, batch after batch."""
+    """The rows of the test split, batch after batch; each is read and sent to the device when it is its turn."""
 
     name, reason = "resident", "a test set is read once"
 
     def __init__(self, store: Store, rows: np.ndarray, batch_size: int, device: torch.device) -> None:
         split = store.split("test")
-        self._images, self._labels = (torch.from_numpy(part[rows]).to(device) for part in (split.images, split.labels))
-        self.samples, self._size = len(rows), batch_size
+        self._images, self._labels = choose(split.images, rows), torch.from_numpy(split.labels[rows]).to(device)
+        self.samples, self._size, self._device = len(rows), batch_size, device
 
     def __len__(self) -> int:
         return -(-self.samples // self._size)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        for images, labels in zip(self._images.split(self._size), self._labels.split(self._size), strict=True):
+        for first in range(0, len(self._images), self._size):
+            images = as_tensor(self._images[first : first + self._size]).to(self._device)
             rows = torch.arange(len(images), device=images.device)
-            yield Batch(images, rows, labels, rows)
+            yield Batch(images, rows, self._labels[first : first + self._size], rows)
 
     def close(self) -> None:
         self._images = self._images[:0]

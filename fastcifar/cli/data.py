@@ -1,14 +1,12 @@
 """``fastcifar data``: get CIFAR, convert it into a store, check a store to the byte, say what is there."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from fastcifar.console import err, out
+from fastcifar.console import err, out, progress_bar
 from fastcifar.errors import UserError
 
 app = typer.Typer(help="Get, convert, check and describe data sets.", no_args_is_help=True)
@@ -20,17 +18,6 @@ Data = Annotated[
     Path | None, typer.Option(help="where the data is; without it FASTCIFAR_DATA, then ./data", show_default=False)
 ]
 Named = Annotated[Kind, typer.Argument(help="which data set")]
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a progress callback that draws a bar on stderr, where that is a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from fastcifar.data.formats.raw import Split
 from fastcifar.data.images import SUFFIXES, read_rgb
+from fastcifar.data.pixels import StoredImages
 from fastcifar.data.releases import RELEASES, Release, extracted, read_file, read_names, release_of_archive
 from fastcifar.data.synthetic import draw
 from fastcifar.errors import UserError
@@ -124,9 +126,24 @@ def _cure(kind: str) -> str:
 
 def _fingerprint(path: Path) -> str:
     """Hash the paths, sizes and times of all files at a path: quick, and changed by whatever changes a file."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    lines = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    files = iter([str(path.resolve())]) if path.is_file() else _files_under(str(path.resolve()))
+    digest, between = hashlib.sha256(), ""
+    for file in files:
+        found = os.stat(file)
+        digest.update(f"{between}{file} {found.st_size} {found.st_mtime_ns}".encode(errors="surrogateescape"))
+        between = "\n"
+    return digest.hexdigest()
+
+
+def _files_under(folder: str) -> Iterator[str]:
+    """Yield the files in a folder and below it, resolved, by name; links to folders are not followed."""
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_under(entry.path)
+        elif entry.is_file():
+            yield os.path.realpath(entry.path) if entry.is_symlink() else entry.path
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -181,13 +198,16 @@ def _read_release(folder: Path, release: Release, about: dict[str, Any], progres
 
 
 def _read_folder(folder: Path, about: dict[str, Any], progress: Progress) -> DataSet:
-    """Read ``train/<class>/*`` and ``test/<class>/*``."""
+    """Look through ``train/<class>/*`` and ``test/<class>/*``; images are decoded when they are asked for."""
     classes = _class_names(folder / "train")
     test_classes = _class_names(folder / "test")
     unknown = sorted(set(test_classes) - set(classes))
     if unknown:
         raise UserError(f"{folder / 'test' / unknown[0]}: a class that train/ does not have")
-    splits = {name: _read_images(folder / name, classes, progress) for name in ("train", "test")}
+    splits = {}
+    for k, name in enumerate(("train", "test")):
+        progress(f"look through {name}", k, 2)
+        splits[name] = _find_images(folder / name, classes)
     shapes = {split.images.shape[1:] for split in splits.values()}
     if len(shapes) > 1:
         raise UserError(f"{folder}: train and test images differ in size: {' and '.join(map(str, shapes))}")
@@ -230,32 +250,61 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _read_images(folder: Path, classes: list[str], progress: Progress) -> Split:
-    """Decode all images of a split on as many threads as there are cores (PIL works outside Python's lock)."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    paths = [(p, k) for k, c in enumerate(classes) for p in _images_in(folder / c)]
-    if not paths:
+def _find_images(folder: Path, classes: list[str]) -> Split:
+    """Return the images of a split, not decoded yet, and their labels."""
+    names = [_images_in(folder / name) for name in classes]
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(inside) for inside in names])
+    if not len(labels):
         raise UserError(f"{folder}: no images in its class folders ({', '.join(SUFFIXES)})")
-    first = _decode(paths[0][0])
-    images = np.empty((len(paths), *first.shape), np.uint8)
-    with ThreadPoolExecutor() as pool:
-        for row, image in enumerate(pool.map(_decode, [p for p, _ in paths])):
-            if image.shape != first.shape:
+    return Split(ImageFiles(folder, classes, list(chain.from_iterable(names)), labels), labels)
+
+
+class ImageFiles(StoredImages):
+    """The images of a split as files; they are decoded when they are asked for, on as many threads as there are cores.
+
+    PIL decodes outside Python's lock.
+
+    Args:
+        folder: of the split.
+        classes: the names of the folders in it.
+        names: of the files, without their folders.
+        labels: which folder each is in, int64 (N,).
+    """
+
+    def __init__(self, folder: Path, classes: list[str], names: list[str], labels: np.ndarray):
+        self._folder, self._classes, self._names, self._labels = folder, classes, names, labels
+        super().__init__((len(names), *np.asarray(read_rgb(self._path(0))).shape))
+
+    def _path(self, row: int) -> Path:
+        return self._folder / self._classes[self._labels[row]] / self._names[row]
+
+    def _gather(self, rows: np.ndarray) -> np.ndarray:
+        from concurrent.futures import ThreadPoolExecutor
+
+        images = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        parts = np.array_split(np.arange(len(rows)), min(len(rows), 4 * (os.cpu_count() or 1)) or 1)
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(lambda part: self._decode(rows[part], images, part), parts):
+                pass
+        return images
+
+    def _decode(self, rows: np.ndarray, into: np.ndarray, places: np.ndarray) -> None:
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            image = np.asarray(read_rgb(self._path(row)))
+            if image.shape != self.shape[1:]:
                 raise UserError(
-                    f"{paths[row][0]}: {image.shape[1]}x{image.shape[0]} pixels, "
-                    f"{paths[0][0].name} has {first.shape[1]}x{first.shape[0]}; all images must have one size"
+                    f"{self._path(row)}: {image.shape[1]}x{image.shape[0]} pixels, "
+                    f"{self._path(0).name} has {self.shape[2]}x{self.shape[1]}; all images must have one size"
                 )
-            images[row] = image
-            progress(f"decode {folder.name}", row + 1, len(paths))
-    return Split(images, np.array([k for _, k in paths], np.int64))
+            into[place] = image
 
 
-def _images_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path) -> list[str]:
+    """Return the names of a folder's images, sorted."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not _hidden(p))
+    return sorted(name for name in os.listdir(folder) if _is_image(name))
 
 
-def _decode(path: Path) -> np.ndarray:
-    return np.asarray(read_rgb(path))
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")

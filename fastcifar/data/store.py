@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from fastcifar.cache import cache_folder
 from fastcifar.config.schema import DataConfig
 from fastcifar.data import formats, manifest
 from fastcifar.data.formats import Split
+from fastcifar.data.formats.target import Hashing, Target
 from fastcifar.data.manifest import FileEntry, Manifest, Origin, SplitEntry, read_manifest
+from fastcifar.data.pixels import Passing, chunks
 from fastcifar.data.sources import DataSet, Source, find_source, known_place, read_source
 from fastcifar.errors import UserError
 
@@ -79,7 +81,7 @@ class Store:
         return self.manifest.splits[split].count
 
     def split(self, split: str) -> Split:
-        """Return the images and labels of ``train`` or ``test``: memory-mapped from a raw store, else read.
+        """Return the images and labels of ``train`` or ``test``; the images are memory-mapped, in every format.
 
         Raises:
             UserError: a file that does not hold what the manifest says, or a label that is no class.
@@ -232,18 +234,47 @@ def verify(root: Path, progress: Progress = no_progress) -> Store:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def content_hash(data: DataSet) -> str:
-    """Return a hash of classes, shapes, labels and pixels: equal data sets are equal in every format."""
-    digest = hashlib.sha256(json.dumps(data.classes).encode())
-    for name, split in sorted(data.splits.items()):
-        digest.update(f"{name} {split.images.shape}".encode())
-        digest.update(np.ascontiguousarray(split.labels, dtype="<i8").data)
-        digest.update(np.ascontiguousarray(split.images).data)
-    return digest.hexdigest()
+class _Content:
+    """A hash of classes, shapes, labels and pixels: equal data sets are equal in every format.
+
+    Splits come in the order of their names, and each split's images from front to back.
+    """
+
+    def __init__(self, classes: list[str]):
+        self._hashing = Hashing()
+        self._hashing.update(json.dumps(classes).encode())
+
+    def begin(self, name: str, split: Split) -> None:
+        """Begin a split."""
+        self._hashing.update(f"{name} {split.images.shape}".encode())
+        self._hashing.update(np.ascontiguousarray(split.labels, dtype="<i8").data)
+
+    def images(self, images: np.ndarray) -> None:
+        """Take the next images of the split."""
+        self._hashing.update(np.ascontiguousarray(images).data)
+
+    def hexdigest(self) -> str:
+        """Return the hash, after the last split."""
+        return self._hashing.hexdigest()
+
+    def close(self) -> None:
+        """End the hashing thread."""
+        self._hashing.close()
+
+
+def content_hash(data: DataSet, progress: Progress = no_progress) -> str:
+    """Return the hash of a data set's classes, shapes, labels and pixels, reading it once."""
+    with closing(_Content(data.classes)) as content:
+        for name, split in sorted(data.splits.items()):
+            content.begin(name, split)
+            for first, images in chunks(split.images):
+                content.images(images)
+                progress(f"check {name}", first + len(images), len(split))
+        return content.hexdigest()
 
 
 def convert(source: Source | Store, to: str, out: Path, progress: Progress = no_progress) -> tuple[Store, bool]:
-    """Write a data set as a store.
+    """Write a data set as a store, a few MiB at a time, however large it is.
 
     Args:
         source: what to read.
@@ -262,14 +293,13 @@ def convert(source: Source | Store, to: str, out: Path, progress: Progress = no_
         if same is not None:
             return same, False
     data = _as_data_set(source, progress)
-    content = content_hash(data)
     if out.exists():
-        if is_store(out) and (there := open_store(out)).manifest.content == content and there.format == to:
+        there = open_store(out) if is_store(out) else None
+        if there and there.format == to and there.manifest.content == content_hash(data, progress):
             return there, False
         if not out.is_dir() or any(out.iterdir()):
             raise UserError(f"{out}: already there, with other content; remove it or choose another folder with --out")
-    _write(data, content, to, out, progress)
-    return open_store(out), True
+    return _write(data, to, out, progress), True
 
 
 def _same_source(out: Path, source: Source | Store, to: str) -> Store | None:
@@ -290,27 +320,35 @@ def _as_data_set(source: Source | Store, progress: Progress) -> DataSet:
     return DataSet(splits, source.classes, source.manifest.source.model_dump(), source.notes)
 
 
-def _write(data: DataSet, content: str, to: str, out: Path, progress: Progress) -> None:
-    with _whole_or_nothing(out) as folder:
-        for name, split in data.splits.items():
+def _write(data: DataSet, to: str, out: Path, progress: Progress) -> Store:
+    """Write a data set; its content and its files are hashed while they are written, and not read again."""
+    with _whole_or_nothing(out) as folder, closing(_Content(data.classes)) as content:
+        target = Target(folder)
+        for name, split in sorted(data.splits.items()):
             progress(f"write {name} as {to}", 0, len(split.labels))
-            formats.WRITERS[to](split, folder, name, progress)
-        written = sorted(p for p in folder.rglob("*") if p.is_file())
-        Manifest(
+            content.begin(name, split)
+            formats.WRITERS[to](Split(Passing(split.images, content.images), split.labels), target, name, progress)
+        written = Manifest(
             format=to,  # type: ignore[arg-type]
             source=Origin(**data.source),
-            content=content,
+            content=content.hexdigest(),
             classes=data.classes,
             image_shape=[int(side) for side in data.splits["train"].images.shape[1:]],
             splits={name: SplitEntry(count=len(split)) for name, split in data.splits.items()},
             notes=data.notes,
-            files={p.relative_to(folder).as_posix(): _describe(p) for p in written},
-        ).write(folder)
+            files={name: _describe(folder / name, digest) for name, digest in sorted(target.hashes.items())},
+        )
+        written.write(folder)
+    store = Store(out, read_manifest(out / MANIFEST))
+    if store.manifest != written:  # another process made it meanwhile
+        return open_store(out)
+    _Remembered(store).save()
+    return store
 
 
-def _describe(path: Path) -> FileEntry:
+def _describe(path: Path, sha256: str) -> FileEntry:
     found = path.stat()
-    return FileEntry(bytes=found.st_size, sha256=hash_file(path), mtime_ns=found.st_mtime_ns)
+    return FileEntry(bytes=found.st_size, sha256=sha256, mtime_ns=found.st_mtime_ns)
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """What a person sees of a run: one line per epoch, and in a terminal a live bar below them."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from fastcifar.console import err
+from fastcifar.console import err, progress_bar
 from fastcifar.text import duration
 
 REFRESH_S = 0.5
@@ -33,6 +35,16 @@ class Steps:
         if what not in self._said and not self._quiet:
             tell(f"converting the data: {what}")
         self._said.add(what)
+
+
+@contextmanager
+def conversion_steps(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield what a conversion tells of its steps: a bar in a terminal, else a line for each kind of step."""
+    if quiet or not err.is_terminal:
+        yield Steps(quiet)
+        return
+    with progress_bar("converting the data: ") as show:
+        yield show
 
 
 class Display:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastcifar.augment.augment import Augment, AugmentBySize
 from fastcifar.data.batch import Share
+from fastcifar.data.pixels import Images, as_tensor, on_device
 from fastcifar.errors import root_cause
 from fastcifar.train.cuda_graph import GraphedStep
 from fastcifar.train.execution import Forward, compile_model, first_wait, out_of_memory_explained
@@ -17,7 +18,8 @@ from fastcifar.train.precision import Precision
 from fastcifar.train.ranks import ALONE, Ranks
 from fastcifar.train.tta import tta_logits
 
-# A split is kept on the device while it takes no more than this; larger ones are sent batch by batch.
+# A split is kept on a GPU while it takes no more than this; larger ones are sent batch by batch, and so is every split
+# where the device is the host: its images are read where they lie.
 RESIDENT_BYTES = 1 << 30
 
 
@@ -137,29 +139,30 @@ class Evaluator:
         return output[: len(images)].clone()
 
     @torch.no_grad()
-    def logits(self, images: Tensor, tta: str = "none") -> Tensor:
-        """Return the logits of all images, uint8 (N, H, W, C) on any device: float32 (N, K) on the device, in order.
+    def logits(self, images: Tensor | Images, tta: str = "none") -> Tensor:
+        """Return the logits of all images, uint8 (N, H, W, C): float32 (N, K) on the device, in order.
 
         Ranks take whole batches in turn, so that each image goes through in the company that it has on one device.
 
         Args:
-            images: the images; they are sent to the device batch by batch where they do not lie there.
+            images: on any device, or in a store, from which each batch is read when it is its turn.
             tta: test-time augmentation, see `fastcifar.train.tta`.
         """
         was_training = self.model.training
         self.model.eval()
-        rank, world, parts = self._ranks.place.rank, self._ranks.world, images.split(self.batch_size)
+        rank, world, size = self._ranks.place.rank, self._ranks.world, self.batch_size
+        starts = range(rank * size, len(images), world * size)
         # Whole batches, because a batch of another size may round differently.
-        own = [self.batch(part, tta) for part in parts[rank::world]]
+        own = [self.batch(as_tensor(images[start : start + size]), tta) for start in starts]
         if world > 1:
             own = self._of_all_ranks(own, images, rank)
         self.model.train(was_training)
         return torch.cat(own)
 
-    def _of_all_ranks(self, own: list[Tensor], images: Tensor, rank: int) -> list[Tensor]:
+    def _of_all_ranks(self, own: list[Tensor], images: Tensor | Images, rank: int) -> list[Tensor]:
         """Return every batch's logits, in order, from those of each rank's batches."""
         size, world = self.batch_size, self._ranks.world
-        classes = (own[0] if own else self.batch(images[:1])).shape[1]
+        classes = (own[0] if own else self.batch(as_tensor(images[:1]))).shape[1]
         # The ranks take turns in rounds; one row of a round's table for each rank.
         rounds = -(-len(images) // (size * world))
         table = torch.zeros(rounds, size, classes, device=self.device)
@@ -173,17 +176,16 @@ class EvaluationSet:
     """Images to evaluate on, normalized on the fly and never augmented.
 
     Args:
-        images: uint8 (N, H, W, C), possibly memory-mapped.
+        images: uint8 (N, H, W, C), in memory or in a store.
         labels: int64 (N,).
         evaluator: the model.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, evaluator: Evaluator) -> None:
+    def __init__(self, images: Images, labels: np.ndarray, evaluator: Evaluator) -> None:
         self._evaluator, device = evaluator, evaluator.device
-        self._images = torch.from_numpy(np.ascontiguousarray(images))
         # Test sets are small and looked at in every epoch: sent once instead of each time.
-        if images.nbytes <= RESIDENT_BYTES:
-            self._images = self._images.to(device)
+        kept = device.type != "cpu" and images.nbytes <= RESIDENT_BYTES
+        self._images: Tensor | Images = on_device(images, device) if kept else images
         self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
 
     def __len__(self) -> int:

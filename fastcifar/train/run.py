@@ -23,6 +23,7 @@ from fastcifar.data.batch import Batch
 from fastcifar.data.loaders import Loader, build_loader
 from fastcifar.data.loaders.resident import ResidentLoader
 from fastcifar.data.loaders.resized import WHOLE, ResizedLoader, first_epochs
+from fastcifar.data.pixels import choose
 from fastcifar.data.split import holdout_split, subset_rows
 from fastcifar.data.store import Store, resolve_store
 from fastcifar.errors import UserError
@@ -34,7 +35,7 @@ from fastcifar.track import Callback, Callbacks, make_trackers
 from fastcifar.train.check_nan import check_finite
 from fastcifar.train.checks import check_data
 from fastcifar.train.clock import Clock
-from fastcifar.train.display import Display, Steps, tell
+from fastcifar.train.display import Display, conversion_steps, tell
 from fastcifar.train.distillation import build_teacher
 from fastcifar.train.evaluate import EvaluationSet, Evaluator
 from fastcifar.train.execution import is_strict
@@ -140,14 +141,14 @@ def open_data(
     Raises:
         UserError: no such data, or it does not go with the recipe or the number of ranks; a missing package.
     """
-    with ranks.one_per_host_first():
-        store = resolve_store(recipe.data, data, progress=Steps(quiet))
+    with ranks.one_per_host_first(), conversion_steps(quiet) as progress:
+        store = resolve_store(recipe.data, data, progress=progress)
         rows = choose_rows(recipe.data, store, recipe.seed)
         check_data(recipe, store, rows, ranks.world)
         loader = build_loader(
             recipe.data.loader, store, rows.train, seed=recipe.seed, batch_size=recipe.train.batch_size,
             drop_last=recipe.train.drop_last, device=device, augment=recipe.augment,
-            rank=ranks.place.rank, world=ranks.world,
+            rank=ranks.place.rank, world=ranks.world, progress=progress,
         )
     if recipe.data.resize:
         if not isinstance(loader, ResidentLoader):
@@ -381,7 +382,7 @@ def fit_images(
     """Hand the first training images to models that want them; before the step copies weights for its averages."""
     for model in filter(None, models):
         if wanted := hooks.images_to_fit(model):
-            images = torch.from_numpy(store.split("train").images[rows.train[:wanted]])
+            images = torch.from_numpy(np.asarray(store.split("train").images[rows.train[:wanted]]))
             hooks.fit_images(model, augment.plain(images.to(device)).float())
 
 
@@ -398,6 +399,6 @@ def evaluation_sets(recipe: Recipe, store: Store, rows: Rows, evaluator: Evaluat
     for name, (split_name, chosen) in wanted.items():
         if len(chosen):
             store.check_split(split_name)
-            split = store.split(split_name)  # once: a store that is not raw reads all of its pixels for it
-            sets[name] = EvaluationSet(split.images[chosen], split.labels[chosen], evaluator)
+            split = store.split(split_name)
+            sets[name] = EvaluationSet(choose(split.images, chosen), split.labels[chosen], evaluator)
     return sets

@@ -23,7 +23,7 @@ def make(root: Path, to: str, labels=None) -> Path:
     labels = np.arange(12) % 3 if labels is None else labels
     splits = {n: Split(random.integers(0, 256, (12, 9, 8, 3), np.uint8), labels) for n in ("train", "test")}
     data = stores.DataSet(splits, ["a", "b", "c"], {"kind": "folder"}, [])
-    stores._write(data, stores.content_hash(data), to, root, stores.no_progress)
+    stores._write(data, to, root, stores.no_progress)
     return root
 
 
@@ -142,7 +142,7 @@ def test_an_image_beyond_the_end_of_a_beton(tmp_path):
     samples = np.frombuffer(content, ffcv.SAMPLE, 12, start)
     samples["image"]["pointer"][3] = 2**63
     (root / "train.beton").write_bytes(content)
-    entry = stores._describe(root / "train.beton")
+    entry = stores._describe(root / "train.beton", stores.hash_file(root / "train.beton"))
     files = {**json.loads((root / "manifest.json").read_text())["files"], "train.beton": entry.model_dump()}
     change(root, files=files)
     seal(root)

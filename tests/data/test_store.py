@@ -62,7 +62,7 @@ def test_any_image_size_and_more_than_a_page(rng, tmp_path, monkeypatch, to):
         for name, n in (("train", 101), ("test", 1))
     }
     data = stores.DataSet(splits, [str(k) for k in range(500)], {"kind": "folder"}, [])
-    stores._write(data, stores.content_hash(data), to, tmp_path / "set", stores.no_progress)
+    stores._write(data, to, tmp_path / "set", stores.no_progress)
     store = verify(tmp_path / "set")
     for name, true in splits.items():
         assert np.array_equal(store.split(name).images, true.images)

@@ -47,7 +47,7 @@ def original(to: str) -> Path:
     random = np.random.default_rng(0)
     splits = {n: Split(random.integers(0, 256, (12, 9, 8, 3), np.uint8), np.arange(12) % 3) for n in ("train", "test")}
     data = stores.DataSet(splits, ["a", "b", "c"], {"kind": "folder"}, [])
-    stores._write(data, stores.content_hash(data), to, folder / to, stores.no_progress)
+    stores._write(data, to, folder / to, stores.no_progress)
     return folder / to
 
 

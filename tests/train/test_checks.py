@@ -49,7 +49,7 @@ def folder(tmp_path):
         images = random.integers(0, 256, (12, height, width, 3), np.uint8)
         splits = {name: Split(images, np.arange(12) % 3) for name in ("train", "test")}
         data = stores.DataSet(splits, ["a", "b", "c"], {"kind": "folder", "path": "x", "fingerprint": "0" * 64}, [])
-        stores._write(data, stores.content_hash(data), "raw", tmp_path / "set", stores.no_progress)
+        stores._write(data, "raw", tmp_path / "set", stores.no_progress)
         return tmp_path / "set"
 
     return make

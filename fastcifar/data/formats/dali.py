@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from fastcifar.data.formats.raw import Split
+from fastcifar.data.formats.target import Target
+from fastcifar.data.pixels import Pieces, chunk_rows, let_go
 from fastcifar.errors import UserError
 
 BLOCK = 512
@@ -55,18 +57,19 @@ def index_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".idx"
 
 
-def write(split: Split, folder: Path, name: str, progress: Callable[[str, int, int], None]) -> None:
+def write(split: Split, target: Target, name: str, progress: Callable[[str, int, int], None]) -> None:
     """Write ``NAME-00000.tar``, ``NAME-00000.idx`` and so on."""
-    count = len(split)
+    count, image_bytes = len(split), int(np.prod(split.images.shape[1:]))
     for k, shard in enumerate(shard_names(name, count)):
         rows = np.arange(k * SHARD_SAMPLES, min((k + 1) * SHARD_SAMPLES, count))
-        records = _records(split.images[rows[0] : rows[-1] + 1], split.labels[rows], rows)
-        with (folder / shard).open("wb") as file:
-            file.write(records.data)
+        with target.file(shard) as file:
+            for part in np.split(rows, range(chunk_rows(split.images), len(rows), chunk_rows(split.images))):
+                file.write(_records(split.images[int(part[0]) : int(part[-1]) + 1], split.labels[part], part).data)
+                let_go(split.images)
+                progress(f"write {name} as dali", int(part[-1]) + 1, count)
             file.write(bytes(2 * BLOCK))  # the end of an archive
-        image_bytes = int(np.prod(split.images.shape[1:]))
-        (folder / index_name(shard)).write_text(index_text(rows, np.arange(len(rows)), image_bytes))
-        progress(f"write {name} as dali", int(rows[-1]) + 1, count)
+        with target.file(index_name(shard)) as file:
+            file.write(index_text(rows, np.arange(len(rows)), image_bytes).encode())
 
 
 def _records(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -137,7 +140,7 @@ def views(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]
     stride, shards = sample_bytes(int(np.prod(image_shape))), []
     for k, shard in enumerate(shard_names(name, count)):
         held = min(SHARD_SAMPLES, count - k * SHARD_SAMPLES)
-        data = np.memmap(folder / shard, np.uint8, mode="r")
+        data = np.memmap(folder / shard, np.uint8, mode="c")  # copy-on-write, as in the raw format
         if len(data) != held * stride + 2 * BLOCK:
             raise UserError(f"{folder / shard}: not a shard of {held} samples of {image_shape} pixels; convert again")
         shards.append(data[: held * stride].reshape(held, stride))
@@ -145,18 +148,16 @@ def views(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]
 
 
 def read(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> Split:
-    """Read a split's shards into memory, without DALI.
+    """Map the images of a split's shards and read the labels, without DALI.
 
     Raises:
         UserError: a shard of the wrong size.
     """
     image_bytes = int(np.prod(image_shape))
-    pixels = offsets(image_bytes)[0]
-    images = np.empty((count, *image_shape), np.uint8)
-    for k, shard in enumerate(views(folder, name, count, image_shape)):
-        rows = slice(k * SHARD_SAMPLES, k * SHARD_SAMPLES + len(shard))
-        images[rows] = shard[:, pixels : pixels + image_bytes].reshape(-1, *image_shape)
-    return Split(images, read_labels(folder, name, count, image_shape))
+    start = offsets(image_bytes)[0]
+    shards = views(folder, name, count, image_shape)
+    images = [shard[:, start : start + image_bytes].reshape(-1, *image_shape) for shard in shards]
+    return Split(Pieces(images, (count, *image_shape)), read_labels(folder, name, count, image_shape))
 
 
 def read_labels(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> np.ndarray:

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from fastcifar.data.formats.raw import Split
+from fastcifar.data.formats.target import Target
+from fastcifar.data.pixels import Pieces, let_go
 from fastcifar.errors import UserError
 
 VERSION = 2
@@ -37,7 +39,7 @@ def file_name(split: str) -> str:
     return f"{split}.beton"
 
 
-def write(split: Split, folder: Path, name: str, progress: Callable[[str, int, int], None]) -> None:
+def write(split: Split, target: Target, name: str, progress: Callable[[str, int, int], None]) -> None:
     """Write ``NAME.beton``.
 
     Raises:
@@ -49,14 +51,15 @@ def write(split: Split, folder: Path, name: str, progress: Callable[[str, int, i
     page_bytes, per_page, start = _pages(count, height * width * channels)
     pointers = _pointers(count, height * width * channels, page_bytes, per_page, start)
     pages = -(-count // per_page)
-    with (folder / file_name(name)).open("wb") as file:
+    with target.file(file_name(name)) as file:
         file.write(_head(split, pointers, page_bytes, table=start + pages * page_bytes))
         for page in range(pages):
-            rows = slice(page * per_page, (page + 1) * per_page)
-            file.seek(start + page * page_bytes)
+            rows = slice(page * per_page, min((page + 1) * per_page, count))
+            file.skip_to(start + page * page_bytes)
             file.write(np.ascontiguousarray(split.images[rows]).data)
-            progress(f"write {name} as ffcv", min(rows.stop, count), count)
-        file.seek(start + pages * page_bytes)
+            let_go(split.images)
+            progress(f"write {name} as ffcv", rows.stop, count)
+        file.skip_to(start + pages * page_bytes)
         file.write(_table(pointers, height * width * channels).tobytes())
 
 
@@ -95,21 +98,21 @@ def _table(pointers: np.ndarray, image_bytes: int) -> np.ndarray:
 
 
 def read(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> Split:
-    """Read ``NAME.beton`` into memory, without ffcv.
+    """Map the images and read the labels of ``NAME.beton``, without ffcv.
 
     Raises:
         UserError: a file that is not of the layout above, or truncated.
     """
     path = folder / file_name(name)
-    data = np.memmap(path, np.uint8, mode="r")
+    data = np.memmap(path, np.uint8, mode="c")  # copy-on-write, as in the raw format
     samples = _samples(path, data, count, image_shape)
     image_bytes = int(np.prod(image_shape))
-    images = np.empty((count, *image_shape), np.uint8)
     pointers = samples["image"]["pointer"].astype(np.int64)
-    for first, last in _runs(pointers, image_bytes):
-        block = data[pointers[first] : pointers[first] + (last - first) * image_bytes]
-        images[first:last] = block.reshape(-1, *image_shape)
-    return Split(images, samples["label"].astype(np.int64))
+    pages = [
+        data[pointers[first] : pointers[first] + (last - first) * image_bytes].reshape(-1, *image_shape)
+        for first, last in _runs(pointers, image_bytes)
+    ]
+    return Split(Pieces(pages, (count, *image_shape)), samples["label"].astype(np.int64))
 
 
 def read_labels(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> np.ndarray:

@@ -5,13 +5,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from fastcifar.data.formats.target import HashedFile, Target
+from fastcifar.data.pixels import Images, chunks
 from fastcifar.errors import UserError
-
-CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -19,18 +18,19 @@ class Split:
     """The images of ``train`` or ``test``.
 
     Attributes:
-        images: uint8 (N, H, W, C), in 0..255; may be memory-mapped, then copy-on-write.
+        images: uint8 (N, H, W, C), in 0..255: an array, memory-mapped (then copy-on-write) or not, or what reads a
+            file when rows are asked for.
         labels: int64 (N,), in 0..classes-1.
     """
 
-    images: np.ndarray
+    images: Images
     labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def reserve(file: BinaryIO, size: int) -> None:
+def reserve(file: HashedFile, size: int) -> None:
     """Take the space of a file that is about to be written, so that a full disk is known at once.
 
     Raises:
@@ -45,18 +45,19 @@ def reserve(file: BinaryIO, size: int) -> None:
             raise
 
 
-def write(split: Split, folder: Path, name: str, progress: Callable[[str, int, int], None]) -> None:
+def write(split: Split, target: Target, name: str, progress: Callable[[str, int, int], None]) -> None:
     """Write ``NAME_images.npy`` and ``NAME_labels.npy``."""
     count = len(split)
     header = {"descr": "|u1", "fortran_order": False, "shape": split.images.shape}
     # Not memory-mapped: on a full disk a page that cannot be written ends the process with SIGBUS, without a word.
-    with (folder / f"{name}_images.npy").open("wb") as file:
+    with target.file(f"{name}_images.npy") as file:
         np.lib.format.write_array_header_2_0(file, header)
         reserve(file, file.tell() + split.images.nbytes)
-        for first in range(0, count, CHUNK):
-            file.write(np.ascontiguousarray(split.images[first : first + CHUNK]).data)
-            progress(f"write {name} as raw", min(first + CHUNK, count), count)
-    np.save(folder / f"{name}_labels.npy", split.labels.astype(np.int64))
+        for first, images in chunks(split.images):
+            file.write(np.ascontiguousarray(images).data)
+            progress(f"write {name} as raw", first + len(images), count)
+    with target.file(f"{name}_labels.npy") as file:
+        np.save(file, split.labels.astype(np.int64))
 
 
 def read(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> Split:

@@ -8,7 +8,7 @@ import torch
 
 from fastcifar.config.schema import AugmentConfig, LoaderConfig
 from fastcifar.data.loaders.base import EpochOrder, Loader
-from fastcifar.data.store import Store, store_as
+from fastcifar.data.store import Progress, Store, no_progress, store_as
 from fastcifar.errors import UserError
 from fastcifar.host_memory import available_bytes
 from fastcifar.locations import install_command
@@ -31,6 +31,7 @@ def build_loader(
     rank: int = 0,
     world: int = 1,
     augment: AugmentConfig | None = None,
+    progress: Progress = no_progress,
 ) -> Loader:
     """Return the loader of the training images.
 
@@ -47,6 +48,7 @@ def build_loader(
         rank: which part of each batch, 0..world-1.
         world: how many parts.
         augment: the augmentations; with ``where = "loader"`` the torchvision backend executes them.
+        progress: told of a conversion's steps.
 
     Raises:
         UserError: a backend's package is missing, the images are of a kind that it cannot hold, or a batch has fewer
@@ -56,6 +58,8 @@ def build_loader(
     order = EpochOrder(chosen, seed, batch_size, drop_last, rank, world)
     in_workers = augment if augment is not None and augment.where == "loader" else None
     name, reason = choose_backend(config, store, len(chosen), device, in_workers)
+    if name in PACKAGES:
+        store = store_as(store, name, progress)
     return _BUILDERS[name](config, store, order, device, reason, in_workers)
 
 
@@ -136,7 +140,7 @@ def _ffcv(
 ) -> Loader:
     from fastcifar.data.loaders.ffcv import FfcvLoader
 
-    return FfcvLoader(store_as(store, "ffcv"), order, device, reason, config.workers)
+    return FfcvLoader(store, order, device, reason, config.workers)
 
 
 def _dali(
@@ -145,7 +149,7 @@ def _dali(
 ) -> Loader:
     from fastcifar.data.loaders.dali import DaliLoader
 
-    return DaliLoader(store_as(store, "dali"), order, device, reason, config.workers, config.order)
+    return DaliLoader(store, order, device, reason, config.workers, config.order)
 
 
 def _torchvision(

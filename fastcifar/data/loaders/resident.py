@@ -2,11 +2,11 @@
 
 from collections.abc import Generator, Iterator
 
-import numpy as np
 import torch
 
 from fastcifar.data.batch import Batch, Share
 from fastcifar.data.loaders.base import EpochOrder, with_shares
+from fastcifar.data.pixels import choose, on_device
 from fastcifar.data.store import Store
 
 
@@ -19,12 +19,10 @@ class ResidentLoader:
     def __init__(self, store: Store, order: EpochOrder, device: torch.device, reason: str):
         store.check_split("train")  # all of it is read here anyway
         split = store.split("train")
-        whole = len(order.rows) == len(split) and bool((order.rows == np.arange(len(split))).all())
-        images, labels = (split.images, split.labels) if whole else (split.images[order.rows], split.labels[order.rows])
         self._epoch_order, self._device = order, device
         self.reason, self.samples = reason, order.samples
-        self.images = torch.from_numpy(images).to(device)
-        self.labels = torch.from_numpy(labels).to(device)
+        self.images = on_device(choose(split.images, order.rows), device)
+        self.labels = torch.from_numpy(split.labels[order.rows]).to(device)
         self._rows = torch.from_numpy(order.rows).to(device)
 
     def __len__(self) -> int:
