@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcifar import __version__
+from fastcifar.host_memory import total_bytes
 from fastcifar.locations import clone
 
 PACKAGES = ("torch", "torchvision", "triton", "numba", "numpy", "ffcv", "nvidia-dali-cuda120", "pillow")
@@ -23,6 +24,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "memory_bytes": total_bytes(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),

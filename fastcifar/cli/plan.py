@@ -171,14 +171,14 @@ def find_data(recipe: "Recipe", data: Path | None) -> tuple[dict[str, Any], "Sto
 
 def backend(recipe: "Recipe", store: "Store | None", images: int, device: Any) -> str:
     """Return the loader that would be used, with the reason; the store's image size counts, else 32x32x3."""
-    from fastcifar.data.loaders import choose_backend
+    from fastcifar.data.loaders import choose_backend, choose_order
     from fastcifar.data.manifest import Manifest
     from fastcifar.data.store import Store
 
     sized = store or Store(Path(), Manifest.model_construct(**{"image_shape": [32, 32, 3]}))  # type: ignore[arg-type]
     in_workers = recipe.augment if recipe.augment.where == "loader" else None
     name, reason = choose_backend(recipe.data.loader, sized, images, device, in_workers)
-    return f"{name} ({reason})"
+    return f"{name} ({reason}{choose_order(recipe.data.loader, name, sized, images)[2]})"
 
 
 def combination(recipe: "CombineRecipe | Recipe") -> dict[str, Any]:

@@ -48,7 +48,7 @@ DESCRIPTIONS: dict[str, tuple[str, Any]] = {
     "DataConfig.std": ("Deviation of each channel, of pixels in 0..1.", [0.247, 0.2435, 0.2616]),
     "LoaderConfig.name": ("Backend; auto takes resident while the set fits, else another.", "resident"),
     "LoaderConfig.workers": ("Threads or processes of a backend that streams.", 4),
-    "LoaderConfig.order": ("plan is the run's own order; native lets DALI shuffle in its way.", "plan"),
+    "LoaderConfig.order": ("random; block (quasi-random, for disks); plan: one of the two; native: DALI.", "block"),
     "AugmentConfig.ops": ("Operations in order: ours, or import paths.", ["crop(4)", "mypkg.ops:Grid(3)"]),
     "AugmentConfig.where": ("device: our kernels; loader: PIL transforms in torchvision's workers.", "device"),
     "MixConfig.name": ("Which of the two, or either.", "cutmix"),

@@ -80,12 +80,18 @@ class LoaderConfig(Section):
     """How batches reach the device.
 
     ``auto`` takes ``resident`` when the set fits in a quarter of the free device memory, else ``ffcv``, ``dali``,
-    ``torchvision``, whichever is installed. ``order = "native"`` lets a backend shuffle in its own way (DALI).
+    ``torchvision``, whichever is installed.
+
+    ``order = "random"`` visits the samples in any order, ``"block"`` in a quasi-random one that reads a disk in long
+    runs: blocks of consecutive samples (1 MiB of pixels) in random order, and the samples of every 128 such blocks in
+    random order; sets of up to 128 MiB are one window, and their order is that of ``"random"``. ``"plan"`` is one of
+    the two: ``block`` where the set is streamed and larger than the memory that the run may use, else ``random``; a run
+    that goes on elsewhere keeps what it began with. ``"native"`` lets a backend shuffle in its own way (DALI).
     """
 
     name: Literal["auto", "resident", "ffcv", "dali", "torchvision"] = "auto"
     workers: int = Field(2, ge=1, le=256)
-    order: Literal["plan", "native"] = "plan"
+    order: Literal["plan", "random", "block", "native"] = "plan"
 
 
 Phase = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[int, Field(ge=1, le=1024)]], Field(strict=False)]

@@ -74,7 +74,8 @@ def train(
     told = begin_callbacks(recipe, run, callbacks)
     device, quiet = pick_device(recipe.engine, ranks.place), quiet or not ranks.first
     ranks = ranks.on(device)
-    store, rows, loader = open_data(recipe, data, device, quiet, ranks)
+    memory = ranks.from_first(run.environment.get("memory_bytes"))  # when it began: the order must stay what it was
+    store, rows, loader = open_data(recipe, data, device, quiet, ranks, memory)
     augment = make_augment(recipe, store.image_shape, device)
     model, step = make_step(recipe, store, rows, augment, len(loader), device, ranks)
     if check_nan:
@@ -134,7 +135,7 @@ def check_every_layer(model: nn.Module, step: Step) -> None:
 
 
 def open_data(
-    recipe: Recipe, data: Path | None, device: torch.device, quiet: bool, ranks: Ranks
+    recipe: Recipe, data: Path | None, device: torch.device, quiet: bool, ranks: Ranks, memory_bytes: int | None = None
 ) -> tuple[Store, "Rows", Loader]:
     """Return a recipe's store, the rows of it that take part, and this rank's loader of them.
 
@@ -149,6 +150,7 @@ def open_data(
             recipe.data.loader, store, rows.train, seed=recipe.seed, batch_size=recipe.train.batch_size,
             drop_last=recipe.train.drop_last, device=device, augment=recipe.augment,
             rank=ranks.place.rank, world=ranks.world, progress=progress,
+            memory_bytes=memory_bytes,
         )
     if recipe.data.resize:
         if not isinstance(loader, ResidentLoader):

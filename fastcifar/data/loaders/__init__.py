@@ -7,16 +7,20 @@ import numpy as np
 import torch
 
 from fastcifar.config.schema import AugmentConfig, LoaderConfig
-from fastcifar.data.loaders.base import EpochOrder, Loader
+from fastcifar.data.loaders.base import Blocks, EpochOrder, Loader
+from fastcifar.data.loaders.read_ahead import ReadAhead
+from fastcifar.data.loaders.streaming import StreamingLoader
 from fastcifar.data.store import Progress, Store, no_progress, store_as
 from fastcifar.errors import UserError
-from fastcifar.host_memory import available_bytes
+from fastcifar.host_memory import available_bytes, total_bytes
 from fastcifar.locations import install_command
 
-__all__ = ["PACKAGES", "EpochOrder", "Loader", "build_loader", "choose_backend"]
+__all__ = ["PACKAGES", "EpochOrder", "Loader", "build_loader", "choose_backend", "choose_order"]
 
 PACKAGES = {"ffcv": ("ffcv", "ffcv"), "dali": ("nvidia.dali", "dali")}
 """The module that a backend needs, and the extra of fastcifar that installs it."""
+HELD = 0.8
+"""The share of the memory that a set's pages may take before it counts as larger than memory."""
 
 
 def build_loader(
@@ -32,6 +36,7 @@ def build_loader(
     world: int = 1,
     augment: AugmentConfig | None = None,
     progress: Progress = no_progress,
+    memory_bytes: int | None = None,
 ) -> Loader:
     """Return the loader of the training images.
 
@@ -49,18 +54,24 @@ def build_loader(
         world: how many parts.
         augment: the augmentations; with ``where = "loader"`` the torchvision backend executes them.
         progress: told of a conversion's steps.
+        memory_bytes: the memory that decides between random and block order; None for this machine's, or for the limit
+            of this process's control groups.
 
     Raises:
         UserError: a backend's package is missing, the images are of a kind that it cannot hold, or a batch has fewer
             samples than there are ranks.
     """
     chosen = np.arange(store.count("train")) if rows is None else np.asarray(rows, np.int64)
-    order = EpochOrder(chosen, seed, batch_size, drop_last, rank, world)
     in_workers = augment if augment is not None and augment.where == "loader" else None
     name, reason = choose_backend(config, store, len(chosen), device, in_workers)
+    blocks, larger, why = choose_order(config, name, store, len(chosen), memory_bytes)
+    order = EpochOrder(chosen, seed, batch_size, drop_last, rank, world, blocks)
     if name in PACKAGES:
         store = store_as(store, name, progress)
-    return _BUILDERS[name](config, store, order, device, reason, in_workers)
+    loader = _BUILDERS[name](config, store, order, device, reason + why, in_workers)
+    if isinstance(loader, StreamingLoader):
+        loader.read_ahead = ReadAhead(loader.source, order, larger)
+    return loader
 
 
 def choose_backend(
@@ -85,6 +96,29 @@ def choose_backend(
         return "resident", f"auto: {share}"
     name, why = _streaming()
     return name, f"auto: {share}, more than a quarter; {why}"
+
+
+def choose_order(
+    config: LoaderConfig, name: str, store: Store, count: int, memory_bytes: int | None = None
+) -> tuple[Blocks | None, bool, str]:
+    """Return the blocks of a quasi-random order or None, whether the set exceeds the memory, and what to say of it.
+
+    Args:
+        config: of the loader.
+        name: the backend that was chosen.
+        store: the data.
+        count: images that take part.
+        memory_bytes: what to compare with, as in `build_loader`.
+    """
+    set_bytes, memory = count * int(np.prod(store.image_shape)), memory_bytes or total_bytes()
+    larger = name != "resident" and set_bytes > HELD * memory
+    exceeds = f"{_readable(set_bytes)} of images exceed {HELD:.0%} of {_readable(memory)} of memory"
+    if config.order == "block":
+        return Blocks.of(store.image_shape), larger, "; block order"
+    if config.order == "plan" and larger:
+        return Blocks.of(store.image_shape), larger, f"; block order: {exceeds}"
+    advice = f'; {exceeds}: data.loader.order = "block" reads faster' if config.order == "random" and larger else ""
+    return None, larger, advice
 
 
 def _streaming() -> tuple[str, str]:

@@ -51,10 +51,10 @@ class Loader(Protocol):
 
 
 @nb.njit(cache=True)
-def _keys(seed_low: Any, seed_high: Any, count: int, epoch: int, stream: int) -> Any:
+def _keys(seed_low: Any, seed_high: Any, count: int, epoch: int, stream: int, draw: int) -> Any:
     keys = np.empty(count, np.int64)
     for index in range(count):
-        word = philox_scalar(seed_low, seed_high, index, epoch, 0, stream)[0]
+        word = philox_scalar(seed_low, seed_high, index, epoch, draw, stream)[0]
         keys[index] = np.int64((word >> np.uint64(1) << np.uint64(32)) | np.uint64(index))
     return keys
 
@@ -62,8 +62,49 @@ def _keys(seed_low: Any, seed_high: Any, count: int, epoch: int, stream: int) ->
 def _cpu_order(count: int, seed: int, epoch: int) -> Tensor:
     """Return what `epoch_order` does, in one pass: its 150 small parallel operations crawl on a busy machine."""
     low, high = split_seed(seed)
-    keys = _keys(np.uint64(low), np.uint64(high), count, epoch, int(Stream.ORDER))
+    keys = _keys(np.uint64(low), np.uint64(high), count, epoch, int(Stream.ORDER), 0)
     return torch.from_numpy(np.argsort(keys))
+
+
+BLOCK_BYTES = 1 << 20
+WINDOW_BYTES = 128 << 20
+BLOCK_DRAW = 2
+"""The draw of `Stream.ORDER` that shuffles blocks; 0 shuffles samples, 1 is DALI's seed."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a quasi-random order is made, for sets that are read from a disk.
+
+    Attributes:
+        samples: consecutive samples of a block; the last block may have fewer.
+        window: blocks whose samples are shuffled together.
+    """
+
+    samples: int
+    window: int
+
+    @classmethod
+    def of(cls, image_shape: tuple[int, ...]) -> "Blocks":
+        """Return those for images of a shape (H, W, C): the same for every format, backend and machine."""
+        samples = max(1, BLOCK_BYTES // int(np.prod(image_shape)))
+        return cls(samples, WINDOW_BYTES // BLOCK_BYTES)
+
+    def sequence(self, count: int, seed: int, epoch: int) -> np.ndarray:
+        """Return the numbers of the blocks of ``count`` samples in an epoch's order: int64 (blocks,)."""
+        low, high = split_seed(seed)
+        blocks = -(-count // self.samples)
+        keys = _keys(np.uint64(low), np.uint64(high), blocks, epoch, int(Stream.ORDER), BLOCK_DRAW)
+        return np.argsort(keys)
+
+    def order(self, count: int, seed: int, epoch: int) -> Tensor:
+        """Return the positions of ``count`` samples in an epoch's order: int64 (count,)."""
+        low, high = split_seed(seed)
+        sequence = self.sequence(count, seed, epoch)
+        window = np.empty(len(sequence), np.int64)
+        window[sequence] = np.arange(len(sequence)) // self.window
+        keys = _keys(np.uint64(low), np.uint64(high), count, epoch, int(Stream.ORDER), 0)
+        return torch.from_numpy(np.lexsort((keys, np.repeat(window, self.samples)[:count])))
 
 
 @dataclass(frozen=True)
@@ -80,6 +121,7 @@ class EpochOrder:
         drop_last: leave out what does not fill a global batch.
         rank: 0..world-1.
         world: how many ranks share a batch.
+        blocks: of a quasi-random order; None for a random one.
 
     Raises:
         UserError: a batch has fewer samples than there are ranks.
@@ -91,6 +133,7 @@ class EpochOrder:
     drop_last: bool
     rank: int = 0
     world: int = 1
+    blocks: Blocks | None = None
 
     def __post_init__(self) -> None:
         if self.world > 1:
@@ -131,8 +174,12 @@ class EpochOrder:
     def positions(self, epoch: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the positions within ``rows`` that this rank visits, in order: int64 (samples,)."""
         count = len(self.rows)
-        on_cpu = torch.device(device).type == "cpu"
-        order = _cpu_order(count, self.seed, epoch) if on_cpu else epoch_order(count, self.seed, epoch, device)
+        if self.blocks is not None:
+            order = self.blocks.order(count, self.seed, epoch).to(device)
+        elif torch.device(device).type == "cpu":
+            order = _cpu_order(count, self.seed, epoch)
+        else:
+            order = epoch_order(count, self.seed, epoch, device)
         return order[: self.samples] if self.world == 1 else self._own(order)
 
     def _own(self, order: Tensor) -> Tensor:

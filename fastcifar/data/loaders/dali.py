@@ -1,11 +1,11 @@
 """The DALI loader: WebDataset shards through a DALI pipeline, in our order or in DALI's own.
 
-With ``order = "plan"`` an external source reads each sample at its place in the memory-mapped shards, in the order
-of the epoch, and DALI prefetches and, with a GPU, copies to the device. With ``order = "native"`` DALI's WebDataset
-reader reads and shuffles, each rank a fixed part of the set: every sample still comes once an epoch, and an epoch's
-order still depends on (seed, epoch) alone, but it is another order: a shuffle through a buffer of `SHUFFLE_SAMPLES`
-samples, uniform for sets up to that size, local beyond it (a larger buffer costs more than it reads: 0.3x the speed at
-50,000).
+In the run's own order (``plan``, ``random`` or ``block``) an external source reads each sample at its place in the
+memory-mapped shards, and DALI prefetches and, with a GPU, copies to the device. With ``order = "native"`` DALI's
+WebDataset reader reads and shuffles, each rank a fixed part of the set: every sample still comes once an epoch, and an
+epoch's order still depends on (seed, epoch) alone, but it is another order: a shuffle through a buffer of
+`SHUFFLE_SAMPLES` samples, uniform for sets up to that size, local beyond it (a larger buffer costs more than it reads:
+0.3x the speed at 50,000).
 
 A pipeline lives for one epoch, so that an abandoned epoch leaves no state behind.
 """
@@ -42,8 +42,7 @@ class DaliLoader(StreamingLoader):
     def __init__(
         self, store: Store, epoch_order: EpochOrder, device: torch.device, reason: str, workers: int, order: str
     ):
-        super().__init__(epoch_order, device, reason)
-        self._shards = Shards(store)
+        super().__init__(epoch_order, device, reason, store.split("train").images)
         # By row, in memory: labels are text in the shards, which DALI does not read as numbers.
         self._labels = torch.from_numpy(store.labels("train")).to(device)
         self._workers = workers
@@ -93,7 +92,7 @@ class DaliLoader(StreamingLoader):
     def _ordered_pipeline(self, epoch: int) -> Any:
         from nvidia.dali import fn, pipeline_def
 
-        source = self._shards.source(self._epoch_order.rows_of(epoch), self._epoch_order.rank_batch)
+        source = self._in_order(epoch)
 
         @pipeline_def(**self._settings(0))
         def pipeline() -> tuple[Any, ...]:
@@ -101,6 +100,19 @@ class DaliLoader(StreamingLoader):
             return self._delivered(*read)
 
         return pipeline()
+
+    def _in_order(self, epoch: int) -> Callable[[], list[np.ndarray]]:
+        """Return what DALI calls for each batch of an epoch: images uint8 (B, H, W, C) and indices int64 (B,)."""
+        rows, size = self._epoch_order.rows_of(epoch), self._epoch_order.rank_batch
+        before, numbers = self.read_ahead.epoch(epoch), iter(range(-(-len(rows) // size)))
+
+        def read() -> list[np.ndarray]:
+            number = next(numbers)
+            before(number)
+            batch = rows[number * size : (number + 1) * size]
+            return [self.source[batch], batch]
+
+        return read
 
     def _native_pipeline(self, epoch: int, index: "NativeIndex") -> Any:
         from nvidia.dali import fn, pipeline_def
@@ -132,31 +144,6 @@ def _kinds() -> list[Any]:
 def _epoch_seed(seed: int, epoch: int) -> int:
     """Return DALI's seed of an epoch: 0..2**31-1."""
     return int(philox(seed, torch.tensor([0]), epoch, 1, Stream.ORDER)[0]) >> 1
-
-
-class Shards:
-    """Reads the pixels of samples at their places in the shards, in any order."""
-
-    def __init__(self, store: Store):
-        self._image_shape = store.image_shape
-        image_bytes = int(np.prod(store.image_shape))
-        start = layout.offsets(image_bytes)[0]
-        views = layout.views(store.root, "train", store.count("train"), store.image_shape)
-        self._pixels = [view[:, start : start + image_bytes] for view in views]
-
-    def read(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Return images uint8 (B, H, W, C) and indices int64 (B,) of the rows, int64 (B,)."""
-        images = np.empty((len(rows), int(np.prod(self._image_shape))), np.uint8)
-        shards, slots = np.divmod(rows, layout.SHARD_SAMPLES)
-        for shard in np.unique(shards):
-            mine = np.flatnonzero(shards == shard)
-            images[mine] = self._pixels[shard][slots[mine]]
-        return [images.reshape(-1, *self._image_shape), rows]
-
-    def source(self, order: np.ndarray, batch_size: int) -> Callable[[], list[np.ndarray]]:
-        """Return what DALI calls for each batch of an order, int64 (N,)."""
-        batches = iter([order[k : k + batch_size] for k in range(0, len(order), batch_size)])
-        return lambda: self.read(next(batches))
 
 
 class NativeIndex:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastcifar.data.formats import ffcv as layout
 from fastcifar.data.loaders.base import EpochOrder
+from fastcifar.data.loaders.read_ahead import BeforeBatch
 from fastcifar.data.loaders.streaming import AHEAD_BATCHES, HostBatch, StreamingLoader, ahead
 from fastcifar.data.store import Store
 
@@ -91,7 +92,9 @@ class Reader:
             warnings.simplefilter("ignore")  # numba's advice on ffcv's code
             self._compile()
 
-    def batches(self, order: np.ndarray, batch_size: int, pinned: bool) -> Iterator[HostBatch]:
+    def batches(
+        self, order: np.ndarray, batch_size: int, pinned: bool, before: BeforeBatch = lambda batch: None
+    ) -> Iterator[HostBatch]:
         """Read the samples of ``order`` (int64 (N,)) batch by batch, each into memory of its own."""
         import numba
 
@@ -99,12 +102,21 @@ class Reader:
         labels, indices = torch.from_numpy(self.labels[order]), torch.from_numpy(self.indices[order])
         context, buffers = self._loader.memory_manager.schedule_epoch([order]), _Buffers()
         with context:
-            for first in range(0, len(order), batch_size):
+            for number, first in enumerate(range(0, len(order), batch_size)):
+                before(number)
                 batch = slice(first, first + batch_size)
                 shape = (len(order[batch]), *self.image_shape)
                 images = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pinned else buffers.take(shape)
                 self._read(order[batch], images.numpy(), context.state)
                 yield HostBatch(images, labels[batch], indices[batch])
+
+    @property
+    def mapped(self) -> np.ndarray:
+        """The memory map of the file that ffcv's readers copy from."""
+        context = self._loader.memory_manager.schedule_epoch([np.zeros(1, np.int64)])
+        with context:
+            whole: np.ndarray = context.state[0]
+            return whole
 
     def _compile(self) -> None:
         """Read one sample, for which numba compiles: here and not on the reading thread, whose warnings would show."""
@@ -132,7 +144,7 @@ class FfcvLoader(StreamingLoader):
     name = "ffcv"
 
     def __init__(self, store: Store, order: EpochOrder, device: torch.device, reason: str, workers: int):
-        super().__init__(order, device, reason)
+        super().__init__(order, device, reason, store.split("train").images)
         import numba
 
         path = store.root / layout.file_name("train")
@@ -141,5 +153,7 @@ class FfcvLoader(StreamingLoader):
         self._reader = compiled_reader(path, os.stat(path).st_mtime_ns, threads)
 
     def _batches(self, epoch: int) -> Iterator[HostBatch]:
-        pinned = self._device.type == "cuda"
-        return ahead(self._reader.batches(self._epoch_order.rows_of(epoch), self._epoch_order.rank_batch, pinned))
+        pinned, order = self._device.type == "cuda", self._epoch_order
+        self.read_ahead.tell(self._reader.mapped)
+        before = self.read_ahead.epoch(epoch)
+        return ahead(self._reader.batches(order.rows_of(epoch), order.rank_batch, pinned, before))

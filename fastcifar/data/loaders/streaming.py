@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastcifar.data.batch import Batch, Share
 from fastcifar.data.loaders.base import EpochOrder, with_shares
+from fastcifar.data.loaders.read_ahead import ReadAhead
+from fastcifar.data.pixels import Images
 
 AHEAD_BATCHES = 3
 POLL_S = 0.05
@@ -29,14 +31,24 @@ class StreamingLoader(ABC):
     """The frame of a loader that reads batches one after the other.
 
     Starting an epoch ends the one before, wherever that one was; closing ends the running one.
+
+    Args:
+        order: of the epochs.
+        device: where images go.
+        reason: why this backend.
+        source: the split's images, memory-mapped.
+
+    Attributes:
+        read_ahead: what the kernel is told of the reading to come.
     """
 
     name: str
     augmented = False
 
-    def __init__(self, order: EpochOrder, device: torch.device, reason: str):
-        self._epoch_order, self._device = order, device
+    def __init__(self, order: EpochOrder, device: torch.device, reason: str, source: Images):
+        self._epoch_order, self._device, self.source = order, device, source
         self.reason, self.samples = reason, order.samples
+        self.read_ahead = ReadAhead(source, order, larger=False)
         self._running: Generator[Batch, None, None] | None = None
 
     def __len__(self) -> int:

@@ -69,13 +69,14 @@ class TorchvisionLoader(StreamingLoader):
         workers: int,
         augment: AugmentConfig | None = None,
     ):
-        super().__init__(order, device, reason)
+        split = store.split("train")
+        super().__init__(order, device, reason, split.images)
         transforms = None
         if augment is not None:
             from fastcifar.data.loaders.pil import pil_transforms
 
             transforms = pil_transforms(augment.ops, *store.image_shape[:2])
-        self._images, self._workers = _Images(store.split("train"), transforms), workers
+        self._images, self._workers = _Images(split, transforms), workers
         self.augmented = augment is not None
 
     def _batches(self, epoch: int) -> Iterator[HostBatch]:
@@ -84,14 +85,20 @@ class TorchvisionLoader(StreamingLoader):
         rows, size = self._epoch_order.rows_of(epoch), self._epoch_order.rank_batch
         seeds, fixed = self._seeds(rows, epoch), sides(self._epoch_order.seed, rows)
         parts = [slice(k, k + size) for k in range(0, len(rows), size)]
-        batches = [(rows[part], seeds[part], fixed[part], epoch % 2 == 1) for part in parts]
+        before = self.read_ahead.epoch(epoch)
+
+        def batches() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, bool]]:
+            for number, part in enumerate(parts):
+                before(number)
+                yield rows[part], seeds[part], fixed[part], epoch % 2 == 1
+
         with warnings.catch_warnings():
             # More workers than cores is what the recipe asked for.
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             loader = DataLoader(
                 self._images,
                 batch_size=None,
-                sampler=batches,
+                sampler=batches(),
                 num_workers=self._workers,
                 pin_memory=self._device.type == "cuda",
                 worker_init_fn=_quiet_worker,
