@@ -1,4 +1,4 @@
-"""Data that outgrow memory: conversion, and epochs from a disk, beside stock ffcv's writer and stock DALI.
+"""Data that outgrow memory: conversion, and epochs from a disk, beside stock ffcv's writer.
 
 A set of noise images is drawn into a raw store, 20,000 of 64x64 pixels (``--quick``: 1,000), or as many as
 ``FASTCIFAR_LARGE_IMAGES`` says, in a temporary folder (``TMPDIR``); 300,000 take 16 GB of disk. A cold epoch begins
