@@ -153,6 +153,8 @@ def export_onnx(trained: Trained, path: Path) -> float:
 
 
 def _onnxruntime() -> Any:
+    # When it is imported, onnxruntime writes an identity of this machine into the home directory, for its telemetry.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  torch's exporter needs it

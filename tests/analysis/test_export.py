@@ -1,6 +1,9 @@
 """Exports against torch: the state dict by value, ONNX through onnxruntime on real numbers of images."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -80,3 +83,12 @@ def test_a_failed_export_leaves_no_file(tmp_path):
     with pytest.raises(UserError, match="No space left"):
         fail()
     assert not list(tmp_path.iterdir())
+
+
+def test_onnxruntime_leaves_nothing_in_the_home_directory(tmp_path):
+    pytest.importorskip("onnxruntime")
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
+    # A stand-in for onnxscript, which takes seconds to import and is not what is asked about.
+    code = "import sys; sys.modules['onnxscript'] = sys; from fastcifar.analysis import export; export._onnxruntime()"
+    subprocess.run([sys.executable, "-c", code], env=others | {"HOME": str(tmp_path)}, check=True, timeout=300)
+    assert not list(tmp_path.rglob("*onnxruntime*"))
