@@ -33,6 +33,7 @@ CATALOGUE: dict[str, dict[str, Any]] = {
     "shake_shake26_2x32d": {"name": "shake_shake26_2x32d"},
     "shake_shake26_2x64d": {"name": "shake_shake26_2x64d"},
     "residual_attention92": {"name": "residual_attention92"},
+    "residual_attention236": {"name": "residual_attention236"},
 }
 """The table's rows: a name and the ``model`` table of a recipe that builds it."""
 
