@@ -113,7 +113,7 @@ def execute(name: str, arguments: argparse.Namespace, run: Callable[[bool], list
     try:
         rows = run(arguments.quick)
     except UserError as error:
-        sys.exit(f"benchmarks/{name}.py: {error}")
+        sys.exit(f"fastcifar: bench {name.replace('_', '-')}: {error}")
     report = report_of(name, arguments.quick, rows)
     show(report)
     if arguments.json:

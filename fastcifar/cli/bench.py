@@ -76,8 +76,10 @@ def options_of(names: list[str] | None, contract: bool, recipes: list[str] | Non
     """Return the options of time-to-accuracy as its own command line has them.
 
     Raises:
-        UserError: they are given with other benchmarks than that one.
+        UserError: they are given with other benchmarks than that one, or a recipe is none that trains.
     """
+    from fastcifar.config import CombineRecipe, load_recipe
+
     options = ["--contract"] * contract + [f"--recipe={name}" for name in recipes or []]
     options += [] if runs is None else [f"--runs={runs}"]
     if options and chosen(names or ["all"]) != ["time-to-accuracy"]:
@@ -85,6 +87,9 @@ def options_of(names: list[str] | None, contract: bool, recipes: list[str] | Non
             "bench: --contract, --recipe and --runs are of time-to-accuracy: "
             f"`fastcifar bench time-to-accuracy {' '.join(options)}`"
         )
+    for name in recipes or []:
+        if isinstance(load_recipe(name), CombineRecipe):
+            raise UserError(f"bench: --recipe {name}: is a combination, which trains nothing; name one that trains")
     return options
 
 

@@ -141,7 +141,7 @@ class Passing(StoredImages):
         return part
 
     def _gather(self, rows: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        raise IndexError("images that pass by are read from front to back, not row by row")
 
 
 def choose(images: Images, rows: np.ndarray) -> Images:

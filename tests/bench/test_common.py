@@ -73,6 +73,6 @@ def test_a_user_error_is_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["x.py"])
     monkeypatch.setenv("FASTCIFAR_STRICT", "1")
-    with pytest.raises(SystemExit, match=r"^benchmarks/x\.py: no data$"):  # which Python prints, with status 1
+    with pytest.raises(SystemExit, match=r"^fastcifar: bench x: no data$"):  # which Python prints, with status 1
         common.main("x", run)
     assert capsys.readouterr().out == ""

@@ -113,6 +113,15 @@ def test_the_command_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_p
         bench.bench(["step"], contract=True)
 
 
+@pytest.mark.parametrize(("recipe", "message"), [("nope.toml", "no such recipe file"), ("stacking", "trains nothing")])
+def test_a_recipe_that_cannot_be_timed_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, message: str
+) -> None:
+    monkeypatch.setattr(bench, "run_one", lambda script, options: pytest.fail("it was run"))
+    with pytest.raises(UserError, match=message):
+        bench.bench(["time-to-accuracy"], recipe=[recipe])
+
+
 def test_from_its_own_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(time_to_accuracy, "ContractRun", lambda wanted: lambda: ContractResult(1.5, 0.5, wanted.seed))
     words = ["time_to_accuracy.py", "--contract", "--json", "--runs=3", "--recipe=beyond/speed94"]
