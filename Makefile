@@ -5,6 +5,9 @@ PYTHON ?= python3
 WORKERS ?= 2
 PIECE ?=
 BIN := .venv/bin
+# Where this is set (containers often do) every process compiles torch's sources anew: 2.5 of the 6 CPU-seconds of its
+# import. Here bytecode is kept, in .venv and in __pycache__ folders that git ignores.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help environment run test trackers nullgpu storm lint doctor bench tables docs gpu gpu-pack clean
 
