@@ -193,6 +193,65 @@ def test_dalis_own_order(rng, synthetic_store, world, whole):
     assert first != rows.tolist()
 
 
+@pytest.mark.parametrize(("count", "drop_last", "world"), [(2000, False, 1), (700, True, 1), (1030, False, 2)])
+def test_dalis_own_order_goes_on_in_one_pipeline(rng, synthetic_store, seed, monkeypatch, count, drop_last, world):
+    """An epoch's order is DALI's, whether its pipeline has come there by itself or begins there."""
+    pytest.importorskip("nvidia.dali")
+    from fastcifar.data.loaders.native import NativeReader
+
+    monkeypatch.setattr("fastcifar.data.loaders.native.SHUFFLE_SAMPLES", 300)
+    rows, built, build = some_rows(rng, synthetic_store, count), [], NativeReader._built
+    monkeypatch.setattr(NativeReader, "_built", lambda self, at: built.append(at) or build(self, at))
+
+    def make() -> Loader:
+        return build_loader(
+            LoaderConfig(name="dali", order="native"), synthetic_store, rows, seed=seed, batch_size=64,
+            drop_last=drop_last, device=CPU, rank=world - 1, world=world,
+        )  # fmt: skip
+
+    def indices(loader: Loader, epoch: int) -> list[int]:
+        return [index for batch in loader.epoch(epoch) for index in batch.indices.tolist()]
+
+    whole = make()
+    epochs = [indices(whole, epoch) for epoch in range(5)]
+    assert built == [None]  # what DALI does by itself, four times over: the oracle
+    assert len({tuple(order) for order in epochs}) == 5
+    resumed = make()
+    assert indices(resumed, 3) == epochs[3], seed
+    assert indices(resumed, 4) == epochs[4]
+    assert len(built) == 3  # one to ask for the seed's state, one at the third epoch
+    next(resumed.epoch(1))
+    assert indices(resumed, 2) == epochs[2]
+    assert indices(resumed, 2) == epochs[2]
+    whole.close(), resumed.close()
+
+
+def test_dalis_random_numbers_are_followed_where_it_draws_again(synthetic_store):
+    """The generator's largest number is no draw; the state that comes before it is put in front of an epoch."""
+    pytest.importorskip("nvidia.dali")
+    from fastcifar.data.loaders import native
+
+    order = loaders.EpochOrder(np.arange(2000), 3, 100, False)
+    settings = {"batch_size": 100, "num_threads": 1, "device_id": None}
+    reader = native.NativeReader(store_as(synthetic_store, "dali"), order, settings)
+    before = pow(16807, -1, 2**31 - 1) * (2**31 - 2) % (2**31 - 1)
+    at = native.with_state(reader._built(None).checkpoint(), before)
+    assert native.state_of(at) == (before, 0)
+    pipeline = reader._built(at)
+    for _ in range(20):
+        pipeline.run()
+    assert native.state_of(pipeline.checkpoint()) == (native._state_after(before, 2000, 2000, 1), 0)
+    assert native._state_after(before, 2000, 2000, 1) != pow(16807, 2000, 2**31 - 1) * before % (2**31 - 1)
+
+
+def test_another_version_of_dali_is_refused_by_name(monkeypatch):
+    pytest.importorskip("nvidia.dali")
+    from fastcifar.data.loaders.native import state_of
+
+    with pytest.raises(UserError, match=r"native.*: DALI .* checkpoints that are not known here; use order = \"plan\""):
+        state_of(b"\x0a\x1b\x0a\x06reader\x12\x11\x0a\x0f\x0a\x05words\x10\x00\x18\x00")
+
+
 # ------------------------------------------------------------------------------------------------------------- choice
 
 
