@@ -1,18 +1,25 @@
 """Data that outgrow memory: conversion, and epochs from a disk, beside stock ffcv's writer.
 
 A set of noise images is drawn into a raw store, 20,000 of 64x64 pixels (``--quick``: 1,000), or as many as
-``FASTCIFAR_LARGE_IMAGES`` says, in a temporary folder (``TMPDIR``); 300,000 take 16 GB of disk. A cold epoch begins
-with the files' pages dropped from the kernel's cache; one that takes long is timed over its first 20 seconds. For
-numbers of a machine whose memory is short, run this in a control group with such a limit.
+``FASTCIFAR_LARGE_IMAGES`` says, in a temporary folder (``TMPDIR``); 300,000 take 20 GB of disk. A cold epoch begins
+with the files' pages dropped from the kernel's cache; one that takes long is timed over its first 20 seconds. Epochs in
+random order are also read without a word to the kernel, which then reads ahead of every access. Training is a whole
+cold epoch of a net that costs next to nothing (large_training.py). From 100,000 images on each side runs once.
+
+For numbers of a machine whose memory is short, run this in a control group with such a limit; the rows then say so.
+With control groups of version 2: ``systemd-run --scope -p MemoryMax=2G fastcifar bench large-data``.
 """
 
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +32,8 @@ SIDE_PX, CLASSES, BATCH_SIZE, WORKERS, TEST_IMAGES = 64, 10, 128, 2, 100
 FORMATS = {"raw": "torchvision", "ffcv": "ffcv", "dali": "dali"}
 STOCK_WRITER = "stock ffcv's DatasetWriter"
 PATIENCE_S = 20.0
+ONCE = 100_000
+"""From so many images on each side runs once."""
 
 
 def count_of(quick: bool) -> int:
@@ -103,7 +112,7 @@ def conversions(store: Any, folder: Path, formats: Iterable[str], n: int) -> lis
     if "ffcv" in sides:
         sides[STOCK_WRITER] = lambda: stock_converted(store, folder)
     measures = alternate(sides, n, warmup=0)
-    theirs, told = measures.pop(STOCK_WRITER, None), f"{store.count('train'):,} images of {SIDE_PX}x{SIDE_PX}"
+    theirs, told = measures.pop(STOCK_WRITER, None), told_of(store)
     rows = [result(f"convert to {to}: {told}", values, "images/s", theirs and STOCK_WRITER, theirs)
             for to, values in measures.items()]  # fmt: skip
     return rows + ([result(f"{STOCK_WRITER}: {told}", theirs, "images/s")] if theirs else [])
@@ -135,7 +144,20 @@ def epoch_rate(batches: Iterable[Any], cap_s: float = PATIENCE_S) -> float:
     return images / (time.perf_counter() - begin)
 
 
-def reader(store: Any, backend: str, order: str, cold: bool) -> Callable[[], float]:
+@contextmanager
+def silence() -> Iterator[None]:
+    """Tell the kernel nothing of the reading to come."""
+    from fastcifar.data.loaders import read_ahead
+
+    told = read_ahead.advise, read_ahead.will_need
+    read_ahead.advise = read_ahead.will_need = lambda *words: None
+    try:
+        yield
+    finally:
+        read_ahead.advise, read_ahead.will_need = told
+
+
+def reader(store: Any, backend: str, order: str, cold: bool, advice: bool = True) -> Callable[[], float]:
     """Return what times the next epoch of a loader of its own."""
     from fastcifar.config.schema import LoaderConfig
     from fastcifar.data.loaders import build_loader
@@ -145,17 +167,18 @@ def reader(store: Any, backend: str, order: str, cold: bool) -> Callable[[], flo
     def run() -> float:
         if cold:
             drop_cached(store.root)
-        loader = build_loader(config, store, None, seed=0, batch_size=BATCH_SIZE, drop_last=False, device=device())
-        try:
-            return epoch_rate(loader.epoch(next(epochs)))
-        finally:
-            loader.close()
+        with nullcontext() if advice else silence():
+            loader = build_loader(config, store, None, seed=0, batch_size=BATCH_SIZE, drop_last=False, device=device())
+            try:
+                return epoch_rate(loader.epoch(next(epochs)))
+            finally:
+                loader.close()
 
     return run
 
 
 def epochs(folder: Path, formats: Iterable[str], n: int) -> list[Row]:
-    """Return the rows of cold and warm epochs, each in block order beside random order."""
+    """Return the rows of cold and warm epochs, each in block order beside random order, with advice and without."""
     from fastcifar.data.store import open_store
 
     rows = []
@@ -163,10 +186,59 @@ def epochs(folder: Path, formats: Iterable[str], n: int) -> list[Row]:
         store, backend = open_store(folder / to), FORMATS[to]
         for heat in ("cold", "warm"):
             sides = {order: reader(store, backend, order, heat == "cold") for order in ("random", "block")}
-            measures = alternate(sides, n, warmup=int(heat == "warm"))
-            told = f"{heat} epoch of {store.count('train'):,} images from {to} ({backend})"
+            if heat == "cold":
+                sides["silent"] = reader(store, backend, "random", cold=True, advice=False)
+            measures = alternate(sides, n, warmup=int(heat == "warm" and store.count("train") < ONCE))
+            told = f"{heat} epoch of {told_of(store)} from {to} ({backend})"
             rows.append(result(f"{told}, random", measures["random"], "images/s"))
             rows.append(result(f"{told}, block", measures["block"], "images/s", "random order", measures["random"]))
+            if heat == "cold":
+                silent = "random order without advice to the kernel"
+                rows.append(result(f"{told}, block", measures["block"], "images/s", silent, measures["silent"]))
+    return rows
+
+
+def told_of(store: Any) -> str:
+    """Say how many images a store has, and under what limit of memory they are read, where there is one."""
+    from fastcifar.host_memory import group_memory
+
+    limits = [group.limit for group in group_memory()]
+    under = f" under {min(limits) / 2**30:.1f} GiB" if limits else ""
+    return f"{store.count('train'):,} images of {SIDE_PX}x{SIDE_PX}{under}"
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def trained(store: Any, backend: str, order: str) -> dict[str, Any]:
+    """Train a whole cold epoch in a process of its own.
+
+    Raises:
+        CalledProcessError: it did not end normally.
+    """
+    drop_cached(store.root)
+    script = Path(__file__).with_name("large_training.py")
+    command = [sys.executable, str(script), str(store.root), backend, order]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=script.parent)
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert report["images"] == store.count("train")
+    return report
+
+
+def trainings(folder: Path, formats: Iterable[str], n: int) -> list[Row]:
+    """Return the rows of a whole training epoch from each format, in the order that is planned for it."""
+    from fastcifar.data.store import open_store
+
+    rows = []
+    for to in formats:
+        store = open_store(folder / to)
+        orders = ("plan", "native") if to == "dali" else ("plan",)
+        for order in orders:
+            reports = [trained(store, FORMATS[to], order) for _ in range(n)]
+            told = f"training, a cold epoch of {told_of(store)} from {to} ({FORMATS[to]}, {order})"
+            rows.append(result(told, [report["images_per_s"] for report in reports], "images/s"))
+            memory = [report["bytes"] / 2**20 for report in reports]
+            rows.append(result(f"{told}: memory of its processes at most", memory, "MiB"))
     return rows
 
 
@@ -236,16 +308,16 @@ def beside_busy_loops(store: Any, n: int) -> list[Row]:
 
 
 def run(quick: bool) -> list[Row]:
-    """Measure conversions, epochs, and the gather on a busy machine."""
+    """Measure conversions, epochs, training, and the gather on a busy machine."""
     from fastcifar.data.loaders import PACKAGES, _installed
 
     formats = [to for to in FORMATS if to not in PACKAGES or _installed(PACKAGES[to][0])]
-    n = 1 if quick else 3
+    n = 1 if quick or count_of(quick) >= ONCE else 3
     with tempfile.TemporaryDirectory(prefix="fastcifar-large-") as name:
         folder = Path(name)
         store = drawn_store(folder, count_of(quick))
         rows = conversions(store, folder, formats, n)
-        rows += epochs(folder, formats, n)
+        rows += epochs(folder, formats, n) + trainings(folder, formats, n)
         return rows + beside_busy_loops(store, n)
 
 
