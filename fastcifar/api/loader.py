@@ -27,7 +27,7 @@ class Loader:
 
     Training images come in a new order and with new augmentations each time the loader is iterated over; test images in
     their own order, normalized only. An epoch is a function of (seed, epoch) alone: the same on every backend, device
-    and number of workers.
+    and number of workers, but for ``order="native"``, whose order is another one.
 
     Example:
         >>> train = fastcifar.Loader("cifar10", augment=["crop(4)", "flip", "autoaugment"], batch_size=512)
@@ -44,6 +44,8 @@ class Loader:
         where: ``device``, or ``loader`` for PIL transforms in the workers of the torchvision backend.
         backend: ``auto``, ``resident``, ``ffcv``, ``dali`` or ``torchvision``.
         workers: processes or threads of a backend that streams.
+        order: of the training images: ``random``, ``block`` (quasi-random: reads a disk in long runs), ``plan`` (one of
+            the two, by the memory that there is), or ``native`` (DALI's own shuffle, with ``backend="dali"``).
         device: ``auto`` takes a GPU where there is one.
         dtype: of the images: float32, bfloat16 or float16.
         mean: per channel, of pixels in 0..1.
@@ -73,6 +75,7 @@ class Loader:
         where: str = "device",
         backend: str = "auto",
         workers: int = 2,
+        order: str = "plan",
         device: str | torch.device = "auto",
         dtype: torch.dtype = torch.float32,
         mean: Sequence[float] = HALF,
@@ -83,7 +86,10 @@ class Loader:
     ) -> None:
         if split not in SPLITS:
             raise UserError(f'split: "{split}"; allowed: {", ".join(SPLITS)}')
-        config = _read({"source": source, "subset": subset, "loader": {"name": backend, "workers": workers}})
+        loader = {"name": backend, "workers": workers, "order": order}
+        config = _read({"source": source, "subset": subset, "loader": loader})
+        if order == "native" and (backend != "dali" or where == "loader"):
+            raise UserError('order: "native" is DALI\'s own order: it needs backend="dali" and where="device"')
         store = resolve_store(config, None if data is None else Path(data))
         where_to, ops = _device(device), read_ops(augment, where)
         rows = subset_rows(store.labels(split), subset)
@@ -164,6 +170,7 @@ def _read(table: dict[str, Any]) -> DataConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = {"name": "backend"}.get(str(first["loc"][-1]), str(first["loc"][-1]))
-        names = get_args(LoaderConfig.model_fields["name"].annotation) if key == "backend" else ()
+        field = {"backend": "name", "order": "order"}.get(key)
+        names = get_args(LoaderConfig.model_fields[field].annotation) if field else ()
         more = f"; allowed: {', '.join(names)}" if names else ""
         raise UserError(f"{key}: {first['input']!r}: {first['msg']}{more}") from None

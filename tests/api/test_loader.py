@@ -50,6 +50,29 @@ def test_every_backend_gives_the_same_epoch(seed):
     assert len(reference[1]) == 200
 
 
+def test_an_epoch_in_the_order_that_was_asked_for(synthetic_store, seed, monkeypatch):
+    from fastcifar.data.loaders.base import Blocks, EpochOrder
+
+    monkeypatch.setattr(Blocks, "of", classmethod(lambda cls, shape: cls(30, 4)))
+    labels = synthetic_store.split("train").labels
+    for order, blocks in (("plan", None), ("random", None), ("block", Blocks(30, 4))):
+        loader = fastcifar.Loader("synthetic", device="cpu", order=order, batch_size=512, seed=seed)
+        rows = EpochOrder(np.arange(2000), seed, 512, False, blocks=blocks).rows_of(0)
+        assert np.array_equal(torch.cat([batch[1] for batch in loader]), labels[rows])
+        assert loader.backend.endswith("; block order") is (order == "block")
+
+
+def test_dalis_order_is_reached_from_python(synthetic_store, seed):
+    pytest.importorskip("nvidia.dali")
+    loader = fastcifar.Loader("synthetic", device="cpu", backend="dali", order="native", batch_size=500, seed=seed)
+    first, second = (torch.cat([batch[1] for batch in loader]) for _ in range(2))
+    assert torch.equal(first.bincount(), second.bincount())
+    assert not torch.equal(first, second)
+    loader.epoch = 1
+    assert torch.equal(torch.cat([batch[1] for batch in loader]), second)
+    loader.close()
+
+
 def test_epochs_differ_and_come_again():
     loader = fastcifar.Loader("synthetic", device="cpu", augment=OPS, subset=100, batch_size=100)
     first, second = next(iter(loader)), next(iter(loader))
@@ -86,6 +109,8 @@ def test_the_augmentation_alone(rng):
     [
         ({"split": "valid"}, 'split: "valid"; allowed: train, test'),
         ({"backend": "tensorflow"}, "backend: 'tensorflow'.*resident, ffcv"),
+        ({"order": "sorted"}, "order: 'sorted'.*allowed: plan, random, block, native"),
+        ({"order": "native"}, 'order: "native" is DALI\'s own order: it needs backend="dali"'),
         ({"augment": ["crip(4)"]}, "did you mean"),
         ({"source": "imagenet"}, "source: 'imagenet'"),
         ({"device": "cuda"}, "no CUDA GPU"),
