@@ -22,6 +22,7 @@ from fastcifar.config import load_recipe
 from fastcifar.config.operations import AutoAugment, Rotate
 from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
+from fastcifar.device import with_precision
 from fastcifar.kernels.sam import ascend, norm_squared
 from fastcifar.models import build_model
 from fastcifar.train.precision import PRECISIONS
@@ -41,7 +42,8 @@ class Ours:
 
     def __init__(self, recipe: Recipe, images: np.ndarray, labels: np.ndarray, mode: str = "auto") -> None:
         changed = recipe.engine.model_copy(update={"mode": mode})
-        self.recipe, self.device = recipe.model_copy(update={"engine": changed}), device()
+        self.device = device()
+        self.recipe = recipe = with_precision(recipe.model_copy(update={"engine": changed}), self.device)
         self.images, self.labels = (torch.from_numpy(a).to(self.device) for a in (images, labels))
         augment = build_augment(
             recipe.augment, mean=recipe.data.mean, std=recipe.data.std, image_shape=(32, 32, 3), seed=0,

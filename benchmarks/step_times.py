@@ -28,6 +28,7 @@ from fastcifar.cli.bench import hardware, merge, read_results, results_name
 from fastcifar.config import load_recipe, shipped_recipes
 from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
+from fastcifar.device import with_precision
 from fastcifar.errors import UserError
 from fastcifar.locations import new_results_folder
 from fastcifar.models import build_model
@@ -74,7 +75,8 @@ class Kind:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.device = recipe, device()
+        self.device = device()
+        self.recipe = recipe = with_precision(recipe, self.device)
         self.batch, self.images = synthetic_batch(recipe, self.device)
         precision, steps = PRECISIONS[recipe.engine.precision], steps_per_epoch(recipe, images_to_train(recipe))
         rest = 0 if recipe.train.drop_last else images_to_train(recipe) % recipe.train.batch_size

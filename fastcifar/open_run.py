@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastcifar.errors import UserError
 
@@ -38,18 +38,20 @@ def open_run(
             yield run
         return
     assert recipe is not None
-    from fastcifar.config.user_code import record
-    from fastcifar.environment import describe
-
-    environment = describe()  # takes seconds: before the folder is there
-    if code := record(recipe):
-        environment["user_code"] = code
-    if digest := teacher_digest(recipe):
-        environment["teacher"] = digest
+    environment = environment_of(recipe)  # takes seconds: before the folder is there
     with ExitStack() as stack:
         run = _made(recipe, out, stack)
         run.begin(recipe, environment)
         yield run
+
+
+def environment_of(recipe: "Recipe | CombineRecipe") -> dict[str, Any]:
+    """Return what a run of a recipe begins with, here and now: the content of its ``environment.json``."""
+    from fastcifar.config.user_code import record
+    from fastcifar.environment import describe
+
+    known = {"user_code": record(recipe), "teacher": teacher_digest(recipe), "precision": _precision(recipe)}
+    return describe() | {name: value for name, value in known.items() if value}
 
 
 def teacher_digest(recipe: "Recipe | CombineRecipe") -> str | None:
@@ -64,6 +66,17 @@ def teacher_digest(recipe: "Recipe | CombineRecipe") -> str | None:
     from fastcifar.teachers import teachers_digest
 
     return teachers_digest(distill)
+
+
+def _precision(recipe: "Recipe | CombineRecipe") -> str | None:
+    """Return what this recipe's ``engine.precision = "auto"`` means here; None where it says one or trains nothing."""
+    from fastcifar.config import Recipe
+
+    if not isinstance(recipe, Recipe) or recipe.engine.precision != "auto":
+        return None
+    from fastcifar.device import auto_precision, pick_device
+
+    return auto_precision(pick_device(recipe.engine))
 
 
 def _existing(

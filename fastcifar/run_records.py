@@ -120,6 +120,7 @@ class Environment(Record):
     hardware: str | None = None
     packages: dict[str, str] = {}
     git: str | None = None
+    precision: Literal["bf16", "fp32"] | None = None
 
 
 class Partial(Record):

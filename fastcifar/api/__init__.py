@@ -111,11 +111,12 @@ def train(
 
 def _check(recipe: Recipe, data: Path | None) -> None:
     """Refuse what is known to be impossible before a run directory is made."""
+    from fastcifar.device import pick_device, with_precision
     from fastcifar.models.memory import refuse_what_cannot_fit
     from fastcifar.train.checks import check_before
-    from fastcifar.train.run import pick_device
 
-    refuse_what_cannot_fit(recipe, pick_device(recipe.engine))
+    device = pick_device(recipe.engine)
+    refuse_what_cannot_fit(with_precision(recipe, device), device)
     check_before(recipe, data)
 
 

@@ -61,14 +61,15 @@ def describe(
 ) -> dict[str, Any]:
     """Return the plan of a training run as plain values; memory in MiB, times in seconds."""
     from fastcifar.config.user_code import is_import_path, record
+    from fastcifar.device import pick_device, with_precision
     from fastcifar.models import budget
     from fastcifar.models.cost import cost_of_config
     from fastcifar.models.memory import check_memory, memory_mib
     from fastcifar.train.execution import choose_mode
-    from fastcifar.train.run import pick_device
 
     where, store, images = find_data(recipe, data)
     device = pick_device(recipe.engine)
+    here = with_precision(recipe, device)
     compiled, captured, why = choose_mode(recipe.engine, device, is_import_path(recipe.optimizer.name))
     mode = " + ".join(["compiled"] * compiled + ["CUDA graph"] * captured) or "eager"
     cost = cost_of_config(recipe.model)
@@ -76,7 +77,7 @@ def describe(
     steps = budget.steps_per_epoch(recipe, trained)
     prediction = budget.predict(recipe, times, images)
     image_bytes = math.prod(store.image_shape) if store else RELEASE_BYTES
-    memory = memory_mib(recipe, cost.parameters, trained, image_bytes)
+    memory = memory_mib(here, cost.parameters, trained, image_bytes)
     check_memory(recipe.name, memory, device)
     return {
         "recipe": recipe.name,
@@ -88,7 +89,7 @@ def describe(
         },
         "data": where,
         "backend": {
-            "device": str(device), "mode": mode, "mode_reason": why, "precision": recipe.engine.precision,
+            "device": str(device), "mode": mode, "mode_reason": why, "precision": here.engine.precision,
             "loader": backend(recipe, store, trained, device),
         },
         "memory_mib": memory,

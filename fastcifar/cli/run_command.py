@@ -152,11 +152,12 @@ def refuse_early(recipe: Any, data: Path | None, verify: bool = False) -> None:
     from fastcifar.config import Recipe
 
     if isinstance(recipe, Recipe):
+        from fastcifar.device import pick_device, with_precision
         from fastcifar.models.memory import refuse_what_cannot_fit
         from fastcifar.train.checks import check_before
-        from fastcifar.train.run import pick_device
 
-        refuse_what_cannot_fit(recipe, pick_device(recipe.engine))
+        device = pick_device(recipe.engine)
+        refuse_what_cannot_fit(with_precision(recipe, device), device)
         check_before(recipe, data, verify)
 
 

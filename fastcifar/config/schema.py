@@ -653,7 +653,9 @@ class EngineConfig(Section):
     Attributes:
         device: ``auto`` takes a GPU where there is one.
         mode: ``auto`` is a captured CUDA graph of a compiled model on a GPU, eager elsewhere.
-        precision: of convolutions and matrix products; ``fp16`` is for GPUs without bf16 (V100, T4).
+        precision: of convolutions and matrix products. ``auto`` is ``bf16`` where the device has instructions for it
+            (GPUs since 2020, CPUs with AVX-512 BF16 or AMX), else ``fp32``, because emulated bf16 is several times
+            slower; a run keeps what it began with. ``fp16`` is for GPUs without bf16 (V100, T4).
         working_copy: keep bf16 (or fp16) weights beside the fp32 ones, written by the optimizer's own kernel, and hand
             them to the model, so that nothing is cast in a pass and gradients travel in 16 bits: the same values in
             fewer bytes. ``auto`` on a GPU, unless ``train.accumulate`` is above 1.
@@ -670,12 +672,17 @@ class EngineConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
-    precision: Literal["bf16", "fp16", "fp32", "tf32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = "auto"
     working_copy: Literal["auto", True, False] = "auto"
     fused_batch_norm: Literal["auto", True, False] = "auto"
     strict: bool = False
     batch_norm: Literal["local", "sync"] = "local"
     on_nonfinite: Literal["stop", "skip"] = "stop"
+
+    @property
+    def gpu_precision(self) -> str:
+        """``precision`` on a current GPU: what predictions and estimates are made for."""
+        return "bf16" if self.precision == "auto" else self.precision
 
 
 class EvalConfig(Section):
@@ -779,7 +786,7 @@ class Recipe(Section):
             raise ValueError(f'asam works with optimizer.name = "sgd", not "{self.optimizer.name}"')
         if self.lookahead and self.ema:
             raise ValueError("lookahead and ema are two averages of the same weights; remove one (ema = false)")
-        if self.engine.working_copy is True and self.engine.precision not in ("bf16", "fp16"):
+        if self.engine.working_copy is True and self.engine.gpu_precision not in ("bf16", "fp16"):
             raise ValueError('engine.working_copy needs engine.precision = "bf16" or "fp16"')
         if self.engine.working_copy is True and self.train.accumulate > 1:
             raise ValueError("engine.working_copy works with train.accumulate = 1: gradients would add up in 16 bits")

@@ -410,7 +410,7 @@ def train_mirrored(order: Order, mailbox: Any, worker: Worker) -> None:
     Raises:
         RowFailed, UserError, Interrupted: as `train_here` does.
     """
-    from fastcifar.environment import describe
+    from fastcifar.open_run import environment_of
     from fastcifar.train.run import train
 
     assert isinstance(order.job.recipe, Recipe)
@@ -418,7 +418,7 @@ def train_mirrored(order: Order, mailbox: Any, worker: Worker) -> None:
         run = MirroredRun(Path(folder) / "run", mailbox, order.name, worker)
         run.folder.mkdir()
         run.fetch()
-        begun, environment = RunDirectory.exists(run.folder), describe()
+        begun, environment = RunDirectory.exists(run.folder), environment_of(order.job.recipe)
         with run.alone(), row_failures():
             try:
                 if not begun:

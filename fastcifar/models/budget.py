@@ -29,12 +29,12 @@ def step_key(recipe: Recipe) -> str:
     asam = ["asam" if not start else f"asam from {start:g}"] if recipe.asam else []
     selected = [f"selected {recipe.select.share:g}"] if recipe.select else []
     update = "+".join([recipe.optimizer.name, *asam, *distilled, *selected, *(["ema"] if recipe.ema else [])])
-    return f"{model} | batch {recipe.train.batch_size} | {update} | {recipe.engine.precision}"
+    return f"{model} | batch {recipe.train.batch_size} | {update} | {recipe.engine.gpu_precision}"
 
 
 def evaluation_key(recipe: Recipe) -> str:
     """Return the same for the evaluation of images."""
-    return f"evaluate {step_key(recipe).split(' | ')[0]} | {recipe.engine.precision}"
+    return f"evaluate {step_key(recipe).split(' | ')[0]} | {recipe.engine.gpu_precision}"
 
 
 def compilation_key(recipe: Recipe) -> str:

@@ -228,7 +228,7 @@ def _likeness(recipe: Recipe, other: Recipe) -> tuple[bool, ...]:
 
 
 def _model_kind(recipe: Recipe) -> tuple[str, str]:
-    return step_key(recipe).split(" | ")[0], recipe.engine.precision
+    return step_key(recipe).split(" | ")[0], recipe.engine.gpu_precision
 
 
 def _passes(recipe: Recipe) -> float:
@@ -274,7 +274,7 @@ def own_bytes(recipe: Recipe, cost: Cost, names: Mapping[str, int]) -> float:
 
 def flat_bytes(recipe: Recipe) -> float:
     """Return the bytes a parameter that a step moves in the flat buffers, all of float32 but the working copy."""
-    copy = 2 if recipe.engine.precision in ("bf16", "fp16") and recipe.train.accumulate == 1 else 0
+    copy = 2 if recipe.engine.gpu_precision in ("bf16", "fp16") and recipe.train.accumulate == 1 else 0
     gathering = (copy or 4) + 4  # of the gradients: read where autograd left them, written into the flat buffer
     ascent = 4 * (2 + 4) + copy  # SAM: the norm reads w, g; the step reads w, g and writes w, saved
     moments = 2 if recipe.optimizer.name in ("adam", "adamw") else 1
@@ -284,12 +284,12 @@ def flat_bytes(recipe: Recipe) -> float:
 
 
 def _bytes_per_value(recipe: Recipe) -> int:
-    return 2 if recipe.engine.precision in ("bf16", "fp16") else 4
+    return 2 if recipe.engine.gpu_precision in ("bf16", "fp16") else 4
 
 
 def _seconds(recipe: Recipe, card: Card, operations: Iterable[Operation]) -> float:
     """Return the seconds of these operations for one image, forward and backward."""
-    flops_per_s = card.tflops[recipe.engine.precision] * 1e12 * ASSUMPTIONS.arithmetic
+    flops_per_s = card.tflops[recipe.engine.gpu_precision] * 1e12 * ASSUMPTIONS.arithmetic
     values_per_s = card.gbs * 1e9 * ASSUMPTIONS.memory / _bytes_per_value(recipe)
     return sum(operation.floor_s(flops_per_s, values_per_s) for operation in operations)
 

@@ -101,7 +101,7 @@ def memory_mib(recipe: Recipe, parameters: int, images: int, image_bytes: int = 
 
 def saved_bytes(recipe: Recipe) -> int:
     """Return the bytes that autograd keeps of one image's forward pass in eager mode, found on the meta device."""
-    half = recipe.engine.precision in ("bf16", "fp16")
+    half = recipe.engine.gpu_precision in ("bf16", "fp16")
     own_model = _own(recipe.model)
     if own_model is not None:
         return _saved_bytes(own_model, torch.zeros(2, 3, 32, 32), autocast=half)

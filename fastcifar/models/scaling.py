@@ -95,7 +95,7 @@ def divide(recipe: Recipe, devices: int, parameters: int) -> Division:
     """
     size, passes = recipe.train.batch_size, 2 if recipe.asam else 1
     alone = recipe.asam is not None and recipe.asam.norm == "rank"
-    wide = 2 if recipe.engine.precision in ("bf16", "fp16") else 4
+    wide = 2 if recipe.engine.gpu_precision in ("bf16", "fp16") else 4
     mixing = size * 3 * 32 * 32 * wide if recipe.mix and devices > 1 else 0
     reduced = 0 if devices == 1 else passes - alone
     return Division(devices, -(-size // devices), size // devices, reduced, 4 * parameters, mixing)

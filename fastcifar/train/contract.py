@@ -14,6 +14,7 @@ from torch import nn
 
 from fastcifar.augment.mix import build_mix
 from fastcifar.config.schema import ModelBase, Recipe
+from fastcifar.device import pick_device, with_precision
 from fastcifar.errors import UserError
 from fastcifar.models import build_model, hooks
 from fastcifar.train.clock import Clock
@@ -22,7 +23,7 @@ from fastcifar.train.distillation import build_teacher
 from fastcifar.train.evaluate import Evaluator
 from fastcifar.train.ranks import ALONE
 from fastcifar.train.results import diverged
-from fastcifar.train.run import evaluation_sets, make_augment, open_data, pick_device, prepare_teachers, warm_up
+from fastcifar.train.run import evaluation_sets, make_augment, open_data, prepare_teachers, warm_up
 from fastcifar.train.selection import build_proxy
 from fastcifar.train.step import build_step
 
@@ -57,6 +58,7 @@ class ContractRun:
 
     def __init__(self, recipe: Recipe, data: Path | None = None):
         device = pick_device(recipe.engine)
+        recipe = with_precision(recipe, device)
         store, rows, self._loader = open_data(recipe, data, device, True, ALONE)
         self._augment = make_augment(recipe, store.image_shape, device)
         steps, px, classes = len(self._loader), store.image_shape[0], len(store.classes)

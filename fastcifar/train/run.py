@@ -17,7 +17,7 @@ from torch import nn
 from fastcifar import interrupt
 from fastcifar.augment.augment import Augment, AugmentBySize, build_augment
 from fastcifar.augment.mix import build_mix
-from fastcifar.config.schema import DataConfig, EngineConfig, Recipe
+from fastcifar.config.schema import DataConfig, Recipe
 from fastcifar.config.user_code import changes, check_user_code
 from fastcifar.data.batch import Batch
 from fastcifar.data.loaders import Loader, build_loader
@@ -26,8 +26,8 @@ from fastcifar.data.loaders.resized import WHOLE, ResizedLoader, first_epochs
 from fastcifar.data.pixels import choose
 from fastcifar.data.split import holdout_split, subset_rows
 from fastcifar.data.store import Store, resolve_store
+from fastcifar.device import pick_device, with_precision
 from fastcifar.errors import UserError
-from fastcifar.launch import Place
 from fastcifar.models import build_model, hooks
 from fastcifar.open_run import teacher_digest
 from fastcifar.run_directory import RunDirectory
@@ -74,7 +74,9 @@ def train(
     told = begin_callbacks(recipe, run, callbacks)
     device, quiet = pick_device(recipe.engine, ranks.place), quiet or not ranks.first
     ranks = ranks.on(device)
-    memory = ranks.from_first(run.environment.get("memory_bytes"))  # when it began: the order must stay what it was
+    # As it was when the run began, wherever it goes on: the order of the samples and the rounding must stay.
+    memory, precision = ranks.from_first([run.environment.get(key) for key in ("memory_bytes", "precision")])
+    recipe = with_precision(recipe, device, precision)
     store, rows, loader = open_data(recipe, data, device, quiet, ranks, memory)
     augment = make_augment(recipe, store.image_shape, device)
     model, step = make_step(recipe, store, rows, augment, len(loader), device, ranks)
@@ -334,24 +336,6 @@ def stop(ranks: Ranks) -> None:
     """
     ranks.wait_for_all()
     interrupt.stop_if_requested()
-
-
-def pick_device(config: EngineConfig, here: Place = Place()) -> torch.device:  # noqa: B008 (frozen)
-    """Return the device to train on; of several GPUs the one that has the number of this rank, made the current one.
-
-    Raises:
-        UserError: the recipe wants a GPU and there is none, or none for this rank.
-    """
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise UserError('engine.device = "cuda": no CUDA GPU is available here; use --set engine.device=auto')
-    device = torch.device("cuda" if available and config.device != "cpu" else "cpu")
-    if here.world == 1 or device.type == "cpu":
-        return device
-    if here.local_rank >= torch.cuda.device_count():
-        raise UserError(f"this machine has {torch.cuda.device_count()} GPUs; a rank needs one of its own: start fewer")
-    torch.cuda.set_device(here.local_rank)
-    return torch.device("cuda", here.local_rank)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def test_the_predicted_all_reduce_is_the_formula():
 
 
 def test_activations_grow_with_the_batch_and_the_precision():
-    small, large = (told("wrn-sgd", f"train.batch_size={n}")["memory_mib"]["activations"] for n in (64, 128))
+    small, large = (told("wrn-sgd", f"train.batch_size={n}", "engine.precision=bf16")["memory_mib"]["activations"] for n in (64, 128))
     assert large == pytest.approx(2 * small, rel=0.01)
     full = told("wrn-sgd", "train.batch_size=64", "engine.precision=fp32")["memory_mib"]["activations"]
     assert full == pytest.approx(2 * small, rel=0.05)
@@ -108,7 +108,7 @@ def test_buffers_are_counted_as_the_step_makes_them(name):
     from fastcifar.train.step import build_step
 
     gc.collect()  # a step refers to itself, so that an earlier test's may still be there
-    recipe = load_recipe(name, ["engine.device=cpu"])
+    recipe = load_recipe(name, ["engine.device=cpu", "engine.precision=fp32"])
     model = build_model(recipe.model, seed=0)
     parameters = sum(p.numel() for p in model.parameters())
     step = build_step(recipe, model, None, None, steps_per_epoch=1, device=torch.device("cpu"))

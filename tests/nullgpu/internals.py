@@ -20,6 +20,7 @@ from fastcifar.augment.augment import build_augment
 from fastcifar.augment.mix import build_mix
 from fastcifar.config import Recipe, load_recipe
 from fastcifar.data.batch import Batch
+from fastcifar.device import with_precision
 from fastcifar.errors import UserError
 from fastcifar.models import build_model
 from fastcifar.models.shakedrop import ShakeDraws
@@ -215,7 +216,8 @@ class Bench:
         recipe = load_recipe(name, changes)
         if not isinstance(recipe, Recipe):
             raise ValueError(f"{name} trains nothing")
-        self.recipe, self.device = recipe, torch.device("cuda")
+        self.device = torch.device("cuda")
+        self.recipe = recipe = with_precision(recipe, self.device)
         self.size, self.steps = recipe.train.batch_size, batches + 1
         count = self.size * batches
         generator = torch.Generator().manual_seed(0)

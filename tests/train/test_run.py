@@ -17,10 +17,11 @@ from fastcifar import interrupt, run_directory
 from fastcifar.analysis.predict import load_trained
 from fastcifar.config import Recipe
 from fastcifar.data.store import open_store, resolve_store
+from fastcifar.device import pick_device
 from fastcifar.environment import describe
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
-from fastcifar.train.run import choose_rows, evaluation_sets, pick_device, train
+from fastcifar.train.run import choose_rows, evaluation_sets, train
 from fastcifar.train.step import Step
 from tests.forked import CONTEXT
 from tests.train.tiny import assert_same_run, recipe
