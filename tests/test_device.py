@@ -54,5 +54,5 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(monkeypatch):
 
 def test_a_working_copy_is_refused_where_nothing_has_16_bits(monkeypatch):
     bf16_cpu(monkeypatch, False, False)
-    with pytest.raises(UserError, match="engine.working_copy: cpu has no instructions for bf16"):
+    with pytest.raises(UserError, match=r"engine\.working_copy: cpu has no instructions for bf16"):
         with_precision(recipe("engine.working_copy=true"), CPU)

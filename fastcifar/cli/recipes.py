@@ -7,6 +7,11 @@ import typer
 
 from fastcifar.cli.options import Json, RecipeName, Settings
 
+LEGEND = (
+    "published: the best epoch, in percent of the test set; ≥: a target instead. ours: the last epoch, mean over so "
+    "many (seeds) ± its standard error; empty where not measured yet. `fastcifar recipes --json` has more."
+)
+
 
 def recipes(
     match: Annotated[str, typer.Argument(help='Only names that match, such as "wrn-*" or "smoke/*".')] = "",
@@ -59,10 +64,11 @@ def list_recipes(match: str = "") -> list[dict[str, Any]]:
 
 
 def _row(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    from fastcifar.ladder.metrics import ours_in_words, recorded
+    from fastcifar.ladder.metrics import ours_in_short, ours_in_words, recorded
     from fastcifar.ladder.rows import catalogue
 
     recipe = catalogue()[name]
+    metrics = recorded(recipe.name, results)
     published = recipe.published
     return {
         "name": name,
@@ -71,7 +77,8 @@ def _row(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         **_size(recipe),
         "published": {"best": published.best, "last": published.last} if published else None,
         "target": getattr(recipe, "target", None),
-        "ours": ours_in_words(recorded(recipe.name, results)),
+        "ours": ours_in_words(metrics),
+        "last": ours_in_short(metrics),
         "file": str(Path("recipes") / f"{name}.toml"),
     }
 
@@ -90,21 +97,22 @@ def show_list(rows: list[dict[str, Any]]) -> None:
 
     from fastcifar.console import err
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("name", "model", "epochs", "published"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("ours")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for column in ("name", "model", "epochs", "published", "ours"):
+        # A long model's name gives way: 80 columns hold all the rest.
+        table.add_column(column, no_wrap=True, max_width=14 if column == "model" else None)
     stage = None
     for row in rows:
         if row["stage"] != stage:
             stage = row["stage"]
             table.add_row(stage, style="bold")
-        table.add_row(row["name"], row["model"], str(row["epochs"] or ""), _goal(row), row["ours"])
+        table.add_row(row["name"], row["model"], str(row["epochs"] or ""), _goal(row), row["last"])
     err.print(table)
+    err.print(LEGEND, style="dim", soft_wrap=True)
 
 
 def _goal(row: dict[str, Any]) -> str:
     """Return the published best, or the target of a row that has none."""
     if row["published"]:
         return f"{row['published']['best']:.2f}"
-    return f"target {row['target']:.2f}" if row["target"] else ""
+    return f"≥ {row['target']:.2f}" if row["target"] else ""

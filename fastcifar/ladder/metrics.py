@@ -92,6 +92,15 @@ def ours_in_words(metrics: Metrics | None) -> str:
     return f"{', '.join(parts)} (n = {metrics.n}; {where})"
 
 
+def ours_in_short(metrics: Metrics | None) -> str:
+    """Return the last epoch's accuracy for a narrow column, with how many seeds it is of; nothing if not measured."""
+    if metrics is None or metrics.last is None:
+        return ""
+    if not metrics.complete:
+        return f"{metrics.last} at epoch {metrics.epochs_done}"
+    return f"{metrics.last} ({metrics.n})"
+
+
 def _known(metrics: Metrics) -> list[tuple[str, Mean]]:
     pairs = (("last", metrics.last), ("best", metrics.best), ("selected", metrics.selected))
     return [(which, value) for which, value in pairs if value is not None]

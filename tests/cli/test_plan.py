@@ -70,10 +70,13 @@ def test_the_predicted_all_reduce_is_the_formula():
 
 
 def test_activations_grow_with_the_batch_and_the_precision():
-    small, large = (told("wrn-sgd", f"train.batch_size={n}", "engine.precision=bf16")["memory_mib"]["activations"] for n in (64, 128))
+    def activations(size: int, precision: str) -> float:
+        found = told("wrn-sgd", f"train.batch_size={size}", f"engine.precision={precision}")
+        return found["memory_mib"]["activations"]
+
+    small, large = (activations(size, "bf16") for size in (64, 128))
     assert large == pytest.approx(2 * small, rel=0.01)
-    full = told("wrn-sgd", "train.batch_size=64", "engine.precision=fp32")["memory_mib"]["activations"]
-    assert full == pytest.approx(2 * small, rel=0.05)
+    assert activations(64, "fp32") == pytest.approx(2 * small, rel=0.05)
 
 
 def test_saved_bytes_are_those_of_a_real_forward_pass():

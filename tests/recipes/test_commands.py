@@ -1,6 +1,7 @@
 """``fastcifar recipes`` and ``fastcifar show``."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -8,7 +9,6 @@ import tomllib
 import pytest
 
 from fastcifar.config import load_recipe
-from fastcifar.ladder.metrics import NOT_MEASURED
 
 
 def fastcifar(*arguments):
@@ -36,7 +36,15 @@ def test_recipes_prints_a_table_for_people_to_stderr():
     assert done.stdout == ""
     assert "pyramid400" in done.stderr
     assert "97.70" in done.stderr
-    assert NOT_MEASURED in " ".join(done.stderr.split())
+    assert "not measured yet" in " ".join(done.stderr.split())
+
+
+def test_the_table_for_people_fits_a_narrow_terminal():
+    lines = fastcifar("recipes").stderr.splitlines()
+    listed = [row["name"] for row in json.loads(fastcifar("recipes", "--json").stdout)["recipes"]]
+    assert [name for name in listed if not any(line.startswith(f"{name} ") for line in lines)] == []
+    (lenet5,) = [line for line in lines if line.startswith("lenet5 ")]
+    assert re.search(r" 59\.48 +\d\d\.\d\d ± \d\.\d\d \(\d+\)$", lenet5.rstrip())
 
 
 def test_recipes_finds_smoke_configs_when_asked():
