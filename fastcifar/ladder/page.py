@@ -20,11 +20,13 @@ main { max-width: 90rem; }
 .ladder thead th { color: var(--muted); }
 .ladder tbody td:first-child { position: sticky; left: 0; background: var(--ground); }
 .unmeasured { color: var(--muted); }
-svg.picture { width: 100%; max-width: 62rem; min-width: 34rem; margin: 1.2rem 0 2rem; display: block; }
+.picture { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .6rem; max-width: 62rem;
+  margin: 1.2rem 0 2rem; padding-right: .8rem; font-size: 12px; }
+.picture span { display: block; height: 18px; line-height: 18px; text-align: right; }
+.picture svg { width: 100%; overflow: visible; }
 circle.ours { fill: var(--c2); } circle.published { fill: none; stroke: var(--c0); stroke-width: 2; }
 line.error { stroke: var(--c2); stroke-width: 2; } line.grid { stroke: var(--line); }
-svg.picture text { fill: var(--ink); font-size: 12px; }
-@media (max-width: 520px) { svg.picture text { font-size: 16px; } }
+.picture text { fill: var(--ink); }
 """
 LEGEND = (
     "Best: the highest test accuracy over all epochs, the published protocol (the epoch is chosen on the test set). "
@@ -36,7 +38,8 @@ LEGEND = (
 )
 HEADER = ("row", "stage", "state", "best", "published", "difference", "last", "n", "wall-clock", "images/s", "hardware")
 NUMBERS = {"best", "published", "difference", "last", "n", "wall-clock", "images/s"}
-ROW_PX, LEFT_PX, WIDTH_PX, RIGHT_PX = 18, 190, 640, 40
+ROW_PX = 18
+"""The height of a row of the picture, as its style has it."""
 
 
 def write_html(path: Path, rows: Sequence[Row]) -> None:
@@ -49,7 +52,7 @@ def page(rows: Sequence[Row]) -> str:
     done = sum(row.state == "done" for row in rows)
     title = '<header class="page"><h1>The ladder</h1><button class="theme" type="button">Colours</button></header>'
     text = f'<p>{done} of {len(rows)} rows are done.</p><p class="quiet">{escape(LEGEND)}</p>'
-    body = f'<main>{title}{text}<div class="scroll">{picture(rows)}</div>{_table(rows)}</main>'
+    body = f'<main>{title}{text}{picture(rows)}{_table(rows)}</main>'
     return f"{_head()}<body>{body}<script>{{{asset('theme.js')}}}</script></body></html>\n"
 
 
@@ -100,48 +103,49 @@ def _faint(name: str) -> str:
 
 
 def picture(rows: Sequence[Row]) -> str:
-    """Return an SVG: per row the published best as a ring, ours as a dot with its standard error."""
+    """Return the names and an SVG as wide as the page: the published best as a ring, ours as a dot with its error."""
     shown = [row for row in rows if row.published_best is not None]
     if not shown:
         return ""
     known = [v for row in shown for v in (row.published_best, _of(row)) if v is not None]
     low = 5 * (min(known) // 5)
     height = ROW_PX * len(shown) + 30
-    total = LEFT_PX + WIDTH_PX + RIGHT_PX
     parts = [_grid(low, height), *(_dots(row, i, low) for i, row in enumerate(shown))]
     label = "Published and own best accuracy per row, in percent"
-    return f'<svg class="picture" viewBox="0 0 {total} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    svg = f'<svg height="{height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    names = "".join(f"<span>{escape(row.name)}</span>" for row in shown)
+    return f'<div class="picture"><div aria-hidden="true">{names}</div>{svg}</div>'
 
 
 def _of(row: Row) -> float | None:
     return row.best.mean if row.best and row.metrics and row.metrics.complete else None
 
 
-def _x(accuracy: float, low: float) -> float:
-    return LEFT_PX + WIDTH_PX * (accuracy - low) / (100 - low)
+def _x(accuracy: float, low: float) -> str:
+    """Return a horizontal place in percent of the SVG's width, so that lettering keeps its size on any screen."""
+    return f"{100 * (accuracy - low) / (100 - low):.2f}%"
 
 
 def _grid(low: float, height: int) -> str:
     step = 5 if low >= 50 else 10
     marks = range(int(low), 101, step)
     return "".join(
-        f'<line class="grid" x1="{_x(m, low):.1f}" x2="{_x(m, low):.1f}" y1="0" y2="{height - 20}"/>'
-        f'<text x="{_x(m, low):.1f}" y="{height - 5}" text-anchor="middle">{m}</text>'
+        f'<line class="grid" x1="{_x(m, low)}" x2="{_x(m, low)}" y1="0" y2="{height - 20}"/>'
+        f'<text x="{_x(m, low)}" y="{height - 5}" text-anchor="middle">{m}</text>'
         for m in marks
     )
 
 
 def _dots(row: Row, index: int, low: float) -> str:
     y = ROW_PX * index + ROW_PX / 2
-    name = f'<text x="{LEFT_PX - 8}" y="{y + 4}" text-anchor="end">{escape(row.name)}</text>'
     told = f"<title>{escape(row.name)}: published {row.published_best:.2f}%</title>"
-    ring = f'<circle class="published" cx="{_x(row.published_best or low, low):.1f}" cy="{y}" r="5">{told}</circle>'
-    return name + ring + (_dot(row.best, y, low) if row.best and _of(row) is not None else "")
+    ring = f'<circle class="published" cx="{_x(row.published_best or low, low)}" cy="{y}" r="5">{told}</circle>'
+    return ring + (_dot(row.best, y, low) if row.best and _of(row) is not None else "")
 
 
 def _dot(ours: Mean, y: float, low: float) -> str:
     error = ours.error or 0.0
     ends = [_x(ours.mean + sign * error, low) for sign in (-1, 1)]
-    bar = f'<line class="error" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y}" y2="{y}"/>'
+    bar = f'<line class="error" x1="{ends[0]}" x2="{ends[1]}" y1="{y}" y2="{y}"/>'
     told = f"<title>ours {ours}%, n = {ours.n}</title>"
-    return f'{bar}<circle class="ours" cx="{_x(ours.mean, low):.1f}" cy="{y}" r="3">{told}</circle>'
+    return f'{bar}<circle class="ours" cx="{_x(ours.mean, low)}" cy="{y}" r="3">{told}</circle>'
