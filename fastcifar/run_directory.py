@@ -563,13 +563,24 @@ class RunDirectory:
             raise
 
     def check_weights(self) -> None:
-        """Make sure before hours of training that the weights saved so far are intact.
+        """Make sure before hours of training that the weights saved so far are there and intact.
+
+        Those of the best epoch are written again only if a later epoch is better.
 
         Raises:
-            UserError: a file is damaged.
+            UserError: a file is damaged or missing.
         """
-        for path in sorted((self.folder / "weights").glob("*.safetensors")):
-            self.read(f"weights/{path.name}")
+        names = {f"weights/{path.name}" for path in (self.folder / "weights").glob("*.safetensors")}
+        manifest = self.manifest()
+        if manifest is not None:
+            names |= {name for name in manifest.files if name.startswith("weights/") and self._expects(name)}
+        for name in sorted(names):
+            if not (self.folder / name).is_file():
+                raise UserError(
+                    f"{self.folder / name}: is missing, so that the run is damaged; restore it from a copy, "
+                    "or train the run again"
+                )
+            self.read(name)
 
     @staticmethod
     def metrics_file(rows: Iterable[dict[str, Any]]) -> dict[str, str]:

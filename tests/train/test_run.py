@@ -257,6 +257,14 @@ def test_damaged_weights_are_not_used(whole, tmp_path, which):
         load_trained(RunDirectory.open(tmp_path / "copy"), which)
 
 
+def test_a_run_whose_best_weights_have_gone_is_not_resumed(tmp_path):
+    """A later epoch writes them only if it is better, so that the run could end without them."""
+    run_in(tmp_path / "run", recipe(), stop_after=2)
+    (tmp_path / "run/weights/best.safetensors").unlink()
+    with pytest.raises(UserError, match=r"best\.safetensors: is missing, so that the run is damaged"):
+        run_in(tmp_path / "run", recipe())
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-7] ^= 4
