@@ -19,7 +19,9 @@ FFCV_SYSTEM = "sudo apt-get install pkg-config libopencv-dev libturbojpeg0-dev"
 # can end its process, and all of them together then take as long as the slowest.
 PROBES = {
     "torch": """import torch
-print(torch.__version__)
+from fastcifar.device import auto_precision
+here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+print(f'{torch.__version__}, trains in {auto_precision(here)} here (engine.precision = "auto")')
 if torch.cuda.is_available():
     of = torch.cuda.get_device_properties(0)
     torch.ones(8, device='cuda').sum().item()

@@ -1,9 +1,13 @@
 """One contract, four backends: the same batches, in the same order, whatever moves the bytes."""
 
+import multiprocessing
 import os
+import sys
 import threading
 import time
 import warnings
+from multiprocessing import resource_sharer
+from multiprocessing.connection import Client
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ from fastcifar.config.schema import AugmentConfig, LoaderConfig
 from fastcifar.data import loaders
 from fastcifar.data.batch import Batch
 from fastcifar.data.loaders import PACKAGES, Loader, build_loader, choose_backend
+from fastcifar.data.loaders.torchvision import _forgive_a_lost_reader
 from fastcifar.data.store import Store, store_as
 from fastcifar.errors import UserError
 from fastcifar.kernels.philox import epoch_order
@@ -501,3 +506,19 @@ def test_a_closed_loader_yields_nothing_even_to_who_has_begun(build):
     loader.close()
     assert list(begun) == []
     assert list(loader.epoch(1)) == []
+
+
+def test_a_worker_says_nothing_when_the_main_process_stops_fetching(monkeypatch, capfd):
+    """As after a signal: multiprocessing's thread in a worker hands every error to ``sys.excepthook``."""
+    sharer, served = resource_sharer._resource_sharer, threading.Event()
+    monkeypatch.setattr(sys, "excepthook", _forgive_a_lost_reader)
+    address, key = sharer.register(lambda connection, pid: served.set(), lambda: None)
+    authority = multiprocessing.current_process().authkey
+    Client(address, authkey=authority).close()
+    with Client(address, authkey=authority) as reader:
+        reader.send((key, os.getpid()))  # the thread takes one after the other
+        assert served.wait(60)
+    resource_sharer.stop(60)
+    assert capfd.readouterr().err == ""
+    _forgive_a_lost_reader(ValueError, ValueError("another error"), None)
+    assert "ValueError: another error" in capfd.readouterr().err

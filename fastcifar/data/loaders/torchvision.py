@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,17 @@ def _quiet_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):  # Windows has none
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    sys.excepthook = _forgive_a_lost_reader
+
+
+def _forgive_a_lost_reader(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Say nothing where the main process has stopped while it was fetching a batch; print everything else.
+
+    A worker hands out its batches' shared memory in a thread of multiprocessing's, which calls ``sys.excepthook``. An
+    error in loading travels to the main process in another way.
+    """
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 class TorchvisionLoader(StreamingLoader):
