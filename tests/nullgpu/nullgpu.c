@@ -19,7 +19,8 @@
      kernel memcpy memset library    work put on a stream; it belongs to the capture of that column, if that is not 0
      pageable                        the same: a copy between device and ordinary host memory, for which the real
                                      driver may make the host wait
-     begin end replay                of a capture; a replay's detail is the capture that it repeats
+     begin end replay                of a capture; a replay's detail is the capture that it repeats, and the detail of a
+                                     begin and the name of a replay are the number of the stream
      sync                            the host waited, or asked how far the device was
      violation                       refused: a capture forbids it
      malloc free module mark         memory, a loaded module, a note of the program's own (nullgpu_mark)  */
@@ -75,7 +76,7 @@ _Static_assert(sizeof(DriverLaunch) == 56, "CUlaunchConfig");
 /* ========================================================================================================== the log */
 
 typedef struct Capture Capture;
-typedef struct Stream { Capture *capture; long work, joined; struct Stream *next; } Stream;
+typedef struct Stream { Capture *capture; long number, work, joined; struct Stream *next; } Stream;
 
 /* One lock for everything: the device has no speed to lose, and autograd and the loaders call from other threads. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -398,6 +399,7 @@ EXPORT Status cudaProfilerStop(void) { return SUCCESS; }
 EXPORT Status cudaStreamCreateWithPriority(void **handle, unsigned flags, int priority) {
   Stream *stream = calloc(1, sizeof *stream);
   pthread_mutex_lock(&lock);
+  stream->number = streams ? streams->number + 1 : 1;
   stream->next = streams;
   streams = stream;
   pthread_mutex_unlock(&lock);
@@ -500,7 +502,9 @@ EXPORT Status cudaStreamBeginCapture(void *handle, int mode) {
   *capture = (Capture){.id = ++capture_ids, .mode = mode, .thread = thread(), .origin = stream, .next = captures};
   captures = stream->capture = capture;
   stream->work = stream->joined = 0;
-  write_line("begin", capture->id, "capture", "");
+  char number[24];
+  snprintf(number, sizeof number, "%ld", stream->number);
+  write_line("begin", capture->id, "capture", number);
   pthread_mutex_unlock(&lock);
   return SUCCESS;
 }
@@ -563,9 +567,10 @@ EXPORT Status cudaGraphInstantiateWithFlags(void **executable, void *graph, unsi
   return *executable = copied, SUCCESS;
 }
 EXPORT Status cudaGraphLaunch(void *executable, void *handle) {
-  char id[24];
+  char id[24], stream[24];
   snprintf(id, sizeof id, "%ld", ((Graph *)executable)->id);
-  return enqueue("replay", handle, "graph", id);
+  snprintf(stream, sizeof stream, "%ld", stream_of(handle)->number);
+  return enqueue("replay", handle, stream, id);
 }
 EXPORT Status cudaGraphDestroy(void *graph) { return free(graph), SUCCESS; }
 EXPORT Status cudaGraphExecDestroy(void *executable) { return free(executable), SUCCESS; }

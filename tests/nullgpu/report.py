@@ -51,12 +51,14 @@ class Capture(Work):
 
     Attributes:
         number: the device's number of it.
+        stream: the number of the stream that was captured; 0 is the default one.
         whole: whether it ended well.
         span: the clock that was running, such as ``compilation_s``, or "".
         beside: kernels that were launched meanwhile and not captured, on any thread.
     """
 
     number: int = 0
+    stream: int = 0
     whole: bool = False
     span: str = ""
     beside: int = 0
@@ -72,6 +74,7 @@ class Region(Work):
         span: the clock that was running at its start, or "".
         captures: the captures that began in it.
         replays: numbers of the captures that were replayed.
+        streams: of each replay, the number of its stream.
         syncs: names of the calls by which the host waited for the device.
         pageable: copies between the device and host memory that is not page-locked.
     """
@@ -81,6 +84,7 @@ class Region(Work):
     span: str = ""
     captures: list[Capture] = field(default_factory=list)
     replays: list[int] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
     syncs: list[str] = field(default_factory=list)
     pageable: int = 0
 
@@ -236,7 +240,7 @@ class LogReader:
             self.report.convolutions.add(Convolution(line.name, line.detail))
 
     def _begin(self, line: Line) -> None:
-        self._captures[line.capture] = Capture(number=line.capture, span=self._span)
+        self._captures[line.capture] = Capture(number=line.capture, stream=int(line.detail), span=self._span)
         if self._region is not None:
             self._region.captures.append(self._captures[line.capture])
 
@@ -246,6 +250,7 @@ class LogReader:
     def _replay(self, line: Line) -> None:
         if self._region is not None:
             self._region.replays.append(int(line.detail))
+            self._region.streams.append(int(line.name))
 
     def _sync(self, line: Line) -> None:
         if self._region is not None:

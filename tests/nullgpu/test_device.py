@@ -103,15 +103,16 @@ def test_work_is_counted_where_it_belongs(tmp_path: Path) -> None:
     report = read(
         tmp_path,
         line("kernel", "before"), line("mark", "span training_s"), line("mark", "region step", 32),
-        line("kernel", "warm_kernel"), line("begin", capture=3), line("kernel", "triton_a", capture=3),
+        line("kernel", "warm_kernel"), line("begin", "capture", 5, 3), line("kernel", "triton_a", capture=3),
         line("mark", "graph 7"), line("kernel", "beside_kernel"), line("memset", "memset", capture=3),
         line("library", "convolution", "images=1x1x1x1:nchw", capture=3), line("end", "", "whole", 3),
-        line("replay", "graph", 3), line("pageable", "device to host", 4), line("sync", "cudaStreamSynchronize"),
+        line("replay", "5", 3), line("pageable", "device to host", 4), line("sync", "cudaStreamSynchronize"),
         line("mark", "region-end"), line("sync", "after"), "kernel\t1\t0\tcut o",
     )  # fmt: skip
     (region,), ((rows, capture),) = report.regions, report.captures()
     assert (region.kind, region.rows, region.span, rows) == ("step", 32, "training_s", 32)
     assert (region.replays, region.syncs, region.pageable) == ([3], ["cudaStreamSynchronize"], 1)
+    assert (region.streams, capture.stream) == ([5], 5)
     assert dict(region.launches) == {"warm_kernel": 1, "beside_kernel": 1, "device to host": 1}
     assert dict(capture.launches) == {"triton_a": 1, "memset": 1}
     assert (dict(capture.library), capture.graphs, capture.beside) == ({"convolution": 1}, [7], 1)
@@ -120,7 +121,7 @@ def test_work_is_counted_where_it_belongs(tmp_path: Path) -> None:
 
 
 def test_a_spoilt_capture_is_none(tmp_path: Path) -> None:
-    lines = (line("mark", "region step", 1), line("begin", capture=1), line("violation", "cudaMalloc", "no", 1))
+    lines = (line("mark", "region step", 1), line("begin", "capture", 5, 1), line("violation", "cudaMalloc", "no", 1))
     report = read(tmp_path, *lines, line("end", "", "spoilt", 1), line("mark", "region-end"))
     assert report.captures() == []
     assert report.violations == ["cudaMalloc no"]
