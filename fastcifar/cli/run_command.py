@@ -31,6 +31,9 @@ def run(
     devices: Annotated[
         int, typer.Option(min=1, help="Train on so many GPUs of this machine (CPU processes where it has none).")
     ] = 1,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=32, help="Train so many seeds, counted up, side by side in this process.")
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(help="Trace these steps, such as 10:20, with torch.profiler into the run's profile/.")
     ] = None,
@@ -42,6 +45,8 @@ def run(
 
     Every number of devices makes the same batches: `--devices 8`, or `torchrun --nproc-per-node 8 -m fastcifar run
     RECIPE`, on several machines with torchrun's own options. A run may go on with another number.
+
+    `--seeds 8` trains eight runs that differ by their seeds, each as it would be alone and in a directory of its own.
     """
     from fastcifar.config import load_recipe
     from fastcifar.launch import launch, one_voice, place
@@ -51,6 +56,22 @@ def run(
 
         read_steps(profile)
     here = place()
+    if seeds is not None:
+        from fastcifar.cli.run_seeds import refuse_options, run_seeds
+        from fastcifar.cli.run_seeds import tell as tell_of_all
+
+        refuse_options(seeds, {
+            "--devices": devices > 1, "torchrun": here.world > 1, "--resume RUN_DIR": resume not in (None, "auto"),
+            "--check-nan": check_nan, "--profile": profile is not None,
+        })  # fmt: skip
+        if recipe is None:
+            raise UserError("which recipe? `fastcifar run RECIPE --seeds N`")
+        runs = run_seeds(
+            load_recipe(recipe, set_ or []), seeds,
+            data=data, out=out, resume=resume, verify=verify, stop_after=stop_after, quiet=quiet,
+        )
+        tell_of_all(runs, json_, quiet)
+        return
     if devices > 1 and here.world == 1:
         refuse_devices(recipe, set_ or [], devices)
         launch(devices, without_devices(sys.argv[1:]))

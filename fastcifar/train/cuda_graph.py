@@ -1,7 +1,7 @@
 """A whole step captured as a CUDA graph: some thousand launches become one."""
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -50,8 +50,7 @@ class GraphedStep:
         own = Batch(images, rows.clone(), labels.clone(), indices.clone(), batch.share)
         graph, pool = torch.cuda.CUDAGraph(), next((c.graph.pool() for c in self._captured.values()), None)
         try:
-            # thread_local: the threads of a loader may allocate memory and copy to the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with capturing(graph, pool):
                 self._run(own)
         except torch.OutOfMemoryError:
             raise
@@ -83,6 +82,19 @@ class GraphedStep:
             result = work()
         torch.cuda.current_stream().wait_stream(side)
         return result
+
+
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
+    """Return a context in which what is launched becomes the graph.
+
+    In place of the default stream torch captures one of its own, the same each time. Any other is captured itself:
+    graphs captured on one stream share its cuBLAS workspace, and those of runs side by side are replayed at once.
+    """
+    own, default = torch.cuda.current_stream(), torch.cuda.default_stream()
+    # thread_local: the threads of a loader may allocate memory and copy to the GPU meanwhile.
+    return torch.cuda.graph(
+        graph, pool=pool, stream=None if own == default else own, capture_error_mode="thread_local"
+    )
 
 
 def _shape(batch: Batch) -> Hashable:

@@ -57,13 +57,16 @@ class Display:
         batch_size: images a step.
         quiet: show nothing but messages.
         console: where to; stderr by default.
+        label: before each line, where several runs share the terminal; there is no live line then.
     """
 
     def __init__(
-        self, name: str, epochs: int, steps: int, batch_size: int, quiet: bool = False, console: Console = err
+        self, name: str, epochs: int, steps: int, batch_size: int, quiet: bool = False, console: Console = err,
+        label: str | None = None,
     ) -> None:
         self._epochs, self._steps, self._batch_size = epochs, steps, batch_size
-        self._console, self._live, self._quiet = console, console.is_terminal and not quiet, quiet
+        self._console, self._live, self._quiet = console, console.is_terminal and not quiet and label is None, quiet
+        self._before = "" if label is None else f"{label}: "
         # The name stands in the first line; at 80 columns the bar, the accuracy and the time left need the room.
         self._progress = Progress(
             TextColumn("{task.fields[where]}", markup=False),
@@ -120,7 +123,7 @@ class Display:
         left = self._left(epoch_s, self._epochs - row["epoch"])
         if not self._quiet:
             words = f"epoch {row['epoch']}/{self._epochs}  {metrics_in_words(row)}  {row['images_per_s']:,.0f} images/s"
-            self._console.print(f"{words}  {left}".rstrip(), soft_wrap=True, markup=False)
+            self.say(f"{words}  {left}".rstrip())
         if self._task is not None:
             self._accuracy = accuracy_in_words(row)
             # The speed of the last refresh would be stale: accuracy and time left are what changes here.
@@ -129,7 +132,7 @@ class Display:
     def say(self, text: str) -> None:
         """Print one line above the display."""
         if not self._quiet:
-            self._console.print(text, soft_wrap=True, markup=False)
+            self._console.print(self._before + text, soft_wrap=True, markup=False)
 
     def _measure_epoch(self, row: dict[str, Any]) -> float | None:
         """Return the seconds an epoch takes from here on, None where that is not known yet.

@@ -10,16 +10,16 @@ from torch.nn import functional as F
 
 from fastcifar.augment.augment import Augment, AugmentBySize
 from fastcifar.data.batch import Share
-from fastcifar.data.pixels import Images, as_tensor, on_device
+from fastcifar.data.pixels import Images, as_tensor
 from fastcifar.errors import root_cause
-from fastcifar.train.cuda_graph import GraphedStep
+from fastcifar.train.cuda_graph import GraphedStep, capturing
 from fastcifar.train.execution import Forward, compile_model, first_wait, out_of_memory_explained
 from fastcifar.train.precision import Precision
 from fastcifar.train.ranks import ALONE, Ranks
 from fastcifar.train.tta import tta_logits
 
-# A split is kept on a GPU while it takes no more than this; larger ones are sent batch by batch, and so is every split
-# where the device is the host: its images are read where they lie.
+# Test sets are small and looked at in every epoch: a split is kept on a GPU while it takes no more than this. Larger
+# ones are sent batch by batch, and so is every split where the device is the host: its images are read where they lie.
 RESIDENT_BYTES = 1 << 30
 
 
@@ -117,7 +117,7 @@ class Evaluator:
             return
         graph = torch.cuda.CUDAGraph()
         pool = next((captured.pool() for captured, _ in self._graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with capturing(graph, pool):
             output = self.predict(self._input, kind)
         self._graphs[kind] = graph, output
 
@@ -176,17 +176,14 @@ class EvaluationSet:
     """Images to evaluate on, normalized on the fly and never augmented.
 
     Args:
-        images: uint8 (N, H, W, C), in memory or in a store.
+        images: uint8 (N, H, W, C), on any device or in a store.
         labels: int64 (N,).
         evaluator: the model.
     """
 
-    def __init__(self, images: Images, labels: np.ndarray, evaluator: Evaluator) -> None:
-        self._evaluator, device = evaluator, evaluator.device
-        # Test sets are small and looked at in every epoch: sent once instead of each time.
-        kept = device.type != "cpu" and images.nbytes <= RESIDENT_BYTES
-        self._images: Tensor | Images = on_device(images, device) if kept else images
-        self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
+    def __init__(self, images: Tensor | Images, labels: np.ndarray, evaluator: Evaluator) -> None:
+        self._evaluator, self._images = evaluator, images
+        self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(evaluator.device)
 
     def __len__(self) -> int:
         return len(self.labels)

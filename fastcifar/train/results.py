@@ -60,6 +60,7 @@ class RunSetting:
         classes: their names, by number.
         image_px: side of the square images.
         holdout: int64 (n,), the rows of the training split that were set aside; n may be 0.
+        together: how many runs took turns in the process; on a GPU the clocks of each hold what it did for the others.
     """
 
     loader: str
@@ -68,6 +69,7 @@ class RunSetting:
     classes: list[str]
     image_px: int
     holdout: np.ndarray
+    together: int = 1
 
 
 class Results:
@@ -311,7 +313,7 @@ class Results:
             "tta": tta, "published": recipe.published.model_dump() if recipe.published else None,
             "clocks": {k: round(v, 3) for k, v in clocks.items()}, "images": progress.images,
             "images_per_s": progress.timed_images / clocks["training_s"] if clocks["training_s"] else None,
-            "loader": setting.loader, "mode": setting.mode, "fallback": setting.fallback,
+            "loader": setting.loader, "mode": setting.mode, "fallback": setting.fallback, "together": setting.together,
             "classes": setting.classes, "image_px": setting.image_px,
             "environment": self.run.environment, "git": self.run.environment.get("git"),
         }

@@ -3,7 +3,7 @@
 recipe -> store -> loader -> augment -> model -> step -> evaluate -> record
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastcifar import interrupt
 from fastcifar.augment.augment import Augment, AugmentBySize, build_augment
@@ -23,7 +23,8 @@ from fastcifar.data.batch import Batch
 from fastcifar.data.loaders import Loader, build_loader
 from fastcifar.data.loaders.resident import ResidentLoader
 from fastcifar.data.loaders.resized import WHOLE, ResizedLoader, first_epochs
-from fastcifar.data.pixels import choose
+from fastcifar.data.pixels import Images, choose
+from fastcifar.data.shared import resident_images
 from fastcifar.data.split import holdout_split, subset_rows
 from fastcifar.data.store import Store, resolve_store
 from fastcifar.device import pick_device, with_precision
@@ -37,7 +38,7 @@ from fastcifar.train.checks import check_data
 from fastcifar.train.clock import Clock
 from fastcifar.train.display import Display, conversion_steps, tell
 from fastcifar.train.distillation import build_teacher
-from fastcifar.train.evaluate import EvaluationSet, Evaluator
+from fastcifar.train.evaluate import RESIDENT_BYTES, EvaluationSet, Evaluator
 from fastcifar.train.execution import is_strict
 from fastcifar.train.follower import Follower
 from fastcifar.train.precision import PRECISIONS
@@ -69,6 +70,26 @@ def train(
     Raises:
         UserError: bad data, a missing package or GPU, a full disk, a damaged checkpoint, a loss that is not finite.
     """
+    steps = training(
+        recipe, run, data=data, stop_after=stop_after, quiet=quiet, check_nan=check_nan, ranks=ranks,
+        callbacks=callbacks, profile=profile,
+    )
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return dict(end.value)
+
+
+def training(
+    recipe: Recipe, run: RunDirectory | Follower, *, data: Path | None = None, stop_after: int | None = None,
+    quiet: bool = False, check_nan: bool = False, ranks: Ranks = ALONE, callbacks: Sequence[Callback] = (),
+    profile: str | None = None, together: int = 1,
+) -> Generator[None, None, dict[str, Any]]:
+    """Do what `train` does, and pause before training and after each step, so that runs can take turns.
+
+    Args, errors and what it returns are those of `train`; ``together`` is how many runs take turns.
+    """
     if check_nan:
         recipe = eagerly(recipe)
     told = begin_callbacks(recipe, run, callbacks)
@@ -78,6 +99,8 @@ def train(
     memory, precision = ranks.from_first([run.environment.get(key) for key in ("memory_bytes", "precision")])
     recipe = with_precision(recipe, device, precision)
     store, rows, loader = open_data(recipe, data, device, quiet, ranks, memory)
+    if together > 1 and loader.name != "resident":
+        raise UserError(f"--seeds: the runs share one resident set, but: {loader.reason}")
     augment = make_augment(recipe, store.image_shape, device)
     model, step = make_step(recipe, store, rows, augment, len(loader), device, ranks)
     if check_nan:
@@ -87,7 +110,8 @@ def train(
     results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, evaluator))
     done, end = results.progress.epochs_done, min(stop_after or recipe.train.epochs, recipe.train.epochs)
     clock = Clock(device, results.progress.clocks)
-    with Display(recipe.name, recipe.train.epochs, len(loader), recipe.train.batch_size, quiet) as display:
+    label = f"seed {recipe.seed}" if together > 1 else None
+    with Display(recipe.name, recipe.train.epochs, len(loader), recipe.train.batch_size, quiet, label=label) as display:
         display.say(introduction(recipe, device, ranks, loader))
         display.begin(done)
         with closing(loader), closing(told):
@@ -95,11 +119,13 @@ def train(
             # Compiling is not training: the clock of the published comparison starts after it.
             warm_up(range(done, end), step, evaluator, loader, clock, display, store.image_shape)
             prepare_teachers(range(done, end), step, loader, display)
+            with clock.paused():
+                yield
             with closing(profiled(loader, profile, run)) as source:
-                train_epochs(range(done, end), source, step, clock, display, results, told)
+                yield from train_epochs(range(done, end), source, step, clock, display, results, told)
             how = step.execution
             px = store.image_shape[0]
-            setting = RunSetting(loader.name, how.mode, how.fallback, store.classes, px, rows.holdout)
+            setting = RunSetting(loader.name, how.mode, how.fallback, store.classes, px, rows.holdout, together)
             return told.summary(results.finish(clock.seconds(), setting))
 
 
@@ -199,8 +225,8 @@ def begin_callbacks(recipe: Recipe, run: RunDirectory | Follower, callbacks: Seq
 def train_epochs(
     epochs: range, loader: Loader, step: Step, clock: Clock, display: Display, results: Results,
     callbacks: Callbacks | None = None,
-) -> None:
-    """Train epoch after epoch; a signal stops after the step at hand, with a checkpoint.
+) -> Generator[None, None, None]:
+    """Train epoch after epoch, pausing after each step; a signal stops after the step at hand, with a checkpoint.
 
     Raises:
         UserError: see `train_epoch`.
@@ -208,7 +234,7 @@ def train_epochs(
     """
     with interrupt.deferred():
         for epoch in epochs:
-            row = train_epoch(epoch, loader, step, clock, display, results)
+            row = yield from train_epoch(epoch, loader, step, clock, display, results)
             stopping = step.ranks.settled()
             results.add(row, clock.seconds(), save=stopping)
             display.epoch(row)
@@ -220,8 +246,8 @@ def train_epochs(
 
 def train_epoch(
     epoch: int, loader: Loader, step: Step, clock: Clock, display: Display, results: Results
-) -> dict[str, Any]:
-    """Train one epoch, or the rest of one that was interrupted, and return its row of metrics.
+) -> Generator[None, None, dict[str, Any]]:
+    """Train one epoch, or the rest of one that was interrupted, and return its row of metrics; pause after each step.
 
     Raises:
         UserError: the loss was not finite; the message names the step.
@@ -235,6 +261,8 @@ def train_epoch(
             step(batch)
             done += 1
             display.step(epoch + 1, done)
+            with clock.paused():
+                yield
         result = step.end_epoch()
     if result["nonfinite_step"] is not None and step.recipe.engine.on_nonfinite == "stop":
         raise UserError(diverged(f"the loss was not finite at step {result['nonfinite_step']} of epoch {epoch + 1}"))
@@ -385,6 +413,9 @@ def evaluation_sets(recipe: Recipe, store: Store, rows: Rows, evaluator: Evaluat
     for name, (split_name, chosen) in wanted.items():
         if len(chosen):
             store.check_split(split_name)
-            split = store.split(split_name)
-            sets[name] = EvaluationSet(choose(split.images, chosen), split.labels[chosen], evaluator)
+            split, device = store.split(split_name), evaluator.device
+            images: Images | Tensor = choose(split.images, chosen)
+            if device.type != "cpu" and images.nbytes <= RESIDENT_BYTES:
+                images = resident_images(store, split_name, chosen, device)
+            sets[name] = EvaluationSet(images, split.labels[chosen], evaluator)
     return sets

@@ -32,6 +32,7 @@ from fastcifar.train.execution import Execution
 from fastcifar.train.precision import PRECISIONS
 from fastcifar.train.selection import build_proxy
 from fastcifar.train.step import Step, build_step
+from fastcifar.train.together import Own
 
 IMAGE_SHAPE = (32, 32, 3)
 Patches = Iterator[tuple[Any, str, Any]]
@@ -39,6 +40,9 @@ Patches = Iterator[tuple[Any, str, Any]]
 
 seen_steps: list[Step] = []
 """Every step object that was called, in order; the last one belongs to the running job."""
+
+seen_draws: list[tuple[int, int, int, int]] = []
+"""Of each call of a step: the run's seed, the address of its images, and its generator's seed and offset after it."""
 
 
 def watch(mark: Callable[[str, Any], None]) -> None:
@@ -53,6 +57,9 @@ def watch(mark: Callable[[str, Any], None]) -> None:
         if self not in seen_steps:
             seen_steps.append(self)
         called(self, batch)
+        generator = torch.cuda.default_generators[0]
+        drawn = generator.initial_seed(), generator.get_offset()
+        seen_draws.append((self.recipe.seed, batch.images.data_ptr(), *drawn))
 
     Step.__call__ = region(mark, "step", watched_step, rows=lambda step, batch: len(batch.rows))  # type: ignore
     GraphedStep.capture = region(  # type: ignore[method-assign]
@@ -165,8 +172,20 @@ def warm_up_one_shape() -> Patches:
     yield Execution, "warm_up", first_only
 
 
+def one_generator_for_all() -> Patches:
+    """Let runs side by side draw from one state of torch's generator, each on a stream of its own."""
+
+    @contextmanager
+    def on_stream(self: Own) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):
+            yield
+
+    yield Own, "_on_stream", on_stream
+
+
 FAULTS: dict[str, Callable[[], Patches]] = {
     "wide indices": draw_in_the_model, "failed capture": capture_without_a_rehearsal, "odd batch": warm_up_one_shape,
+    "one generator": one_generator_for_all,
 }  # fmt: skip
 
 

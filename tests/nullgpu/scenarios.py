@@ -28,6 +28,17 @@ def run(recipe: str, out: str, changes: list[str], resume: bool = False, stop_af
     return {"calls": calls, "summary": summary, **internals.modes()}
 
 
+def seeds(recipe: str, out: str, changes: list[str], count: int) -> dict[str, Any]:
+    """Run several seeds side by side, and then the second of them alone."""
+    sets = [word for change in (*SYNTHETIC, *changes) for word in ("--set", change)]
+    internals.seen_draws.clear()
+    calls = [internals.command("run", recipe, "--seeds", str(count), "--out", out, "--quiet", *sets)]
+    together, second = list(internals.seen_draws), sorted({seed for seed, *_ in internals.seen_draws})[1]
+    internals.seen_draws.clear()
+    calls.append(internals.command("run", recipe, "--out", f"{out}-alone", "--quiet", *sets, "--set", f"seed={second}"))
+    return {"calls": calls, "together": together, "alone": list(internals.seen_draws), **internals.modes()}
+
+
 def steps(recipe: str, changes: list[str], odd: bool = True, evaluate: bool = True) -> dict[str, Any]:
     """Take a first step, a second one, evaluate, take an odd last batch, and begin a second epoch.
 

@@ -7,6 +7,7 @@ import pytest
 from tests.nullgpu.checks import assert_clean, assert_prepared_before_training, assert_torch_is_whole_or_stopped
 from tests.nullgpu.harness import Job, on_null_device
 from tests.nullgpu.report import Report
+from tests.nullgpu.test_small import DRAWING, SEEDS, assert_draws_as_alone
 
 pytestmark = [pytest.mark.nullgpu, pytest.mark.timeout(1800)]
 
@@ -22,6 +23,7 @@ def found(null_device: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     spoilt = {
         "wide indices": ("steps", {"recipe": "smoke/pyramid-shakedrop", "changes": SHORT, "evaluate": False}),
         "odd batch": ("run", odd),
+        "one generator": ("seeds", {**odd, "out": str(folder / "seeds"), "changes": DRAWING, "count": SEEDS}),
         "failed capture": ("failed_capture", {"recipe": "smoke/lenet5", "changes": [GRAPH]}),
     }
     jobs = [
@@ -53,3 +55,10 @@ def test_a_shape_that_is_prepared_in_training_time_is_found(found: dict[str, Rep
     assert_clean(report)
     with pytest.raises(AssertionError, match="training_s"):
         assert_prepared_before_training(report)
+
+
+def test_seeds_that_draw_from_one_generator_are_found(found: dict[str, Report]) -> None:
+    report = found["one generator"]
+    assert_clean(report)
+    with pytest.raises(AssertionError):
+        assert_draws_as_alone(report)

@@ -24,6 +24,9 @@ ALL_OPTIONS = [
     "model.depth=8", "model.alpha=8",
 ]  # fmt: skip
 EAGER = ["engine.mode=graph"]
+# Dropout, whose seed and offset a graph reads from the generator that it was captured with.
+DRAWING = [*EAGER, "model={name='wide_resnet',depth=10,widen=1,dropout=0.2}", "train.epochs=2", "train.batch_size=30"]
+SEEDS = 3
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,9 @@ def found(null_device: Path, folder: Path) -> dict[str, Report]:
     jobs = {
         "ledger": Job("steps", {"recipe": CHEAP, "changes": []}),
         "lenet5": Job("run", {"recipe": "smoke/lenet5", "out": str(folder / "run"), "changes": LENET, "resume": True}),
+        "seeds": Job(
+            "seeds", {"recipe": "smoke/lenet5", "out": str(folder / "seeds"), "changes": DRAWING, "count": SEEDS}
+        ),
         "all options": Job("steps", {"recipe": "smoke/pyramid-asam", "changes": ALL_OPTIONS}),
         "out of memory": Job("out_of_memory", {"recipe": "smoke/lenet5", "changes": EAGER, "spare_bytes": 1 << 20}),
         "failed capture": Job(
@@ -75,6 +81,35 @@ def test_a_resumed_run_has_both_epochs(found: dict[str, Report]) -> None:
 
 def test_nothing_is_compiled_while_training_is_timed(found: dict[str, Report]) -> None:
     assert_prepared_before_training(found["lenet5"])
+
+
+def test_seeds_side_by_side_are_replayed_on_streams_of_their_own(found: dict[str, Report]) -> None:
+    report = found["seeds"]
+    assert_clean(report)
+    assert_steps_are_replayed(report)
+    assert_evaluation_is_replayed(report)
+    steps = report.of("step")[: SEEDS * 8]  # two epochs of four batches each; after them comes the run alone
+    assert [step.rows for step in steps] == ([30] * SEEDS * 3 + [10] * SEEDS) * 2
+    in_turn = [stream for step in steps for stream in step.streams]
+    assert len(set(in_turn[:SEEDS])) == SEEDS
+    assert in_turn == in_turn[:SEEDS] * 8
+    captures = dict.fromkeys(in_turn, 0)
+    for _, capture in [*report.captures()[: SEEDS * 2], *report.captures("evaluation")[:SEEDS]]:
+        captures[capture.stream] += 1
+    assert set(captures.values()) == {3}, "a graph was captured on another stream than it is replayed on"
+
+
+def test_seeds_side_by_side_share_the_images_and_no_random_numbers(found: dict[str, Report]) -> None:
+    assert len({images for _, images, *_ in found["seeds"].facts["together"]}) == 1
+    assert_draws_as_alone(found["seeds"])
+
+
+def assert_draws_as_alone(report: Report) -> None:
+    """Check that a seed among others took from its generator, step by step, what it takes alone."""
+    together, alone = report.facts["together"], report.facts["alone"]
+    own = [drawn for seed, _, *drawn in together if seed == alone[0][0]]
+    assert own == [drawn for _, _, *drawn in alone]
+    assert len({tuple(drawn) for drawn in own}) == 8, "nothing was drawn"
 
 
 def test_a_step_with_all_options_is_captured_without_compilation(found: dict[str, Report]) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from fastcifar.data.batch import Batch, Share
 from fastcifar.data.loaders.base import EpochOrder, with_shares
-from fastcifar.data.pixels import choose, on_device
+from fastcifar.data.shared import resident_images
 from fastcifar.data.store import Store
 
 
@@ -17,12 +17,10 @@ class ResidentLoader:
     augmented = False
 
     def __init__(self, store: Store, order: EpochOrder, device: torch.device, reason: str):
-        store.check_split("train")  # all of it is read here anyway
-        split = store.split("train")
         self._epoch_order, self._device = order, device
         self.reason, self.samples = reason, order.samples
-        self.images = on_device(choose(split.images, order.rows), device)
-        self.labels = torch.from_numpy(split.labels[order.rows]).to(device)
+        self.images = resident_images(store, "train", order.rows, device)
+        self.labels = torch.from_numpy(store.split("train").labels[order.rows]).to(device)
         self._rows = torch.from_numpy(order.rows).to(device)
 
     def __len__(self) -> int:
