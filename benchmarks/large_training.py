@@ -35,11 +35,14 @@ class Strided(nn.Module):
 
 @contextmanager
 def own_memory() -> Iterator[list[int]]:
-    """Watch the anonymous memory of this process and its children; element 0 becomes the largest sum, in bytes."""
+    """Watch the anonymous memory of this process and its children; element 0 becomes the largest sum, in bytes.
+
+    Proportional shares, because forked workers share most of it.
+    """
     peak, done = [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.05):
+        while not done.wait(0.2):
             processes = [os.getpid(), *(p.pid for p in multiprocessing.active_children() if p.pid)]
             peak[0] = max(peak[0], sum(anonymous_bytes(process) for process in processes))
 
@@ -55,10 +58,10 @@ def own_memory() -> Iterator[list[int]]:
 def anonymous_bytes(process: int) -> int:
     """Return the memory of a process that lies in no file, in bytes."""
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except OSError:  # it has just ended
         return 0
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def epoch(store: Path, backend: str, order: str) -> dict[str, float | str]:

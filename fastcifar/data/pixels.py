@@ -201,15 +201,25 @@ def advise(images: Images, advice: str) -> None:
 
 def will_need(images: Images, first: int, last: int) -> None:
     """Ask the kernel to read the rows ``first`` to ``last`` of memory-mapped images from the disk, in one piece."""
+    _advise_of_file(images, first, last, "WILLNEED")
+
+
+def forget(images: Images, first: int, last: int) -> None:
+    """Let the kernel drop the rows ``first`` to ``last`` from its cache, but for what a process has still mapped."""
+    _advise_of_file(images, first, last, "DONTNEED")
+
+
+def _advise_of_file(images: Images, first: int, last: int, advice: str) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
+    number: int = getattr(os, f"POSIX_FADV_{advice}")
     for array in _arrays_between(images, first, last):
         base = np.frombuffer(array._mmap, np.uint8).ctypes.data  # type: ignore[attr-defined]
         descriptor = os.open(str(array.filename), os.O_RDONLY)
         try:
             # Maps begin at the beginning of their files. Unlike madvise of the module mmap, this lets others run.
             size = (len(array) - 1) * array.strides[0] + array[0].nbytes
-            os.posix_fadvise(descriptor, array.ctypes.data - base, size, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(descriptor, array.ctypes.data - base, size, number)
         finally:
             os.close(descriptor)
 

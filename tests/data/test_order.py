@@ -102,6 +102,32 @@ def test_a_batch_finds_what_was_asked_for(rng, synthetic_store, monkeypatch):
         assert asked.sum() <= min(2_000, batch * 64 + 20 * 16)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_what_exceeds_memory_is_let_go_of_window_by_window(rng, synthetic_store, monkeypatch, backend):
+    """Every block of a window that is done is forgotten, once, and none of a window that is still in use."""
+    monkeypatch.setattr(Blocks, "of", classmethod(lambda cls, shape: cls(30, 4)))
+    events = []
+    monkeypatch.setattr(read_ahead, "will_need", lambda images, first, last: events.append((first, "asked")))
+    monkeypatch.setattr(read_ahead, "forget", lambda images, first, last: events.append((first, "forgotten")))
+    config, images = LoaderConfig(name=backend, workers=1, order="block"), synthetic_store.split("train").images
+    for memory, forgotten in ((1 << 20, 15 * 4), (1 << 30, 0)):
+        loader = build_loader(
+            config, synthetic_store, None, seed=3, batch_size=100, drop_last=False, device=CPU, memory_bytes=memory
+        )
+        events.clear()
+        try:
+            for batch in loader.epoch(1):
+                assert np.array_equal(batch.gathered(), images[batch.indices])
+        finally:
+            loader.close()
+        order = [30 * block for block in Blocks(30, 4).sequence(2_000, 3, 1).tolist()]
+        gone = [first for first, what in events if what == "forgotten"]
+        assert gone == order[:forgotten]
+        for place in range(0, len(gone), 4):  # two windows on had been asked for by then
+            before = events[: events.index((gone[place], "forgotten"))]
+            assert {(first, "asked") for first in order[: place + 8]} <= set(before)
+
+
 @pytest.mark.parametrize(("wanted", "backend", "memory", "blocks", "said"), [
     ("plan", "ffcv", 1 << 30, False, ""),
     ("plan", "ffcv", 7 << 20, True, "; block order: 6 MiB of images exceed 80% of 7 MiB of memory"),

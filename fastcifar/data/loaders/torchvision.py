@@ -16,6 +16,7 @@ from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.formats import Split
 from fastcifar.data.loaders.base import EpochOrder
 from fastcifar.data.loaders.streaming import HostBatch, StreamingLoader
+from fastcifar.data.pixels import let_go
 from fastcifar.data.store import Store
 from fastcifar.kernels.philox import Stream, philox
 from fastcifar.launch import place
@@ -27,11 +28,13 @@ class _Images(Dataset[HostBatch]):
     """Gathers whole batches; with transforms, augments each image as a PIL image."""
 
     def __init__(self, split: Split, transforms: Sequence[Callable[..., Any]] | None):
-        self._split, self._transforms = split, transforms
+        self._split, self._transforms, self.lets_go = split, transforms, False
 
     def __getitem__(self, item: tuple[np.ndarray, np.ndarray, np.ndarray, bool]) -> HostBatch:
         rows, seeds, sides, odd = item
         images = self._split.images[rows]
+        if self.lets_go:
+            let_go(self._split.images)
         if self._transforms is not None:
             from fastcifar.data.loaders.pil import augment_one
 
@@ -98,7 +101,7 @@ class TorchvisionLoader(StreamingLoader):
         rows, size = self._epoch_order.rows_of(epoch), self._epoch_order.rank_batch
         seeds, fixed = self._seeds(rows, epoch), sides(self._epoch_order.seed, rows)
         parts = [slice(k, k + size) for k in range(0, len(rows), size)]
-        before = self.read_ahead.epoch(epoch)
+        before, self._images.lets_go = self.read_ahead.epoch(epoch), self.read_ahead.lets_go
 
         def batches() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, bool]]:
             for number, part in enumerate(parts):
