@@ -126,6 +126,27 @@ class Chosen(StoredImages):
         return np.asarray(self.images[self._rows[rows]])
 
 
+class Continued(StoredImages):
+    """Images of which the first are read elsewhere: in a store that is half written."""
+
+    def __init__(self, first: Pieces, images: Images):
+        super().__init__(images.shape)
+        self.first, self.images = first, images
+
+    def _between(self, first: int, last: int) -> np.ndarray:
+        there = len(self.first)
+        if last <= there:
+            return self.first[first:last]
+        rest = np.asarray(self.images[max(first, there) : last])
+        return rest if first >= there else np.concatenate([self.first[first:there], rest])
+
+    def _gather(self, rows: np.ndarray) -> np.ndarray:
+        images = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        for place, row in enumerate(rows.tolist()):
+            images[place] = self._between(row, row + 1)[0]
+        return images
+
+
 class Passing(StoredImages):
     """Images that are read once from front to back, each part of them being shown to somebody on the way."""
 
@@ -236,6 +257,8 @@ def _maps(images: Any) -> list[mmap.mmap]:
     """Return the memory maps that some images lie in."""
     if isinstance(images, Chosen | Passing):
         return _maps(images.images)
+    if isinstance(images, Continued):
+        return [*_maps(images.first), *_maps(images.images)]
     arrays = images.arrays if isinstance(images, Pieces) else [images]
     found = {id(mapped): mapped for array in arrays if (mapped := getattr(array, "_mmap", None)) is not None}
     return list(found.values())

@@ -4,29 +4,27 @@ A store is made once, from a source (`fastcifar.data.sources`) or from another s
 all: it is written under a temporary name, synchronized and renamed.
 """
 
-import fcntl
-import glob
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastcifar import __version__
 from fastcifar.cache import cache_folder
 from fastcifar.config.schema import DataConfig
 from fastcifar.data import formats, manifest
 from fastcifar.data.formats import Split
+from fastcifar.data.formats.journal import Journal
 from fastcifar.data.formats.target import Hashing, Target
 from fastcifar.data.manifest import FileEntry, Manifest, Origin, SplitEntry, read_manifest
-from fastcifar.data.pixels import Passing, chunks
+from fastcifar.data.part_folder import whole_or_nothing
+from fastcifar.data.pixels import Continued, Images, Passing, Pieces, chunks
 from fastcifar.data.sources import DataSet, Source, find_source, known_place, read_source
 from fastcifar.errors import UserError
 
@@ -34,7 +32,6 @@ __all__ = ["FORMATS", "Split", "Store", "convert", "open_store", "resolve_store"
 
 FORMATS = ("raw", "ffcv", "dali")
 MANIFEST = manifest.NAME
-STALE_S = 24 * 3600
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` while a store is written or checked."""
 
@@ -299,7 +296,8 @@ def convert(source: Source | Store, to: str, out: Path, progress: Progress = no_
             return there, False
         if not out.is_dir() or any(out.iterdir()):
             raise UserError(f"{out}: already there, with other content; remove it or choose another folder with --out")
-    return _write(data, to, out, progress), True
+    named = source.manifest.content if isinstance(source, Store) else source.fingerprint
+    return _write(data, to, out, progress, f"{to} {manifest.VERSION} {__version__} {named}"), True
 
 
 def _same_source(out: Path, source: Source | Store, to: str) -> Store | None:
@@ -320,14 +318,31 @@ def _as_data_set(source: Source | Store, progress: Progress) -> DataSet:
     return DataSet(splits, source.classes, source.manifest.source.model_dump(), source.notes)
 
 
-def _write(data: DataSet, to: str, out: Path, progress: Progress) -> Store:
-    """Write a data set; its content and its files are hashed while they are written, and not read again."""
-    with _whole_or_nothing(out) as folder, closing(_Content(data.classes)) as content:
-        target = Target(folder)
+def _write(data: DataSet, to: str, out: Path, progress: Progress, key: str = "") -> Store:
+    """Write a data set; its content and its files are hashed while they are written, and not read again.
+
+    Args:
+        data: what to write.
+        to: the format.
+        out: the folder to make.
+        progress: told of each step.
+        key: names data and format: what a killed conversion of the same key left is gone on with. Empty: from the
+            beginning.
+    """
+    with (
+        whole_or_nothing(out, key) as folder,
+        closing(_Content(data.classes)) as content,
+        closing(Journal(folder, key, progress)) as journal,
+    ):
+        target = Target(folder, journal)
+        ends = {name: kept.end for name, kept in journal.kept.items()}
         for name, split in sorted(data.splits.items()):
             progress(f"write {name} as {to}", 0, len(split.labels))
             content.begin(name, split)
-            formats.WRITERS[to](Split(Passing(split.images, content.images), split.labels), target, name, progress)
+            images: Images = split.images
+            if there := formats.KEPT_IMAGES[to](folder, name, images.shape, ends):
+                images = Continued(Pieces(there, (sum(map(len, there)), *images.shape[1:])), images)
+            formats.WRITERS[to](Split(Passing(images, content.images), split.labels), target, name, progress)
         written = Manifest(
             format=to,  # type: ignore[arg-type]
             source=Origin(**data.source),
@@ -338,6 +353,7 @@ def _write(data: DataSet, to: str, out: Path, progress: Progress) -> Store:
             notes=data.notes,
             files={name: _describe(folder / name, digest) for name, digest in sorted(target.hashes.items())},
         )
+        journal.remove()
         written.write(folder)
     store = Store(out, read_manifest(out / MANIFEST))
     if store.manifest != written:  # another process made it meanwhile
@@ -349,87 +365,6 @@ def _write(data: DataSet, to: str, out: Path, progress: Progress) -> Store:
 def _describe(path: Path, sha256: str) -> FileEntry:
     found = path.stat()
     return FileEntry(bytes=found.st_size, sha256=sha256, mtime_ns=found.st_mtime_ns)
-
-
-@contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``out``; on success synchronize it and give it the name ``out``."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        folder, lock = _locked_folder(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
-    try:
-        yield folder
-        folder.chmod(0o755)
-        for path in [*folder.rglob("*"), folder]:
-            _sync(path)
-        _rename(folder, out)
-        _sync(out.parent)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
-def _locked_folder(out: Path) -> tuple[Path, int]:
-    """Make a temporary folder beside ``out`` and lock it: the lock ends with the process, however that ends.
-
-    Returns:
-        The folder, and the descriptor that holds its lock.
-    """
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-        lock = os.open(folder, os.O_RDONLY)
-        if _lock(lock) is not False and folder.exists():
-            return folder, lock
-        os.close(lock)  # another process took it for a left-over, in the moment before it was locked
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Try to lock a folder: True where it is ours now, False where another process has it, None without locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return None
-    return True
-
-
-def _sweep(out: Path) -> None:
-    """Remove what conversions to ``out`` that were killed have left: nobody holds its lock any more."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
-        try:
-            lock = os.open(folder, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            free = _lock(lock)
-            old = time.time() - os.fstat(lock).st_mtime > STALE_S
-            if free or (free is None and old):
-                shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
-
-
-def _rename(folder: Path, out: Path) -> None:
-    """Rename; when another process made the same store meanwhile, keep that one."""
-    try:
-        os.replace(folder, out)
-    except OSError:
-        if not is_store(out):
-            raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------------- resolving

@@ -1,5 +1,7 @@
 """Splits that may be larger than memory: read where they lie, written a few MiB at a time, never gathered whole."""
 
+import os
+import signal
 import tracemalloc
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from fastcifar.data import pixels
 from fastcifar.data import store as stores
 from fastcifar.data.formats import Split
 from fastcifar.data.pixels import Pieces, StoredImages, choose, chunks
-from fastcifar.data.sources import find_source
+from fastcifar.data.sources import ImageFiles, find_source
 from fastcifar.data.store import FORMATS, Store, convert, verify
+from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.run import train
 from tests.train.tiny import recipe
@@ -149,3 +152,109 @@ def test_the_kernels_advice_goes_to_every_map(tmp_path, rng, small_parts):
     pixels.advise(true, "RANDOM")  # not mapped: nothing to say
     assert torch.equal(pixels.on_device(Pieces([true[:9], true[9:]], true.shape), torch.device("cpu")),
                        torch.from_numpy(true))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.fixture
+def small_pieces(monkeypatch, small_parts):
+    monkeypatch.setattr("fastcifar.data.formats.target.PIECE_BYTES", 30_000)
+
+
+def folder_of_images(rng: np.random.Generator, folder: Path) -> None:
+    for split, count in (("train", 101), ("test", 7)):
+        for row in range(count):
+            path = folder / split / "ab"[row % 2] / f"{row:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (17, 23, 3), np.uint8)).save(path)
+
+
+def killed(source: object, to: str, out: Path, rows: int) -> Path:
+    """Convert in a process that ends as by SIGKILL once so many training images are written; return what it left."""
+
+    def end(what: str, done: int, total: int) -> None:
+        if what == f"write train as {to}" and done >= rows:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        convert(source, to, out, end)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (left,) = out.parent.glob(f".{out.name}.*.part")
+    return left
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_killed_conversion_is_gone_on_with(rng, small_pieces, tmp_path, monkeypatch, to):
+    """The bytes are those of an unbroken one, and what was written before is not decoded again."""
+    folder_of_images(rng, tmp_path / "images")
+    source = find_source(tmp_path / "images", "folder")
+    convert(source, to, tmp_path / "unbroken")
+    left = killed(source, to, tmp_path / "set", 50)
+    decoded, path = [], ImageFiles._path
+    monkeypatch.setattr(ImageFiles, "_path", lambda images, row: decoded.append(row) or path(images, row))
+    store, written = convert(source, to, tmp_path / "set")
+    assert written
+    assert files_of(store.root) == files_of(tmp_path / "unbroken")
+    assert store.manifest.files.keys() == verify(tmp_path / "set").manifest.files.keys()
+    assert not left.exists()
+    # The first image of each split says what size they all have.
+    again = sorted(set(decoded) - {0})
+    assert 45 <= len(again) <= 75, again  # of 101; 55 or 56 were written, of which the last piece may be half done
+    assert again == list(range(101 - len(again), 101))
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_is_damaged_of_a_killed_conversion_is_made_again(rng, small_pieces, tmp_path, to):
+    """A byte of the file, a cut, a torn line of the journal, or nothing at all in the place of a file."""
+    folder_of_images(rng, tmp_path / "images")
+    source = find_source(tmp_path / "images", "folder")
+    expected = files_of(convert(source, to, tmp_path / "unbroken")[0].root)
+    for damage in ("byte", "cut", "journal", "gone"):
+        left = killed(source, to, tmp_path / damage, 90)
+        data = max((p for p in left.iterdir() if p.name.startswith("train")), key=lambda p: p.stat().st_size)
+        content = bytearray(data.read_bytes())
+        if damage == "byte":
+            content[int(rng.integers(0, 60_000))] ^= 1
+            data.write_bytes(content)
+        elif damage == "cut":
+            data.write_bytes(content[: int(rng.integers(0, 60_000))])
+        elif damage == "journal":
+            journal = (left / ".journal").read_bytes()
+            (left / ".journal").write_bytes(journal[: len(journal) - int(rng.integers(1, 200))] + b"\xff")
+        else:
+            data.unlink()
+        assert files_of(convert(source, to, tmp_path / damage)[0].root) == expected, damage
+        verify(tmp_path / damage)
+
+
+def test_what_another_conversion_left_is_not_taken(rng, small_pieces, tmp_path):
+    folder_of_images(rng, tmp_path / "images")
+    source = find_source(tmp_path / "images", "folder")
+    left = killed(source, "raw", tmp_path / "set", 70)
+    Image.fromarray(rng.integers(0, 256, (17, 23, 3), np.uint8)).save(tmp_path / "images/train/a/000.png")
+    changed = find_source(tmp_path / "images", "folder")
+    assert changed.fingerprint != source.fingerprint
+    store, _ = convert(changed, "raw", tmp_path / "set")
+    verify(store.root)
+    assert not left.exists()
+    assert np.array_equal(store.split("train").images[0], np.asarray(Image.open(tmp_path / "images/train/a/000.png")))
+
+
+def test_a_conversion_that_would_write_other_bytes_says_so(rng, small_pieces, tmp_path, monkeypatch):
+    """As a fastcifar of another layout with the same version would; what was left is removed."""
+    folder_of_images(rng, tmp_path / "images")
+    source = find_source(tmp_path / "images", "folder")
+    killed(source, "ffcv", tmp_path / "set", 90)
+    monkeypatch.setattr("fastcifar.data.formats.ffcv.PAGE_BYTES", 1 << 17)
+    with pytest.raises(UserError, match="another conversion left other bytes here; convert again"):
+        convert(source, "ffcv", tmp_path / "set")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    convert(source, "ffcv", tmp_path / "set")
+    verify(tmp_path / "set")

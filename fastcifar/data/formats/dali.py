@@ -7,7 +7,8 @@ webdataset package makes an int of the label. Labels of stores that were written
 they are still read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,21 @@ def index_text(rows: np.ndarray, slots: np.ndarray, image_bytes: int) -> str:
     return "\n".join([f"{INDEX_VERSION} {len(lines)}", *lines]) + "\n"
 
 
+def kept_images(folder: Path, name: str, shape: tuple[int, ...], ends: Mapping[str, int]) -> list[np.ndarray]:
+    """Map the images at the beginning of a split that is still being written, as `raw.kept_images` does."""
+    count, image_bytes = shape[0], int(np.prod(shape[1:]))
+    stride, start, shards = sample_bytes(image_bytes), offsets(image_bytes)[0], []
+    for k, shard in enumerate(shard_names(name, count)):
+        held = min(SHARD_SAMPLES, count - k * SHARD_SAMPLES)
+        right = min(held, ends.get(shard, 0) // stride)
+        if right:
+            samples = np.memmap(folder / shard, np.uint8, "r", shape=(right, stride))
+            shards.append(samples[:, start : start + image_bytes].reshape(-1, *shape[1:]))
+        if right < held:
+            break
+    return shards
+
+
 def views(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> list[np.ndarray]:
     """Return each shard's samples, memory-mapped: uint8 (samples, sample_bytes).
 
@@ -166,6 +182,14 @@ def read_labels(folder: Path, name: str, count: int, image_shape: tuple[int, int
     Raises:
         UserError: a shard of the wrong size, or a label that is neither text nor a number.
     """
+    looks = tuple((found.st_mtime_ns, found.st_ino) for shard in shard_names(name, count)
+                  for found in [(folder / shard).stat()])  # fmt: skip
+    return _read_labels(folder, name, count, image_shape, looks).copy()
+
+
+@lru_cache(8)
+def _read_labels(folder: Path, name: str, count: int, image_shape: tuple[int, int, int], looks: object) -> np.ndarray:
+    """Read them once in a process: labels lie between images, so that a pass over them reads the whole file."""
     start = offsets(int(np.prod(image_shape)))[1]
     shards = views(folder, name, count, image_shape)
     return np.concatenate([labels_of(shard[:, start : start + LABEL_DIGITS]) for shard in shards])

@@ -8,7 +8,7 @@ Layout (Leclerc et al., 2023, format version 2): header, field descriptions, one
 of ``PAGE_BYTES`` in which no image crosses a border, then the table of where each image lies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -95,6 +95,22 @@ def _table(pointers: np.ndarray, image_bytes: int) -> np.ndarray:
     table = np.zeros(len(pointers), PLACE)
     table["sample"], table["pointer"], table["bytes"] = np.arange(len(pointers)), pointers, image_bytes
     return table
+
+
+def kept_images(folder: Path, name: str, shape: tuple[int, ...], ends: Mapping[str, int]) -> list[np.ndarray]:
+    """Map the images at the beginning of a split that is still being written, as `raw.kept_images` does."""
+    count, image_bytes = shape[0], int(np.prod(shape[1:]))
+    page_bytes, per_page, start = _pages(count, image_bytes)
+    end, pages = ends.get(file_name(name), 0), list[np.ndarray]()
+    if end <= start:
+        return pages
+    data = np.memmap(folder / file_name(name), np.uint8, "r", shape=(end,))
+    for first in range(0, count, per_page):
+        place, size = start + first // per_page * page_bytes, min(per_page, count - first) * image_bytes
+        if place + size > end:
+            break
+        pages.append(data[place : place + size].reshape(-1, *shape[1:]))
+    return pages
 
 
 def read(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> Split:

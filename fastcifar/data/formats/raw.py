@@ -1,8 +1,9 @@
 """The raw format: one ``.npy`` of pixels and one of labels per split, memory-mapped when read."""
 
 import errno
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,25 @@ def write(split: Split, target: Target, name: str, progress: Callable[[str, int,
             progress(f"write {name} as raw", first + len(images), count)
     with target.file(f"{name}_labels.npy") as file:
         np.save(file, split.labels.astype(np.int64))
+
+
+def kept_images(folder: Path, name: str, shape: tuple[int, ...], ends: Mapping[str, int]) -> list[np.ndarray]:
+    """Map the images at the beginning of a split that is still being written.
+
+    Args:
+        folder: of the store.
+        name: of the split.
+        shape: of all its images, (N, H, W, C).
+        ends: by a file's name, how many of its first bytes are right.
+
+    Returns:
+        uint8 (n, H, W, C) each, the rows 0, 1, ... one behind the other.
+    """
+    header = io.BytesIO()
+    np.lib.format.write_array_header_2_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    file, start = f"{name}_images.npy", header.tell()
+    count = min(max(ends.get(file, 0) - start, 0) // int(np.prod(shape[1:])), shape[0])
+    return [np.memmap(folder / file, np.uint8, "r", start, (count, *shape[1:]))] if count else []
 
 
 def read(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]) -> Split:
