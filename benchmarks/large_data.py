@@ -2,7 +2,7 @@
 
 A set of noise images is drawn into a raw store, 20,000 of 64x64 pixels (``--quick``: 1,000), or as many as
 ``FASTCIFAR_LARGE_IMAGES`` says, in a temporary folder (``TMPDIR``); 300,000 take 20 GB of disk. A cold epoch begins
-with the files' pages dropped from the kernel's cache; one that takes long is timed over its first 20 seconds. Epochs in
+with the files' pages dropped from the kernel's cache; one that takes long is timed over its first 10 seconds. Epochs in
 random order are also read without a word to the kernel, which then reads ahead of every access. Training is a whole
 cold epoch of a net that costs next to nothing (large_training.py). From 100,000 images on each side runs once.
 
@@ -31,7 +31,7 @@ from common import Row, alternate, device, main, result
 SIDE_PX, CLASSES, BATCH_SIZE, WORKERS, TEST_IMAGES = 64, 10, 128, 2, 100
 FORMATS = {"raw": "torchvision", "ffcv": "ffcv", "dali": "dali"}
 STOCK_WRITER = "stock ffcv's DatasetWriter"
-PATIENCE_S = 20.0
+PATIENCE_S = 10.0
 ONCE = 100_000
 """From so many images on each side runs once."""
 

@@ -122,6 +122,8 @@ def test_what_exceeds_memory_is_let_go_of_window_by_window(rng, synthetic_store,
             loader.close()
         order = [30 * block for block in Blocks(30, 4).sequence(2_000, 3, 1).tolist()]
         gone = [first for first, what in events if what == "forgotten"]
+        if forgotten:
+            assert events.pop(0) == (gone.pop(0), "forgotten") == (0, "forgotten")  # whatever was there before
         assert gone == order[:forgotten]
         for place in range(0, len(gone), 4):  # two windows on had been asked for by then
             before = events[: events.index((gone[place], "forgotten"))]

@@ -66,6 +66,9 @@ class ReadAhead:
         samples, window = order.blocks.samples, order.blocks.window
         sequence = order.blocks.sequence(len(order.rows), order.seed, epoch)
         asked = done = 0
+        if self.lets_go:  # what checks of the files, and the epoch before, have left
+            self._let_go()
+            forget(self._images, 0, len(self._images))
 
         def before(batch: int) -> None:
             nonlocal asked, done
@@ -76,12 +79,15 @@ class ReadAhead:
             # A little later than the window ends: batches are asked for before others have been read.
             over = max(block - window // 4, 0) // window * window
             if self.lets_go and over > done:
-                let_go(self._images)
-                let_go(self._mapped)
+                self._let_go()
                 self._tell_of(sequence[done:over], forget)
                 done = over
 
         return before
+
+    def _let_go(self) -> None:
+        for images in (self._images, self._mapped):
+            let_go(images)
 
     def _tell_of(self, blocks: np.ndarray, advice: Callable[[Images, int, int], None]) -> None:
         """Give the kernel advice on blocks, int64 (n,)."""
