@@ -42,7 +42,8 @@ LEDGER = ROOT / "benchmarks" / "results" / "launches.json"
 NULL = "null device"
 RECIPES = (
     "lenet5", "deep-bn", "aug-cutmix", "aug-mixup", "beyond/speed94", "beyond/speed96", "residual", "residual-deep",
-    "wrn-sgd", "wrn-200", "pyramid", "pyramid400", "beyond/pyramid-aligned",
+    "wrn-sgd", "wrn-200", "pyramid", "pyramid400", "beyond/pyramid-aligned", "beyond/cct", "beyond/vit",
+    "beyond/convnextv2", "beyond/shake-shake", "beyond/residual-attention92",
 )  # fmt: skip
 QUICK = ("lenet5",)
 DEADLINE_S = 3600.0
