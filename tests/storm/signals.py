@@ -110,6 +110,7 @@ def compilation(tally: Tally, folder: Path, chance: random.Random, count: int) -
     cache = folder / "inductor"
     where = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with server(*training.WARM_UP, "warm-compiled", *COMPILED, cwd=folder, environment=where) as forks:
+        forks.run("--version", cwd=folder).must_be(0)  # answered after the warm-up, which fills the cache
         shutil.rmtree(cache)
         operations = training.undisturbed(forks, folder, *COMPILED, name="compiled").operations
         within = [op for op in operations if op.what.startswith(str(cache))]
