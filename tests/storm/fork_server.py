@@ -55,8 +55,8 @@ class Ended:
 class Server:
     """The process that forks; see `server`."""
 
-    def __init__(self, process: subprocess.Popen, folder: Path) -> None:
-        self._process, self._folder, self._number = process, folder, 0
+    def __init__(self, process: subprocess.Popen, folder: Path, limit_s: int = LIMIT_S) -> None:
+        self._process, self._folder, self._limit_s, self._number = process, folder, limit_s, 0
 
     def run(
         self, *words: str, cwd: Path, plans: str = "0:kill:0", limits: dict[str, int] | None = None,
@@ -74,13 +74,14 @@ class Server:
             dies_after_s: the process ends itself after this time, wherever it is, as by SIGKILL; 0: never.
 
         Raises:
-            Hang: it did not end within `LIMIT_S` seconds.
+            Hang: it did not end within the server's limit.
         """
         self._number += 1
         log, output = (self._folder / f"{self._number}.{kind}" for kind in ("log", "txt"))
         request = {
             "words": words, "cwd": str(cwd), "plans": plans, "log": "" if limits else str(log), "output": str(output),
             "environment": environment or {}, "limits": limits or {}, "dies_after_s": dies_after_s,
+            "limit_s": self._limit_s,
         }  # fmt: skip
         assert self._process.stdin
         assert self._process.stdout
@@ -89,18 +90,21 @@ class Server:
         status = json.loads(self._process.stdout.readline())
         said = output.read_text(errors="replace")
         if status is None:
-            raise Hang(f"no end within {LIMIT_S} s: {' '.join(words)}: {said[-300:]}")
+            raise Hang(f"no end within {self._limit_s} s: {' '.join(words)}: {said[-300:]}")
         return Ended(status, said, log)
 
 
 @contextmanager
-def server(*warm_up: str, cwd: Path, environment: dict[str, str] | None = None) -> Iterator[Server]:
+def server(
+    *warm_up: str, cwd: Path, environment: dict[str, str] | None = None, limit_s: int = LIMIT_S
+) -> Iterator[Server]:
     """Start the process for a ``with`` block.
 
     Args:
         warm_up: a command line that it executes once before it forks, so that no fork has to import or compile.
         cwd: where.
         environment: variables that differ from this process's.
+        limit_s: a process that has not ended after this time hangs.
     """
     with tempfile.TemporaryDirectory(prefix="fastcifar-storm-") as folder:
         process = subprocess.Popen(
@@ -110,7 +114,7 @@ def server(*warm_up: str, cwd: Path, environment: dict[str, str] | None = None) 
         )  # fmt: skip
         assert process.stdin
         try:
-            yield Server(process, Path(folder))
+            yield Server(process, Path(folder), limit_s)
         finally:
             process.stdin.close()
             process.wait(FAR_LIMIT_S)
@@ -141,16 +145,16 @@ def serve(cwd: Path, warm_up: list[str]) -> dict[str, Any] | None:
             return request | {"descriptor": write}
         os.close(write)
         with open(request["output"], "wb") as output:
-            status = _wait(child, read, output)
+            status = _wait(child, read, output, request["limit_s"])
         os.close(read)
         os.write(answers, (json.dumps(status) + "\n").encode())
     return None
 
 
-def _wait(child: int, said: int, output: BinaryIO) -> int | None:
+def _wait(child: int, said: int, output: BinaryIO, limit_s: int) -> int | None:
     """Wait for a child and copy what it says; return its exit status, or None where it had to be killed."""
     os.set_blocking(said, False)
-    limit = time.monotonic() + LIMIT_S
+    limit = time.monotonic() + limit_s
     while time.monotonic() < limit:
         found, status = os.waitpid(child, os.WNOHANG)
         with suppress(BlockingIOError):

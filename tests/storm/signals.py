@@ -109,13 +109,15 @@ def compilation(tally: Tally, folder: Path, chance: random.Random, count: int) -
     """Signals while torch compiles, each with an empty cache, and so far more file operations than a run has."""
     cache = folder / "inductor"
     where = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    with server(*training.WARM_UP, "warm-compiled", *COMPILED, cwd=folder, environment=where) as forks:
+    warm_up = (*training.WARM_UP, "warm-compiled", *COMPILED)
+    # The compiler takes minutes, so there are fewer of these, and more time for each.
+    with server(*warm_up, cwd=folder, environment=where, limit_s=FAR_LIMIT_S // 2) as forks:
         forks.run("--version", cwd=folder).must_be(0)  # answered after the warm-up, which fills the cache
         shutil.rmtree(cache)
         operations = training.undisturbed(forks, folder, *COMPILED, name="compiled").operations
         within = [op for op in operations if op.what.startswith(str(cache))]
         tally.note(f"of {len(within):,} operations in the cache of torch.compile")
-        for k in range(count):
+        for k in range(max(3, count // 4)):
             op, number = chance.choice(within), SIGNALS[k % 3]
             shutil.copytree(cache, folder / "kept", dirs_exist_ok=True)
             shutil.rmtree(cache)
