@@ -15,7 +15,7 @@ from fastcifar.text import slug
 
 NAMES = (
     "ceilings", "loaders", "augment", "optimizer", "kernels", "step", "models", "step-times", "time-to-accuracy",
-    "launches", "large-data",
+    "launches", "large-data", "seeds",
 )  # fmt: skip
 OWN_FILES = {"launches": "launches.json"}
 """Benchmarks that keep their results themselves, and where."""
