@@ -57,20 +57,14 @@ def run(
         read_steps(profile)
     here = place()
     if seeds is not None:
-        from fastcifar.cli.run_seeds import refuse_options, run_seeds
-        from fastcifar.cli.run_seeds import tell as tell_of_all
+        from fastcifar.cli.run_seeds import refuse_options, run_seeds, tell_of_all
 
-        refuse_options(seeds, {
+        refuse_options(seeds, recipe, {
             "--devices": devices > 1, "torchrun": here.world > 1, "--resume RUN_DIR": resume not in (None, "auto"),
             "--check-nan": check_nan, "--profile": profile is not None,
         })  # fmt: skip
-        if recipe is None:
-            raise UserError("which recipe? `fastcifar run RECIPE --seeds N`")
-        runs = run_seeds(
-            load_recipe(recipe, set_ or []), seeds,
-            data=data, out=out, resume=resume, verify=verify, stop_after=stop_after, quiet=quiet,
-        )
-        tell_of_all(runs, json_, quiet)
+        first = load_recipe(str(recipe), set_ or [])
+        tell_of_all(run_seeds(first, seeds, data, out, resume, verify, stop_after, quiet), json_, quiet)
         return
     if devices > 1 and here.world == 1:
         refuse_devices(recipe, set_ or [], devices)

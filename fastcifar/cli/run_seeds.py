@@ -16,7 +16,7 @@ ONE_RUN_TRACKERS = ("wandb", "trackio")
 
 
 def run_seeds(
-    recipe: "Recipe | CombineRecipe", seeds: int, *, data: Path | None, out: Path | None, resume: str | None,
+    recipe: "Recipe | CombineRecipe", seeds: int, data: Path | None, out: Path | None, resume: str | None,
     verify: bool, stop_after: int | None, quiet: bool,
 ) -> "list[RunDirectory]":
     """Open a run directory for each seed and train all of them.
@@ -73,18 +73,21 @@ def train_unfinished(runs: "Sequence[RunDirectory]", data: Path | None, stop_aft
         raise UserError(f"{len(failed)} of {len(runs)} seeds failed, for the reasons above: {', '.join(failed)}")
 
 
-def refuse_options(seeds: int, given: dict[str, bool]) -> None:
+def refuse_options(seeds: int, recipe: str | None, given: dict[str, bool]) -> None:
     """Refuse options of a single run beside ``--seeds``.
 
     Args:
         seeds: the number of seeds.
+        recipe: as it was given, or None.
         given: whether an option was given, by its name.
 
     Raises:
-        UserError: one was.
+        UserError: one was, or there is no recipe.
     """
     if found := [name for name, there in given.items() if there]:
         raise UserError(f"--seeds {seeds} begins several runs in this process; leave it or {found[0]} away")
+    if recipe is None:
+        raise UserError("which recipe? `fastcifar run RECIPE --seeds N`")
 
 
 def checked(recipe: "Recipe | CombineRecipe") -> "Recipe":
@@ -111,7 +114,7 @@ def checked(recipe: "Recipe | CombineRecipe") -> "Recipe":
     return recipe
 
 
-def tell(runs: "Sequence[RunDirectory]", json_: bool, quiet: bool) -> None:
+def tell_of_all(runs: "Sequence[RunDirectory]", json_: bool, quiet: bool) -> None:
     """Print the runs' summaries, for programs to stdout; or for people, a line each and the mean, to stderr."""
     from fastcifar.analysis.statistics import mean_of
     from fastcifar.console import err, say
