@@ -46,9 +46,10 @@ def images(seed: int = 0) -> tuple[Tensor, Tensor]:
 def recipe(**tables: Any) -> Recipe:
     base = {
         "name": "t", "model": {"name": "lenet5"}, "optimizer": {"name": "sgd", "lr": 0.05, "weight_decay": 5e-4},
-        "train": {"epochs": 4, "batch_size": BATCH}, "engine": {"precision": "fp32"},
+        "train": {"epochs": 4, "batch_size": BATCH},
     }  # fmt: skip
-    return Recipe.model_validate(base | tables)
+    engine = {"precision": "fp32"} | tables.pop("engine", {})
+    return Recipe.model_validate(base | tables | {"engine": engine})
 
 
 def make_step(config: Recipe, device: str = "cpu", dropout: float = 0.1, augment: Any = None) -> Step:
