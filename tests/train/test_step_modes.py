@@ -118,7 +118,8 @@ def test_a_recipe_as_published_is_captured_with_its_augmentation(model: str) -> 
     small = {"wide_resnet": {"depth": 10, "widen": 1}, "pyramidnet": {"depth": 8, "alpha": 8, "shakedrop": 0.5}}
     tables = {
         "model": {"name": model, **small[model]}, "augment": ["crop(4)", "flip", "autoaugment"],
-        "asam": {"rho": 2.0}, "ema": {}, "loss": {"label_smoothing": 0.1}, "engine": {"mode": "auto", "precision": "bf16"},
+        "asam": {"rho": 2.0}, "ema": {}, "loss": {"label_smoothing": 0.1},
+        "engine": {"mode": "auto", "precision": "bf16"},
     }  # fmt: skip
     config, device = recipe(**tables), torch.device("cuda")
     augment = build_augment(
