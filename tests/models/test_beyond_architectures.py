@@ -301,7 +301,8 @@ SMALL: list[dict[str, Any]] = [
     {"name": "cct", "dim": 16, "depth": 2, "heads": 2, "drop_path": 0.5},
     {"name": "convnextv2", "widths": [4, 4, 8, 8], "depths": [1, 1, 1, 1], "drop_path": 0.5},
     {"name": "shake_shake", "depth": 8, "width": 4},
-    # In fp32 oneDNN 3.x ends the process in the backward pass of width 4, on CPUs with AVX2 and no AVX-512.
+    # Not 4: in fp32 the backward pass of a 1x1 convolution of stride 2 from 3, 4 or 6 channels (not 8, 12, 16 or 20)
+    # ends the process within oneDNN 3.10.2, torch 2.11's, on a CPU with AVX2 and no AVX-512.
     {"name": "residual_attention", "depth": 56, "width": 8},
 ]
 
