@@ -301,9 +301,7 @@ SMALL: list[dict[str, Any]] = [
     {"name": "cct", "dim": 16, "depth": 2, "heads": 2, "drop_path": 0.5},
     {"name": "convnextv2", "widths": [4, 4, 8, 8], "depths": [1, 1, 1, 1], "drop_path": 0.5},
     {"name": "shake_shake", "depth": 8, "width": 4},
-    # Not 4: in fp32 the backward pass of a 1x1 convolution of stride 2 from 3, 4 or 6 channels (not 8, 12, 16 or 20)
-    # ends the process within oneDNN 3.10.2, torch 2.11's, on a CPU with AVX2 and no AVX-512.
-    {"name": "residual_attention", "depth": 56, "width": 8},
+    {"name": "residual_attention", "depth": 56, "width": 4},
 ]
 
 
@@ -312,7 +310,12 @@ def test_trains_and_resumes_to_the_same_bits(table: dict[str, Any], tmp_path: Pa
     """Two epochs in one go, and one after the other: random layers draw the same numbers after a resume."""
     data = {"source": "synthetic", "subset": 60, "test_subset": 20, "loader": {"name": "resident"}}
     optimizer = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "decay": "matrices"}
-    wanted = recipe(model=table, data=data, optimizer=optimizer, train={"epochs": 2, "batch_size": 20})
+    # Not in fp32: the backward pass of a 1x1 convolution of stride 2 from 3, 4 or 6 channels (not 8, 12, 16 or 20)
+    # writes where it must not, within oneDNN 3.10.2, torch 2.11's, on a CPU with AVX2 and no AVX-512: a crash, or wrong bits.
+    engine = {"device": "cpu", "precision": "bf16"}
+    wanted = recipe(
+        model=table, data=data, optimizer=optimizer, train={"epochs": 2, "batch_size": 20}, engine=engine
+    )
     folders = [tmp_path / "whole", tmp_path / "parts"]
     train(wanted, RunDirectory.create(folders[0], wanted, describe()), quiet=True)
     parts = RunDirectory.create(folders[1], wanted, describe())
