@@ -311,7 +311,7 @@ def test_trains_and_resumes_to_the_same_bits(table: dict[str, Any], tmp_path: Pa
     data = {"source": "synthetic", "subset": 60, "test_subset": 20, "loader": {"name": "resident"}}
     optimizer = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "decay": "matrices"}
     # Not in fp32: the backward pass of a 1x1 convolution of stride 2 from 3, 4 or 6 channels (not 8, 12, 16 or 20)
-    # writes where it must not, within oneDNN 3.10.2, torch 2.11's, on a CPU with AVX2 and no AVX-512: a crash, or wrong bits.
+    # writes where it must not, within oneDNN 3.10.2, torch 2.11's, on a CPU with AVX2 and no AVX-512.
     engine = {"device": "cpu", "precision": "bf16"}
     wanted = recipe(
         model=table, data=data, optimizer=optimizer, train={"epochs": 2, "batch_size": 20}, engine=engine
