@@ -18,6 +18,23 @@ Settings = Annotated[
 Data = Annotated[Path | None, typer.Option(help="The data: a store, or a CIFAR-10 release.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
+Out = Annotated[Path | None, typer.Option(help="The run directory. Default: a new one under runs/.")]
+Resume = Annotated[
+    str | None, typer.Option(help="A run directory to go on with, or `auto` for this recipe's newest one.")
+]
+StopAfter = Annotated[
+    int | None, typer.Option(min=1, help="Stop after this many of the planned epochs; resume later.")
+]
+Devices = Annotated[
+    int, typer.Option(min=1, help="Train on so many GPUs of this machine (CPU processes where it has none).")
+]
+Seeds = Annotated[
+    int | None, typer.Option(min=1, max=32, help="Train so many seeds, counted up, side by side in this process.")
+]
+Profile = Annotated[
+    str | None, typer.Option(help="Trace these steps, such as 10:20, with torch.profiler into the run's profile/.")
+]
+
 RunFolder = Annotated[Path, typer.Argument(help="A run directory.")]
 RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run directories.")]
 Weights = Annotated[

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastcifar.cli.options import Data, Json, OptionalRecipeName, Settings
+from fastcifar.cli.options import (
+    Data,
+    Devices,
+    Json,
+    OptionalRecipeName,
+    Out,
+    Profile,
+    Resume,
+    Seeds,
+    Settings,
+    StopAfter,
+)
 from fastcifar.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,26 +28,16 @@ def run(
     recipe: OptionalRecipeName = None,
     set_: Settings = None,
     data: Data = None,
-    out: Annotated[Path | None, typer.Option(help="The run directory. Default: a new one under runs/.")] = None,
-    resume: Annotated[
-        str | None, typer.Option(help="A run directory to go on with, or `auto` for this recipe's newest one.")
-    ] = None,
-    stop_after: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many of the planned epochs; resume later.")
-    ] = None,
+    out: Out = None,
+    resume: Resume = None,
+    stop_after: StopAfter = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every byte of the data first.")] = False,
     json_: Json = False,
     quiet: Annotated[bool, typer.Option(help="Show no progress.")] = False,
     check_nan: Annotated[bool, typer.Option("--check-nan", help="Name the first non-finite layer; slow.")] = False,
-    devices: Annotated[
-        int, typer.Option(min=1, help="Train on so many GPUs of this machine (CPU processes where it has none).")
-    ] = 1,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, max=32, help="Train so many seeds, counted up, side by side in this process.")
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="Trace these steps, such as 10:20, with torch.profiler into the run's profile/.")
-    ] = None,
+    devices: Devices = 1,
+    seeds: Seeds = None,
+    profile: Profile = None,
 ) -> None:
     """Train, evaluate and record a recipe: `fastcifar run recipes/lenet5.toml`.
 
