@@ -28,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault(SEED, str(secrets.randbits(32)))  # the processes of pytest-xdist inherit it
     if option == "default":
         config.option.randomly_seed = int(os.environ[SEED])
+    os.environ["OMP_NUM_THREADS"] = "1"  # the programs that tests start have one thread too
 
 
 def session_seed(config: pytest.Config) -> int:
@@ -42,12 +43,17 @@ def seed_of(item: pytest.Item) -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Seed the global generators; torch's too if something has imported it (a fresh one has a constant seed)."""
+    """Seed the global generators, and give torch one thread; both only if something has imported it.
+
+    The last bits of a sum depend on the number of threads, which an earlier test may have changed. A fixture of the
+    function's scope would come too late for it: those of a module, which may train a net, are made before.
+    """
     seed = seed_of(item)
     random.seed(seed)
     np.random.seed(seed)
-    if "torch" in sys.modules:
+    if "torch" in sys.modules:  # a fresh one has a constant seed and, by OMP_NUM_THREADS, one thread
         sys.modules["torch"].manual_seed(seed)
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -17,14 +17,6 @@ MODULES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 REAL = os.environ.get("FASTCIFAR_DATA")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def weights(folder: Path, name: str) -> tuple[dict[str, bytes], dict]:
     """Train lenet5-kaiming for two epochs on a few images; return its last weights and what it said."""
     source = "cifar10" if REAL else "synthetic"
@@ -46,7 +38,7 @@ def weights(folder: Path, name: str) -> tuple[dict[str, bytes], dict]:
 
 
 @pytest.fixture(scope="module")
-def reference(cache, _one_thread, tmp_path_factory):
+def reference(cache, tmp_path_factory):
     return weights(tmp_path_factory.mktemp("runs") / "resident", "resident")
 
 

@@ -45,15 +45,9 @@ def ray():
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    """The run directories and the table of the same ladder in this process, with the thread that a worker has."""
-    import torch
-
-    out, threads = tmp_path_factory.mktemp("local"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        execute_ladder(out, Runner(out, same_process=True), 1)
-    finally:
-        torch.set_num_threads(threads)
+    """The run directories and the table of the same ladder in this process."""
+    out = tmp_path_factory.mktemp("local")
+    execute_ladder(out, Runner(out, same_process=True), 1)
     return out
 
 

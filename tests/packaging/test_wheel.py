@@ -93,14 +93,12 @@ def wheel(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def in_clone(tmp_path_factory, cache) -> dict:
     """What the clone told."""
-    folder, threads = tmp_path_factory.mktemp("clone"), torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("clone")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("FASTCIFAR_DATA", raising=False)
         patch.setattr(sys, "argv", ["-c", json.dumps(ANSWERS)])
-        torch.set_num_threads(1)
         exec(SCRIPT, {"__name__": "script"})
-        torch.set_num_threads(threads)
     return told_in(folder)
 
 

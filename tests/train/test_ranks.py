@@ -39,11 +39,9 @@ def two(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """The folder of one process that ran the cases in which the number of ranks does not matter."""
-    folder, threads = tmp_path_factory.mktemp("one"), torch.get_num_threads()
-    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("one")
     for case in ("sgd", "asam", "sync"):
         run_in(folder / case, CASES[case], ALONE)
-    torch.set_num_threads(threads)
     return folder
 
 

@@ -27,14 +27,6 @@ from tests.forked import CONTEXT
 from tests.train.tiny import assert_same_run, recipe
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run_in(folder: Path, wanted: Recipe, **options) -> dict:
     there = (folder / "recipe.toml").exists()
     made = RunDirectory.open(folder) if there else RunDirectory.create(folder, wanted, describe())

@@ -35,14 +35,6 @@ EVERYTHING = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def begin(folder: Path, **changes) -> list[RunDirectory]:
     """Return a run directory for each seed, new or as they are."""
     wanted = [recipe(**changes, seed=seed) for seed in SEEDS]
