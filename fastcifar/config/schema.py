@@ -660,7 +660,7 @@ class EngineConfig(Section):
             them to the model, so that nothing is cast in a pass and gradients travel in 16 bits: the same values in
             fewer bytes. ``auto`` on a GPU, unless ``train.accumulate`` is above 1.
         fused_batch_norm: in training on a GPU, normalize, activate, drop and add a shortcut in two launches, and return
-            in two; ``auto`` for every model that can (wide_resnet, and pyramidnet with ``align`` 1).
+            in two; ``auto`` for every model that can (wide_resnet and pyramidnet).
         strict: make it an error when the step cannot be executed as ``mode`` asks for (a model that does not compile
             or cannot be captured), instead of saying so and going on with less. FASTCIFAR_STRICT=1 in the environment
             does so for every recipe.
@@ -791,7 +791,7 @@ class Recipe(Section):
         if self.engine.working_copy is True and self.train.accumulate > 1:
             raise ValueError("engine.working_copy works with train.accumulate = 1: gradients would add up in 16 bits")
         if self.engine.fused_batch_norm is True and not _has_fused_batch_norm(self.model):
-            raise ValueError("engine.fused_batch_norm = true needs a wide_resnet, or a pyramidnet with model.align = 1")
+            raise ValueError("engine.fused_batch_norm = true needs a wide_resnet or a pyramidnet")
         if self.optimizer.name == "muon" and self.engine.precision == "fp16":
             raise ValueError('optimizer.name = "muon" works with engine.precision = "bf16", "fp32" or "tf32"')
         if self.optimizer.name == "muon" and self.engine.on_nonfinite == "skip":
@@ -839,7 +839,7 @@ class Recipe(Section):
 
 
 def _has_fused_batch_norm(model: ModelBase) -> bool:
-    return isinstance(model, WideResNetConfig) or (isinstance(model, PyramidNetConfig) and model.align == 1)
+    return isinstance(model, (WideResNetConfig, PyramidNetConfig))
 
 
 class CombineConfig(Section):

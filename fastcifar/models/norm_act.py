@@ -1,8 +1,7 @@
 """BatchNorm with what surrounds it in one operator, where a model asks for it and the device has it.
 
 A network that can do so has an attribute ``fused_batch_norm``, as have its blocks: False at first, switched by
-`use_fused_batch_norm`. Evaluation, the CPU and widths that were rounded up (see `fastcifar.models.aligned`) always take
-the plain layers, so that nothing changes there.
+`use_fused_batch_norm`. Evaluation and the CPU always take the plain layers, so that nothing changes there.
 """
 
 from typing import cast
@@ -15,7 +14,6 @@ from fastcifar.kernels.batch_norm import batch_norm
 
 def use_fused_batch_norm(model: nn.Module, on: bool) -> None:
     """Let a model's BatchNorm layers run fused in training on a GPU, or not. Models that cannot are left alone."""
-    on = on and not any(getattr(module, "extra", 0) for module in model.modules())
     for module in model.modules():
         if hasattr(module, "fused_batch_norm"):
             module.fused_batch_norm = on  # type: ignore[assignment]

@@ -41,8 +41,8 @@ def forward_op(
     from fastcifar.kernels.batch_norm import triton as kernels
 
     shortcut = None if residual is None else _dense(residual)
-    mean = None if running is None else running[: x.shape[1]]
-    variance = None if running is None else running[variance_at : variance_at + x.shape[1]]
+    mean = None if running is None else running[: len(weight)]
+    variance = None if running is None else running[variance_at : variance_at + len(weight)]
     return kernels.forward(
         _dense(x), weight, bias, mean, variance, shortcut, scales, seed, partials, momentum, eps, relu, drop, summarize
     )
@@ -145,12 +145,13 @@ def batch_norm(
 
     Args:
         x: (B, C, H, W), channels-last, B * H * W above 1.
-        weight: float32 (C,).
-        bias: float32 (C,).
+        weight: float32 (T,), T <= C. Channels from T on pad the width for tensor cores (`fastcifar.models.aligned`):
+            before the shortcut is added they come out as 0, and so does their gradient.
+        bias: float32 (T,).
         running: float32 (n,), the running statistics, moved in place by ``momentum`` towards the batch's: the mean in
-            its first C elements, the unbiased variance in C elements from ``variance_at`` on. None for none. It is one
+            its first T elements, the unbiased variance in T elements from ``variance_at`` on. None for none. It is one
             tensor, because Inductor copies all but one of several mutated arguments that share memory.
-        variance_at: C or more, where ``running`` is given.
+        variance_at: T or more, where ``running`` is given.
         residual: (B, R, H, W), R <= C, added last to the first R channels; None for none.
         scales: float32 (2, B), contiguous: each sample's factor of the output and of its gradient (ShakeDrop).
         seed: int64 (1,), that dropout draws from; needed where ``drop`` is above 0. A new one for each pass.

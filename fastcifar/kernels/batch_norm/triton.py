@@ -66,6 +66,12 @@ def strips(count: int, channels: int) -> Strips:
 
 
 @triton.jit
+def _affine(weight, bias, column, T):  # type: ignore[no-untyped-def]
+    """Return the weights and biases; both are 0 from channel T on, which only pads, so that it comes out as 0."""
+    return tl.load(weight + column, mask=column < T, other=0.0), tl.load(bias + column, mask=column < T, other=0.0)
+
+
+@triton.jit
 def _normalized(x, mean, rstd, weight, bias):  # type: ignore[no-untyped-def]
     """Return the normalized values and those after the affine map, as forward and backward both compute them."""
     normal = (x - mean[None, :]) * rstd[None, :]
@@ -175,7 +181,7 @@ def _output(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize_on_alignment=["R"])
 def normalize_kernel(  # type: ignore[no-untyped-def]
     x, partials, weight, bias, running_mean, running_var, residual, scales, seed, y, saved, sums,
-    count, C, R, HW, B, eps, momentum, drop,
+    count, C, T, R, HW, B, eps, momentum, drop,
     TRACK: tl.constexpr, RELU: tl.constexpr, DROP: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
     SUM: tl.constexpr,
     STRIPS: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -192,12 +198,11 @@ def normalize_kernel(  # type: ignore[no-untyped-def]
         tl.store(saved + column, mean, mask=exists)
         tl.store(saved + C + column, rstd, mask=exists)
         if TRACK:
-            old = tl.load(running_mean + column, mask=exists)
-            tl.store(running_mean + column, old + momentum * (mean - old), mask=exists)
-            old = tl.load(running_var + column, mask=exists)
-            tl.store(running_var + column, old + momentum * (spread / (count - 1) - old), mask=exists)
-    w = tl.load(weight + column, mask=exists, other=0.0)
-    b = tl.load(bias + column, mask=exists, other=0.0)
+            old = tl.load(running_mean + column, mask=column < T)
+            tl.store(running_mean + column, old + momentum * (mean - old), mask=column < T)
+            old = tl.load(running_var + column, mask=column < T)
+            tl.store(running_var + column, old + momentum * (spread / (count - 1) - old), mask=column < T)
+    w, b = _affine(weight, bias, column, T)
     first = tl.program_id(0) * ROUNDS * ROWS
     if SUM:
         origin = _output(
@@ -226,7 +231,7 @@ def normalize_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def reduce_kernel(  # type: ignore[no-untyped-def]
-    x, grad, saved, weight, bias, scales, seed, partials, count, C, HW, B, drop,
+    x, grad, saved, weight, bias, scales, seed, partials, count, C, T, HW, B, drop,
     RELU: tl.constexpr, DROP: tl.constexpr, SCALE: tl.constexpr,
     ROUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -235,8 +240,7 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
     exists = column < C
     mean = tl.load(saved + column, mask=exists, other=0.0)
     rstd = tl.load(saved + C + column, mask=exists, other=0.0)
-    w = tl.load(weight + column, mask=exists, other=0.0)
-    b = tl.load(bias + column, mask=exists, other=0.0)
+    w, b = _affine(weight, bias, column, T)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     products = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(ROUNDS):
@@ -271,7 +275,7 @@ def _summed(partials, column, C, STRIPS: tl.constexpr, COLUMNS: tl.constexpr):  
 @triton.jit
 def gradient_kernel(  # type: ignore[no-untyped-def]
     x, grad, saved, weight, bias, scales, seed, partials, extra, dx, dweight, dbias,
-    count, C, E, HW, B, drop,
+    count, C, T, E, HW, B, drop,
     RELU: tl.constexpr, DROP: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
     STRIPS: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -280,12 +284,11 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     exists = column < C
     mean = tl.load(saved + column, mask=exists, other=0.0)
     rstd = tl.load(saved + C + column, mask=exists, other=0.0)
-    w = tl.load(weight + column, mask=exists, other=0.0)
-    b = tl.load(bias + column, mask=exists, other=0.0)
+    w, b = _affine(weight, bias, column, T)
     total, products = _summed(partials, column, C, STRIPS, COLUMNS)
     if tl.program_id(0) == 0:
-        tl.store(dbias + column, total, mask=exists)
-        tl.store(dweight + column, products, mask=exists)
+        tl.store(dbias + column, total, mask=column < T)
+        tl.store(dweight + column, products, mask=column < T)
     total, products = total / count, products / count
     for k in range(ROUNDS):
         row = (tl.program_id(0) * ROUNDS + k) * ROWS + tl.arange(0, ROWS)
@@ -324,7 +327,7 @@ def forward(
     normalize_kernel[plan.grid](
         x, partials, weight, bias, _or(running_mean, saved), _or(running_var, saved), _or(residual, x),
         _or(scales, saved), _or(seed, saved), y, saved, sums if summarize else saved,
-        count, c, c if residual is None else residual.shape[1], h * w, b, eps, momentum, drop,
+        count, c, len(weight), c if residual is None else residual.shape[1], h * w, b, eps, momentum, drop,
         TRACK=running_mean is not None, RELU=relu, DROP=drop > 0, SCALE=scales is not None, ADD=residual is not None,
         SUM=summarize, STRIPS=plan.programs, **sizes,
     )  # fmt: skip
@@ -353,10 +356,11 @@ def backward(
     sizes = {"ROUNDS": plan.rounds, "ROWS": plan.rows, "COLUMNS": plan.columns}
     sizes |= {"num_warps": WARPS, "maxnreg": REGISTERS}
     inputs = (x, grad, saved, weight, bias, _or(scales, saved), _or(seed, saved), partials)
-    reduce_kernel[plan.grid](*inputs, count, c, h * w, b, drop, **options, **sizes)
+    reduce_kernel[plan.grid](*inputs, count, c, len(weight), h * w, b, drop, **options, **sizes)
     gradient_kernel[plan.grid](
-        *inputs, _or(extra, x), dx, dweight, dbias, count, c, row_stride(extra) if extra is not None else c, h * w, b,
-        drop, ADD=extra is not None, STRIPS=plan.programs, **options, **sizes,
+        *inputs, _or(extra, x), dx, dweight, dbias,
+        count, c, len(weight), row_stride(extra) if extra is not None else c, h * w, b, drop,
+        ADD=extra is not None, STRIPS=plan.programs, **options, **sizes,
     )  # fmt: skip
     return dx, dweight, dbias
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fastcifar.config.schema import ModelConfig
 from fastcifar.kernels.batch_norm import allow_in_graph, backward_op, batch_norm, forward_op, reference
 from fastcifar.models import bind_counter, build_model, pyramidnet, wide_resnet
+from fastcifar.models.aligned import pad_channels
 from fastcifar.models.norm_act import use_fused_batch_norm
 
 NHWC = torch.channels_last
@@ -40,8 +41,8 @@ def images(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 2.0) -
     return (torch.randn(shape) * 3 + mean).to(dtype).contiguous(memory_format=NHWC)
 
 
-def check_values(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, scaled: bool) -> None:
-    """Compare outputs, statistics and all gradients with the reference in float64."""
+def check_values(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, scaled: bool, padding: int = 0) -> None:
+    """Compare outputs, statistics and all gradients with the reference in float64; ``padding`` more channels are 0."""
     b, c, h, w, r = shape
     x, shortcut = images(b, c, h, w, dtype=dtype), images(b, r, h, w, dtype=dtype) if r else None
     weight, bias, mean, var = torch.rand(c) + 0.5, torch.randn(c), torch.randn(c), torch.rand(c)
@@ -54,12 +55,15 @@ def check_values(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, scaled:
     )  # fmt: skip
     # The variance lies somewhere behind the mean, as in flat parameters, where segments are padded.
     running = torch.cat([mean, torch.full((3,), 7.0), var])
-    y, skip, _ = batch_norm(x, weight, bias, running, c + 3, shortcut, scales, momentum=0.3, relu=relu)
+    padded = pad_channels(x, c + padding)
+    y, skip, _ = batch_norm(padded, weight, bias, running, c + 3, shortcut, scales, momentum=0.3, relu=relu)
+    found.append((f"{shape}: values in {padding} channels of padding", float(y[:, c:].detach().abs().sum()), 0.0))
+    y, skip = y[:, :c], skip[:, :c]
     # What comes back along a shortcut is a part of a wider gradient, as PyramidNet's padding leaves it.
     grads = [images(b, c, h, w, dtype=dtype), images(b, c + 5, h, w, dtype=dtype)[:, :c]]
     torch.autograd.backward([y, skip], grads)
     torch.autograd.backward([expected.output, wide[0] * 1.0], [g.double() for g in grads])
-    what = f"{shape} {dtype} relu={relu} scaled={scaled}: "
+    what = f"{shape} {dtype} relu={relu} scaled={scaled} padding={padding}: "
     image_ulps = SUM_ULPS if dtype == torch.float32 else ROUNDED_ULPS
     rstd = (x.detach().float().var((0, 2, 3), correction=0) + 1e-5).rsqrt().view(1, -1, 1, 1)
     note(what + "output", y, expected.output, image_ulps, x * rstd)
@@ -176,6 +180,7 @@ MODELS = {
         "shakedrop": 0.5,
     },
     "pyramidnet": {"name": "pyramidnet", "depth": 8, "alpha": 11, "shakedrop": 0.5},
+    "pyramidnet aligned": {"name": "pyramidnet", "depth": 8, "alpha": 11, "shakedrop": 0.5, "align": 8},
     "bottleneck": {"name": "pyramidnet", "depth": 11, "alpha": 10, "block": "bottleneck", "shakedrop": 0.5},
 }  # fmt: skip
 
@@ -207,6 +212,8 @@ def main() -> list[tuple[str, float, float]]:
     for number, shape in enumerate(SHAPES):
         check_values(shape, torch.float32, relu=number % 2 == 0, scaled=number % 3 != 2)
         check_sums(shape, torch.float32, scaled=number % 3 != 2)
+    for number, shape in enumerate(SHAPES[::2]):
+        check_values(shape, torch.float32, relu=number % 2 == 0, scaled=number > 0, padding=5)
     for dtype in (torch.bfloat16, torch.float16):
         check_values(SHAPES[0], dtype, relu=True, scaled=True)
         check_sums(SHAPES[2], dtype, scaled=True)

@@ -10,6 +10,7 @@ from triton.compiler import ASTSource
 
 from fastcifar.kernels.batch_norm import batch_norm, reference
 from fastcifar.kernels.batch_norm import triton as kernels
+from fastcifar.models.aligned import pad_channels
 from fastcifar.models.norm_act import norm_act
 from tests.kernels.sm90 import resources
 
@@ -27,8 +28,12 @@ def test_strips_cover_every_element_once(count: int, channels: int) -> None:
 
 FLOATS = set("partials sums weight bias running_mean running_var scales saved dweight dbias".split())
 IMAGES = set("x grad residual y extra dx".split())
-# Rows, channels, and the shortcut's channels: WideResNet's widths are multiples of 16, PyramidNet's are anything.
-SIZES = {"wide_resnet": (131_072, 128, 128), "pyramidnet": (8_192, 166, 163), "a narrower shortcut": (32_768, 82, 80)}
+# Rows, channels, those of them that do not only pad, and the shortcut's channels: WideResNet's widths are multiples of
+# 16, PyramidNet's are anything.
+SIZES = {
+    "wide_resnet": (131_072, 128, 128, 128), "pyramidnet": (8_192, 166, 166, 163),
+    "a narrower shortcut": (32_768, 82, 82, 80), "padded": (32_768, 112, 101, 104),
+}  # fmt: skip
 KERNELS: dict[str, Any] = {
     "statistics": kernels.statistics_kernel,
     "normalize": kernels.normalize_kernel,
@@ -40,14 +45,14 @@ KERNELS: dict[str, Any] = {
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("size", SIZES)
 def test_compiles_for_sm90_without_spills(name: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    kernel, (count, channels, shortcut) = KERNELS[name], SIZES[size]
-    plan, aligned = kernels.strips(count, channels), channels % 16 == 0
+    kernel, (count, channels, true, shortcut) = KERNELS[name], SIZES[size]
+    plan, drops = kernels.strips(count, channels), size == "wide_resnet"
     # Everything that its model may ask for at once.
     constants: dict[str, Any] = {
-        "TRACK": True, "RELU": True, "DROP": aligned, "SCALE": True, "ADD": True, "SUM": not aligned,
+        "TRACK": True, "RELU": True, "DROP": drops, "SCALE": True, "ADD": True, "SUM": not drops,
         "STRIPS": plan.programs, "ROUNDS": plan.rounds, "ROWS": plan.rows, "COLUMNS": plan.columns,
     }  # fmt: skip
-    multiples = [k for k, v in {"C": channels, "R": shortcut, "E": shortcut}.items() if v % 16 == 0]
+    multiples = [k for k, v in {"C": channels, "T": true, "R": shortcut, "E": shortcut}.items() if v % 16 == 0]
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     compiled = compile_for_sm90(kernel, constants, [*multiples, "count", "HW", "B"])
     used = resources(compiled)
@@ -57,7 +62,7 @@ def test_compiles_for_sm90_without_spills(name: str, size: str, capsys: pytest.C
     assert used["REG"] <= kernels.REGISTERS
     if name in ("normalize", "gradient"):
         assert "cvt.rn.bf16" in compiled.asm["ptx"], "the output is not rounded to nearest"
-    if aligned:
+    if channels % 16 == 0:
         assert ".v4" in compiled.asm["ptx"], "memory is not read 16 bytes at a time"
 
 
@@ -82,8 +87,8 @@ def test_no_fixed_momentum_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("channels", [27, 43, 128])
-def test_on_the_gpu_equals_the_reference(channels: int) -> None:
+@pytest.mark.parametrize(("channels", "padding"), [(27, 0), (43, 0), (43, 5), (128, 0)])
+def test_on_the_gpu_equals_the_reference(channels: int, padding: int) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     draw = lambda *shape: torch.randn(shape, device="cuda", generator=generator)  # noqa: E731
     x = draw(127, channels, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -91,11 +96,13 @@ def test_on_the_gpu_equals_the_reference(channels: int) -> None:
     stats, scales = draw(2, channels).abs(), draw(2, 127)
     wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     expected = reference.batch_norm(*wide, *stats.double(), relu=True, scales=scales.double())
-    y, _, _ = batch_norm(x, weight, bias, stats.view(-1), channels, None, scales, relu=True)
+    padded = pad_channels(x, channels + padding)
+    y, _, _ = batch_norm(padded, weight, bias, stats.view(-1), channels, None, scales, relu=True)
     grad = draw(*y.shape)
     y.backward(grad)
-    expected.output.backward(grad.double())
-    pairs = [(y, expected.output), (stats[0], expected.running_mean), (stats[1], expected.running_var)]
+    expected.output.backward(grad[:, :channels].double())
+    assert not y[:, channels:].any()
+    pairs = [(y[:, :channels], expected.output), (stats[0], expected.running_mean), (stats[1], expected.running_var)]
     pairs += [(a.grad, b.grad) for a, b in zip((x, weight, bias), wide, strict=True)]
     for ours, other in pairs:
         scale = float(other.abs().max())
