@@ -2,8 +2,9 @@
 
 Parameters and running statistics have their true sizes. They are padded with zeros during the forward pass, and the
 gradient of that padding is its removal: padded channels are zero by construction through any training, whatever the
-optimizer does. Counts, checkpoints, weight decay and the norms of sharpness-aware steps never see them. Under
-``torch.compile`` the padding of a weight is part of the kernel that casts it for autocast anyway.
+optimizer does. Counts, saved weights, weight decay and the norms of sharpness-aware steps never see them. In training
+on a GPU no pass pads anything: `fastcifar.train.flat_parameters` hands over weights that are padded in memory, and the
+fused BatchNorm knows channels without a weight.
 """
 
 import torch
@@ -53,10 +54,21 @@ class AlignedConv2d(nn.Conv2d):
         self.extra_inputs = round_up(inputs, align) - inputs if pad_input else 0
         self.extra_outputs = round_up(outputs, align) - outputs
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether the width at which it computes is not its own."""
+        return bool(self.extra_inputs or self.extra_outputs)
+
+    @property
+    def padded_shape(self) -> tuple[int, ...]:
+        """The shape of the weight with its padding, (O, I, K, K)."""
+        return self.out_channels + self.extra_outputs, self.in_channels + self.extra_inputs, *self.kernel_size
+
     def forward(self, input: Tensor) -> Tensor:
         """Map (B, inputs rounded up, H, W) to (B, outputs rounded up, H / stride, W / stride)."""
         weight, bias = self.weight, self.bias
-        if self.extra_inputs or self.extra_outputs:
+        # The weight may be given with its padding.
+        if self.is_padded and weight.shape[:2] == (self.out_channels, self.in_channels):
             weight = F.pad(weight, (0, 0, 0, 0, 0, self.extra_inputs, 0, self.extra_outputs))
             weight = weight.contiguous(memory_format=torch.channels_last)
         if bias is not None and self.extra_outputs:

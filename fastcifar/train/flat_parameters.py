@@ -5,6 +5,10 @@ checkpoint is one tensor per buffer. Tensors are ordered by role, so that "convo
 only" is a prefix of the buffer and needs no mask: convolution weights, linear weights, other weights (BatchNorm),
 everything else (biases).
 
+A convolution that computes at a rounded-up width (`fastcifar.models.aligned`) has its weight's padding here, between
+the channels: the model is handed the padded weight as a view instead of padding it in every pass. The padding is zero
+and stays so, because its gradient is zero: padded channels are zero on both sides.
+
 Gradients are collected, not accumulated in place: with ``p.grad = None`` before a backward pass autograd hands over the
 tensors that it has computed, and one ``torch._foreach_copy_`` gathers them all into the flat buffer. Accumulating into
 views costs one launch for each parameter (882 a step for the PyramidNet, against 14).
@@ -15,21 +19,33 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fastcifar.models.aligned import AlignedConv2d
+
 ALIGNMENT = 32  # floats: 128 bytes, a whole cache line and a whole vector load on every device
 
 
 class Segment(NamedTuple):
-    """Where one tensor lies in a flat buffer; ``offset`` and ``size`` in elements."""
+    """Where one tensor lies in a flat buffer; ``offset`` and ``size`` (its padding included) in elements."""
 
     name: str
     offset: int
     size: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    padded: tuple[int, ...] | None = None
+
+    @property
+    def outputs(self) -> int:
+        """The first dimension as it lies in memory."""
+        return (self.padded or self.shape)[0]
 
     def view(self, buffer: Tensor) -> Tensor:
         """Return this tensor's view (its own shape and strides) of a flat buffer."""
         return buffer[self.offset : self.offset + self.size].as_strided(self.shape, self.stride)
+
+    def padded_view(self, buffer: Tensor) -> Tensor:
+        """Return the same with its padding, where it has some: all of the segment."""
+        return buffer[self.offset : self.offset + self.size].as_strided(self.padded or self.shape, self.stride)
 
 
 class FlatParameters:
@@ -64,8 +80,8 @@ class FlatParameters:
         )
         # A stable sort: within a role the model's own order stays, and with it checkpoints.
         ordered = sorted(parameters, key=lambda name: roles.get(name, 3))
-        self.segments = _lay_out({name: parameters[name] for name in ordered})
-        self.stat_segments = _lay_out(stats)
+        self.segments = _lay_out({name: parameters[name] for name in ordered}, _padded_shapes(model))
+        self.stat_segments = _lay_out(stats, {})
         self.conv_end, self.matrix_end, self.weight_end = (
             _end([s for s in self.segments if roles.get(s.name, 3) <= role]) for role in range(3)
         )
@@ -108,14 +124,16 @@ class FlatParameters:
         """Make the low-precision copy of convolution and linear weights; return its views by parameter name.
 
         The views stand for the parameters in the forward pass, so that autocast has nothing left to cast, and receive
-        the gradients, in their own dtype: the values that autocast would have cast to fp32. The SAM ascent step and the
+        the gradients, in their own dtype: the values that autocast would have cast to fp32. Padded ones (see `Segment`)
+        have their padded shape, for which the layer has nothing left to pad. The SAM ascent step and the
         optimizer step rewrite the copy along with the weights. It is no state.
         """
         self.working_copy = torch.zeros(self.matrix_end, dtype=dtype, device=self.weights.device)
         self.cast()
         copied = [s for s in self.segments if s.offset < self.matrix_end]
-        views = {s.name: s.view(self.working_copy).requires_grad_() for s in copied}
+        views = {s.name: s.padded_view(self.working_copy).requires_grad_() for s in copied}
         self._leaves = [views.get(s.name, self._tensors[s.name]) for s in self.segments]
+        self._grad_views = [s.padded_view(self.grads) if s.name in views else s.view(self.grads) for s in self.segments]
         return views
 
     def clear_gradients(self) -> None:
@@ -126,17 +144,18 @@ class FlatParameters:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Gather autograd's gradients into `grads`, and let go of them. A parameter without one counts as zero."""
-        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        alike: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
         for leaf, view in zip(self._leaves, self._grad_views, strict=True):
             if leaf.grad is None:
                 # It took no part in this step, such as a layer that stochastic depth left out.
                 view.zero_()
                 continue
-            # The foreach copy is one launch only for tensors of one dtype; a working copy's gradients are bf16.
-            views, grads = by_dtype.setdefault(leaf.grad.dtype, ([], []))
+            # The foreach copy is one launch only for tensors of one dtype (a working copy's gradients are bf16), each
+            # of which lies in memory as its view does (where there is no working copy, a padded weight's does not).
+            views, grads = alike.setdefault((leaf.grad.dtype, leaf.grad.stride() == view.stride()), ([], []))
             views.append(view)
             grads.append(leaf.grad)
-        for views, grads in by_dtype.values():
+        for views, grads in alike.values():
             torch._foreach_copy_(views, grads)
         self.clear_gradients()
 
@@ -213,14 +232,23 @@ def _roles(model: nn.Module) -> dict[str, int]:
     return roles
 
 
-def _lay_out(tensors: dict[str, Tensor]) -> list[Segment]:
+def _padded_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes at which convolutions compute whose weights are narrower, by parameter name."""
+    modules = model.named_modules()
+    return {f"{path}.weight": m.padded_shape for path, m in modules if isinstance(m, AlignedConv2d) and m.is_padded}
+
+
+def _lay_out(tensors: dict[str, Tensor], padded: dict[str, tuple[int, ...]]) -> list[Segment]:
     """Place tensors one after the other, each on a multiple of the alignment."""
     segments, offset = [], 0
     for name, tensor in tensors.items():
         # Channels-last weights keep their strides; a slice of something larger is laid out afresh.
-        stride = tensor.stride() if _dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
-        segments.append(Segment(name, offset, tensor.numel(), tuple(tensor.shape), tuple(stride)))
-        offset += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
+        dense = tensor if _dense(tensor) else torch.empty(tensor.shape, device="meta")
+        if name in padded:
+            dense = torch.empty(padded[name], device="meta", memory_format=torch.channels_last)
+        size = dense.numel()
+        segments.append(Segment(name, offset, size, tuple(tensor.shape), tuple(dense.stride()), padded.get(name)))
+        offset += -(-size // ALIGNMENT) * ALIGNMENT
     return segments
 
 

@@ -79,7 +79,7 @@ class Muon:
             moved = torch.stack(weights)
             if config.normalize:
                 norms = torch.linalg.vector_norm(moved, dim=(1, 2), keepdim=True)
-                moved.mul_(moved.shape[1] ** 0.5 / norms)
+                moved.mul_(group[0].shape[0] ** 0.5 / norms)
             moved.sub_(steps * lr)
             torch._foreach_copy_(weights, list(moved.unbind()))
 
@@ -111,16 +111,16 @@ def _others(config: MuonConfig, flat: FlatParameters) -> list[Group]:
 
 
 def _by_shape(segments: list[Segment]) -> list[list[Segment]]:
-    groups: dict[tuple[int, int], list[Segment]] = {}
+    groups: dict[tuple[int, int, int], list[Segment]] = {}
     for segment in segments:
-        rows = segment.shape[0]
-        groups.setdefault((rows, segment.size // rows), []).append(segment)
+        rows = segment.outputs
+        groups.setdefault((segment.shape[0], rows, segment.size // rows), []).append(segment)
     return list(groups.values())
 
 
 def _matrix(buffer: Tensor, segment: Segment) -> Tensor:
     """Return a convolution's weight in memory order as (outputs, inputs * height * width)."""
-    return buffer[segment.offset : segment.offset + segment.size].view(segment.shape[0], -1)
+    return buffer[segment.offset : segment.offset + segment.size].view(segment.outputs, -1)
 
 
 def product_dtype(values: Tensor) -> torch.dtype:

@@ -66,7 +66,7 @@ class PaddedMatrices:
 
 def _shape(segment: Segment) -> tuple[int, int]:
     """Return rows and columns of a tensor's matrix, the smaller number first."""
-    rows = segment.shape[0]
+    rows = segment.outputs
     columns = segment.size // rows
     return min(rows, columns), max(rows, columns)
 
@@ -77,7 +77,7 @@ def _largest(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 def _places(segment: Segment, stride: int) -> Tensor:
     """Return where each element of a tensor, in memory order, lies in a matrix whose rows are ``stride`` apart."""
-    outputs = segment.shape[0]
+    outputs = segment.outputs
     inputs = segment.size // outputs
     row, column = torch.arange(outputs)[:, None], torch.arange(inputs)[None, :]
     if outputs > inputs:

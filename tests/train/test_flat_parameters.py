@@ -6,8 +6,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from fastcifar.config.schema import MuonConfig, OptimizerConfig, PyramidNetConfig, SGDConfig
+from fastcifar.models import build_model
+from fastcifar.train.execution import WorkingCopyModel
 from fastcifar.train.flat_parameters import ALIGNMENT, FlatParameters
+from fastcifar.train.optimizers import build_optimizer
 from tests.train.reference import loss_of, make_data, make_net
 
 
@@ -110,3 +115,35 @@ def test_frozen_parameters_are_statistics_and_shared_ones_appear_once() -> None:
     assert [s.name for s in flat.segments] == ["0.weight", "0.bias"]
     assert [s.name for s in flat.stat_segments] == ["1.bias"]
     assert net[1].weight is net[0].weight
+
+
+@pytest.mark.parametrize("settings", [SGDConfig(name="sgd", lr=0.01), MuonConfig(name="muon", lr=0.01)])
+@pytest.mark.parametrize("copied", [False, True])
+def test_padding_lies_in_the_buffers_and_stays_zero(settings: OptimizerConfig, copied: bool, seed: int) -> None:
+    """Against the same net of the true widths; a working copy in fp32 adds no rounding."""
+    losses, flats = [], []
+    for align in (1, 8):
+        config = PyramidNetConfig(name="pyramidnet", depth=8, alpha=11, align=align)
+        net = build_model(config, image_px=8, seed=seed).to(memory_format=torch.channels_last)
+        flat = FlatParameters(net)
+        forward = WorkingCopyModel(net, flat, torch.float32) if copied else net
+        update = build_optimizer(settings, flat, None)
+        generator, seen = torch.Generator().manual_seed(seed), []
+        for _ in range(3):
+            images = torch.randn(6, 3, 8, 8, generator=generator).contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(forward(images), torch.randint(10, (6,), generator=generator))
+            loss.backward()
+            flat.collect_gradients()
+            update.step(0.01)
+            seen.append(float(loss.detach()))
+        flat.check()
+        losses.append(seen)
+        flats.append(flat)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    plain, padded = (flat.named(flat.weights) for flat in flats)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(padded[name], tensor, rtol=1e-3, atol=1e-4)
+    assert len(flats[1].weights) > len(flats[0].weights)
+    for name, buffer in flats[1].buffers.items():
+        if name != "stats":
+            assert buffer.count_nonzero() == sum(view.count_nonzero() for view in flats[1].named(buffer).values()), name
