@@ -37,9 +37,10 @@ lint: environment
 	$(BIN)/lint-imports
 
 # One thread per process: two processes share two cores; tests that want more set it themselves. A file stays in one
-# process, for its fixtures, and the longest files come first (tests/conftest.py has their order).
+# process, for its fixtures, and the longest files come first (tests/conftest.py has their order). A process that crashed
+# is not replaced: pytest-xdist would hang with this order (its issues 784 and 1323); the others take its files.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Trackers are large and bind other packages' versions, so that no lock holds them: they lie in a folder of their own.
 trackers: environment
@@ -49,7 +50,7 @@ trackers: environment
 # The CUDA path without a GPU (tests/nullgpu): every recipe compiled, captured and replayed on a device that computes
 # nothing. A small part of it is in `make test`.
 nullgpu: environment
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m nullgpu -n $(WORKERS) --dist loadscope tests/nullgpu
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m nullgpu -n $(WORKERS) --dist loadscope --max-worker-restart 0 tests/nullgpu
 
 # STORM names subjects or options, such as STORM="recipes --seed 7"; without it every subject with its full count.
 storm: environment

@@ -109,11 +109,10 @@ def compilation(tally: Tally, folder: Path, chance: random.Random, count: int) -
     """Signals while torch compiles, each with an empty cache, and so far more file operations than a run has."""
     cache = folder / "inductor"
     where = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    warm_up = (*training.WARM_UP, "warm-compiled", *COMPILED)
-    # The compiler takes minutes, so there are fewer of these, and more time for each.
+    # The warm-up does not compile: a process that has done so starts autograd's threads, and cannot be forked any more.
+    # So each fork compiles for minutes; there are fewer of these, and more time for each.
+    warm_up = (*training.WARM_UP, "warm-eager")
     with server(*warm_up, cwd=folder, environment=where, limit_s=FAR_LIMIT_S // 2) as forks:
-        forks.run("--version", cwd=folder).must_be(0)  # answered after the warm-up, which fills the cache
-        shutil.rmtree(cache)
         operations = training.undisturbed(forks, folder, *COMPILED, name="compiled").operations
         within = [op for op in operations if op.what.startswith(str(cache))]
         tally.note(f"of {len(within):,} operations in the cache of torch.compile")
