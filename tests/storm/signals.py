@@ -134,7 +134,8 @@ def compilation(tally: Tally, folder: Path, chance: random.Random, count: int) -
 def numba_compilation(tally: Tally, folder: Path, chance: random.Random, count: int) -> None:
     """Signals while numba compiles and saves, with an empty cache: exceptions in its callbacks would be lost."""
     cache = folder / "numba"
-    with server(cwd=folder, environment={"NUMBA_CACHE_DIR": str(cache)}) as forks:
+    # Nearly all of a fork's time goes into compiling.
+    with server(cwd=folder, environment={"NUMBA_CACHE_DIR": str(cache)}, limit_s=FAR_LIMIT_S // 4) as forks:
         operations = training.undisturbed(forks, folder, name="numba-whole").operations
         within = [op for op in operations if op.what.startswith(str(cache))]
         tally.note(f"of {len(within):,} operations in numba's cache")
