@@ -211,12 +211,13 @@ def main() -> list[tuple[str, float, float]]:
     """Return all comparisons."""
     for number, shape in enumerate(SHAPES):
         check_values(shape, torch.float32, relu=number % 2 == 0, scaled=number % 3 != 2)
-        check_sums(shape, torch.float32, scaled=number % 3 != 2)
+        if shape[0] < 20:  # the interpreter takes longest for what is longest
+            check_sums(shape, torch.float32, scaled=number % 3 != 2)
     for number, shape in enumerate(SHAPES[::2]):
         check_values(shape, torch.float32, relu=number % 2 == 0, scaled=number > 0, padding=5)
     for dtype in (torch.bfloat16, torch.float16):
         check_values(SHAPES[0], dtype, relu=True, scaled=True)
-        check_sums(SHAPES[2], dtype, scaled=True)
+        check_sums(SHAPES[3], dtype, scaled=True)
     for check in (check_against_torch, check_dropout, check_rerun, check_operators, check_models):
         check()
     return found
