@@ -33,10 +33,14 @@ def fastcifar(*words: str, cwd: Path) -> Done:
 
 
 @contextmanager
-def hangups_heard() -> Iterator[None]:
-    """Start processes in this block that SIGHUP reaches, even where the tests themselves run under ``nohup``."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def signals_heard() -> Iterator[None]:
+    """Start processes in this block that SIGHUP and SIGINT reach, even where the tests run under ``nohup`` or ``&``.
+
+    A process inherits what is ignored, and a shell's script lets what it starts with ``&`` ignore SIGINT.
+    """
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGHUP, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.command import hangups_heard
+from tests.command import signals_heard
 from tests.storm import file_operations, training
 from tests.storm.fork_server import FAR_LIMIT_S, Ended, Server, server
 from tests.storm.tally import Tally
@@ -194,7 +194,7 @@ def started(tally: Tally, folder: Path, at: int, number: signal.Signals) -> None
 
 def start(folder: Path, name: str, plans: str, log: Path) -> tuple[int, str]:
     """Start the command as a user does, under the plans; return its exit status and what it said."""
-    with hangups_heard():
+    with signals_heard():
         done = subprocess.run(
             [sys.executable, "-m", "fastcifar", *training.words(folder, name)], cwd=folder, text=True,
             env=file_operations.environment(plans, log) | {"PYTHONPATH": os.getcwd()}, timeout=FAR_LIMIT_S,
