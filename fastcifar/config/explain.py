@@ -20,7 +20,10 @@ def explain_all(path: Path, kind: type[BaseModel], errors: list[Any]) -> str:
 
 def explain(path: Path, kind: type[BaseModel], error: Any) -> str:
     """Turn one pydantic error into ``file: key.path: what was wrong; what is allowed``."""
-    where = [str(part) for part in error["loc"] if part != OURS]
+    where = [str(part) for part in error["loc"]]
+    # The tag that tells our models and optimizers from the user's own; anywhere else it is a key of that name.
+    if where[:2] in (["model", OURS], ["optimizer", OURS]):
+        del where[1]
     key, message = _EXPLAIN.get(error["type"], _explain_other)(kind, where, error)
     return f"{path}: {_key_path(kind, key)}{message}"
 

@@ -21,6 +21,9 @@ epochs = 2
 # What is wrong: (text put in front of or in place of GOOD, what the message must hold)
 BAD_KEYS = {
     "unknown top-level key": ("modle = 3\n" + GOOD, ["modle", "unknown key", 'did you mean "model"']),
+    "a key with the name of a union's tag": ("ours = 3\n" + GOOD, [": ours: unknown key", "allowed: name, title"]),
+    "such a key of a table": (GOOD + "ours = 3\n", ["train.ours: unknown key", "batch_size"]),
+    "such a key of a model": (GOOD.replace('"lenet5"', '"lenet5"\nours = 3'), ["model.ours: unknown key", "init"]),
     "unknown key of a table": (GOOD + "epoch = 3\n", ["train.epoch:", 'did you mean "epochs"', "batch_size"]),
     "unknown key of a model": (
         GOOD.replace('"lenet5"', '"wide_resnet"\ndept = 16'),
