@@ -2,17 +2,20 @@
 
 import copy
 import pickle
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastcifar.config.schema import MuonConfig, OptimizerConfig, PyramidNetConfig, SGDConfig
+from fastcifar.config.schema import MuonConfig, PyramidNetConfig, SGDConfig
 from fastcifar.models import build_model
 from fastcifar.train.execution import WorkingCopyModel
 from fastcifar.train.flat_parameters import ALIGNMENT, FlatParameters
-from fastcifar.train.optimizers import build_optimizer
+from fastcifar.train.muon import Muon
+from fastcifar.train.optimizers import Optimizer, build_optimizer
 from tests.train.reference import loss_of, make_data, make_net
 
 
@@ -117,9 +120,16 @@ def test_frozen_parameters_are_statistics_and_shared_ones_appear_once() -> None:
     assert net[1].weight is net[0].weight
 
 
-@pytest.mark.parametrize("settings", [SGDConfig(name="sgd", lr=0.01), MuonConfig(name="muon", lr=0.01)])
+MUON = MuonConfig(name="muon", lr=0.01, normalize=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(build_optimizer, SGDConfig(name="sgd", lr=0.01)), partial(Muon, MUON), partial(Muon, MUON, padded=True)],
+    ids=["sgd", "muon", "muon, matrices of all shapes at once"],
+)
 @pytest.mark.parametrize("copied", [False, True])
-def test_padding_lies_in_the_buffers_and_stays_zero(settings: OptimizerConfig, copied: bool, seed: int) -> None:
+def test_padding_lies_in_the_buffers_and_stays_zero(make: Callable[..., Optimizer], copied: bool, seed: int) -> None:
     """Against the same net of the true widths; a working copy in fp32 adds no rounding."""
     losses, flats = [], []
     for align in (1, 8):
@@ -127,7 +137,7 @@ def test_padding_lies_in_the_buffers_and_stays_zero(settings: OptimizerConfig, c
         net = build_model(config, image_px=8, seed=seed).to(memory_format=torch.channels_last)
         flat = FlatParameters(net)
         forward = WorkingCopyModel(net, flat, torch.float32) if copied else net
-        update = build_optimizer(settings, flat, None)
+        update = make(flat=flat, averages=None)
         generator, seen = torch.Generator().manual_seed(seed), []
         for _ in range(3):
             images = torch.randn(6, 3, 8, 8, generator=generator).contiguous(memory_format=torch.channels_last)
