@@ -115,7 +115,7 @@ def compilation(tally: Tally, folder: Path, chance: random.Random, count: int) -
     with server(*warm_up, cwd=folder, environment=where, limit_s=FAR_LIMIT_S // 2) as forks:
         operations = training.undisturbed(forks, folder, *COMPILED, name="compiled").operations
         within = [op for op in operations if op.what.startswith(str(cache))]
-        tally.note(f"of {len(within):,} operations in the cache of torch.compile")
+        tally.note("operations in the cache of torch.compile", len(within))
         for k in range(max(3, count // 4)):
             op, number = chance.choice(within), SIGNALS[k % 3]
             shutil.copytree(cache, folder / "kept", dirs_exist_ok=True)
@@ -138,7 +138,7 @@ def numba_compilation(tally: Tally, folder: Path, chance: random.Random, count: 
     with server(cwd=folder, environment={"NUMBA_CACHE_DIR": str(cache)}, limit_s=FAR_LIMIT_S // 4) as forks:
         operations = training.undisturbed(forks, folder, name="numba-whole").operations
         within = [op for op in operations if op.what.startswith(str(cache))]
-        tally.note(f"of {len(within):,} operations in numba's cache")
+        tally.note("operations in numba's cache", len(within))
         for k in range(count):
             op, number = chance.choice(within), SIGNALS[k % 3]
             shutil.rmtree(cache)
@@ -160,7 +160,8 @@ def imports(tally: Tally, folder: Path, chance: random.Random, count: int) -> No
     assert status == 0, said
     operations = file_operations.operations(log)
     ours = next(op.number for op in operations if MAIN.search(op.what))
-    tally.note(f"of {len(operations):,} operations of a start, {ours:,} before its first line")
+    tally.note("operations of a start", len(operations))
+    tally.note("operations before a start's first line", ours)
     for k in range(count):
         # A third around our first lines, where the handlers come; the rest anywhere after them.
         near = k % 3 == 0

@@ -73,9 +73,9 @@ class Tally:
             self.failures.append(what)
             print(f"{self.subject}: {what}", file=sys.stderr, flush=True)
 
-    def note(self, what: str) -> None:
+    def note(self, what: str, times: int = 1) -> None:
         """Count that something happened, to show that the storm reached what it is meant to reach."""
-        self.reached[what] = self.reached.get(what, 0) + 1
+        self.reached[what] = self.reached.get(what, 0) + times
 
 
 def _hang(number: int, frame: Any) -> None:
