@@ -2,9 +2,11 @@
 
 Parameters and running statistics have their true sizes. They are padded with zeros during the forward pass, and the
 gradient of that padding is its removal: padded channels are zero by construction through any training, whatever the
-optimizer does. Counts, saved weights, weight decay and the norms of sharpness-aware steps never see them. In training
-on a GPU no pass pads anything: `fastcifar.train.flat_parameters` hands over weights that are padded in memory, and the
-fused BatchNorm knows channels without a weight.
+optimizer does. Counts, saved weights, weight decay and the norms of sharpness-aware steps never see them.
+
+Where training keeps a working copy of the weights (on a GPU by default), no pass pads anything:
+`fastcifar.train.flat_parameters` hands over weights that are padded in memory, and the fused BatchNorm knows channels
+without a weight.
 """
 
 import torch
