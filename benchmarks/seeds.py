@@ -45,14 +45,20 @@ def compared(seeds: int, epochs: int, rounds: int, quick: bool) -> list[Row]:
 
 def words_of(epochs: int, quick: bool) -> list[str]:
     """Return the command that all ways share."""
+    recipe = "smoke/lenet5" if quick else "lenet5"
+    settings = [f"data.source={source_of(quick)}", f"train.epochs={epochs}"]
+    return ["run", recipe, "--quiet", *(word for setting in settings for word in ("--set", setting))]
+
+
+def source_of(quick: bool) -> str:
+    """Return where images come from: CIFAR-10 where it is, else the synthetic ones."""
+    if quick:
+        return "synthetic"
     try:
         resolve_store(DataConfig(source="cifar10"))
-        source = "cifar10"
     except UserError:
-        source = "synthetic"
-    recipe = "smoke/lenet5" if quick else "lenet5"
-    settings = [f"data.source={'synthetic' if quick else source}", f"train.epochs={epochs}"]
-    return ["run", recipe, "--quiet", *(word for setting in settings for word in ("--set", setting))]
+        return "synthetic"
+    return "cifar10"
 
 
 def apart(words: list[str], seeds: int) -> float:

@@ -53,7 +53,7 @@ PIECES = (
     Piece("suite-quick", benchmarks=("all",), quick=True),
     Piece("ladder-cheap", rows=("lenet5", "lenet5-kaiming", "deep", "deep-*"), seeds=3),
     Piece("suite-step", benchmarks=("ceilings", "optimizer", "kernels", "augment", "step")),
-    Piece("suite-rest", benchmarks=("loaders", "models", "large-data", "seeds")),
+    Piece("suite-rest", benchmarks=("loaders", "models", "large-data", "seeds", "jobs")),
     Piece("step-times", benchmarks=("step-times",)),
     Piece("wrn-200", rows=("wrn-200",)),
     Piece("time-to-accuracy", benchmarks=("time-to-accuracy",)),

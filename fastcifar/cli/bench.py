@@ -15,7 +15,7 @@ from fastcifar.text import slug
 
 NAMES = (
     "ceilings", "loaders", "augment", "optimizer", "kernels", "step", "models", "step-times", "time-to-accuracy",
-    "launches", "large-data", "seeds",
+    "launches", "large-data", "seeds", "jobs",
 )  # fmt: skip
 OWN_FILES = {"launches": "launches.json"}
 """Benchmarks that keep their results themselves, and where."""
