@@ -4,7 +4,7 @@ Each writes the weights that it holds after each epoch of each case to ``FOLDER/
 directories.
 """
 
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,6 +145,9 @@ def check(folder: Path) -> None:
     leave()
 
 
-if __name__ == "__main__":
+def rank(number: int, folder: Path) -> None:
+    """Be one of two ranks in this process."""
+    place_of_two = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "RANK": str(number), "LOCAL_RANK": str(number)}
+    os.environ.update(place_of_two)
     torch.set_num_threads(1)
-    check(Path(sys.argv[1]))
+    check(folder)

@@ -1,8 +1,5 @@
 """Several ranks train the model of one: two processes over gloo against the run of one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +8,8 @@ import torch
 
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.ranks import ALONE
-from tests.train import rank_checks
-from tests.train.rank_checks import CASES, run_in
+from tests.forked import CONTEXT
+from tests.train.rank_checks import CASES, rank, run_in
 
 DEADLINE_S = 600
 # In float32 the gradients of two parts are added up in another order; 6 or 9 steps multiply the difference.
@@ -23,16 +20,17 @@ BOUND = {"rtol": 1e-4, "atol": 1e-5}
 def two(tmp_path_factory) -> Path:
     """The folder of two ranks that ran all cases."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", rank_checks.__name__, str(folder)]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
-    ]
+    ranks = [CONTEXT.Process(target=rank, args=(number, folder)) for number in range(2)]
     try:
-        assert [rank.wait(DEADLINE_S) for rank in ranks] == [0, 0]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(DEADLINE_S)
+        assert [process.exitcode for process in ranks] == [0, 0]
     finally:
-        for rank in ranks:
-            rank.kill()
+        for process in ranks:
+            process.kill()
+            process.join()
     return folder
 
 
