@@ -68,16 +68,16 @@ def without_clocks(out, seed):
 
 
 class Killing:
-    """Executes as the runner does, but kills the first worker of the first seed midway."""
+    """Executes as the runner does, but kills the first worker of the first seed midway, beyond ``begun`` epochs."""
 
-    def __init__(self, ray, runner):
-        self.ray, self.runner, self.killed, self.texts = ray, runner, [], []
+    def __init__(self, ray, runner, begun=0):
+        self.ray, self.runner, self.begun, self.killed, self.texts = ray, runner, begun, [], []
 
     def __call__(self, job, deadline, progress):
         def kill(text):
             self.texts.append(text)
             done = len(RunDirectory(job.folder).metrics())
-            if job.seed == 42 and not self.killed and done:
+            if job.seed == 42 and not self.killed and done > self.begun:
                 assert done < EPOCHS
                 name = job.folder.relative_to(self.runner.out).as_posix()
                 ((_, process),) = self.ray.get(self.runner.mailbox.workers.remote(name))
@@ -88,34 +88,39 @@ class Killing:
         self.runner(job, deadline, kill)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["a shared folder", "files through the object store"])
-def test_a_ladder_whose_worker_is_killed_midway_equals_the_local_one(tmp_path, ray, local, shared):
-    with RayRunner(tmp_path, shared=shared) as runner:
-        killing = Killing(ray, runner)
-        execute_ladder(tmp_path, killing, 2)
+def check_ladder(killing, out, local):
+    """Execute the ladder; its worker is killed midway, and what is there then equals the local one."""
+    execute_ladder(out, killing, 2)
     assert killing.killed
     assert [text for text in killing.texts if "lost 1 of its workers" in text]
-    assert accuracies(table(tmp_path)) == accuracies(table(local))
-    for job in small_jobs(tmp_path):
+    assert accuracies(table(out)) == accuracies(table(local))
+    for job in small_jobs(out):
         assert stored_state(job) == DONE
-        assert without_clocks(tmp_path, job.seed) == without_clocks(local, job.seed)
+        assert without_clocks(out, job.seed) == without_clocks(local, job.seed)
+
+
+def test_a_ladder_whose_worker_is_killed_midway_equals_the_local_one_in_a_shared_folder(tmp_path, ray, local):
+    with RayRunner(tmp_path, shared=True) as runner:
+        check_ladder(Killing(ray, runner), tmp_path, local)
     assert not list(tmp_path.glob(".shared-*"))
 
 
-def test_the_deadline_stops_a_worker_with_its_checkpoint_and_the_next_execution_goes_on(tmp_path, ray, local):
+def test_so_it_does_through_the_object_store_after_the_deadline_stopped_a_worker_with_its_checkpoint(
+    tmp_path, ray, local
+):
     job, deadline = small_jobs(tmp_path)[0], Deadline()
 
     def end_soon(text):
         if RunDirectory(job.folder).metrics():
             deadline.end_now()
 
+    with RayRunner(tmp_path, shared=False) as runner, pytest.raises(OutOfTime):
+        runner(job, deadline, end_soon)
+    done = len(RunDirectory(job.folder).metrics())
+    assert 1 <= done < EPOCHS
     with RayRunner(tmp_path, shared=False) as runner:
-        with pytest.raises(OutOfTime):
-            runner(job, deadline, end_soon)
-        done = len(RunDirectory(job.folder).metrics())
-        assert 1 <= done < EPOCHS
-        runner(job, Deadline(), lambda text: None)
-    assert without_clocks(tmp_path, job.seed) == without_clocks(local, job.seed)
+        check_ladder(Killing(ray, runner, done), tmp_path, local)
+    assert not list(tmp_path.glob(".shared-*"))
 
 
 def test_what_fails_in_a_worker_is_the_rows_message(tmp_path, ray):
