@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,18 +11,13 @@ from fastcifar.cli.run_command import refuse_devices, without_devices
 from fastcifar.errors import UserError
 from fastcifar.launch import Place, place
 from fastcifar.run_directory import RunDirectory
+from tests.forked import Forked
 
 DEADLINE_S = 300
 ENDLESS = ["smoke/lenet5", "--set", "train.epochs=100000", "--set", "engine.device=cpu", "--set", "eval.every_epochs=9"]
 
 
-def start(*words: str) -> subprocess.Popen:
-    """Start a run in a session of its own, as in a terminal, so that what is left of it can be counted and killed."""
-    command = [sys.executable, "-m", "fastcifar", "run", *words, "--devices", "2"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ranks_of(launcher: subprocess.Popen) -> list[int]:
+def ranks_of(launcher: Forked) -> list[int]:
     """Return the processes that it started."""
     listed = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     return [int(pid) for pid in listed if b"fastcifar" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -52,30 +45,31 @@ def ended(pids: list[int]) -> bool:
 def test_ctrl_c_then_a_rank_that_is_killed(tmp_path):
     """A signal saves once and says how to go on; a rank's death ends the run that went on, with one line."""
     folder = tmp_path / "run"
-    launcher = start(*ENDLESS, "--out", str(folder))
+    launcher = Forked("run", *ENDLESS, "--out", str(folder), "--devices", "2", cwd=tmp_path)
     try:
         assert trained(folder, 1)
         ranks = ranks_of(launcher)
-        launcher.send_signal(signal.SIGINT)
-        said = launcher.communicate(timeout=DEADLINE_S)[1]
+        os.kill(launcher.pid, signal.SIGINT)
+        status, said = launcher.status(DEADLINE_S), launcher.printed()
     finally:
         launcher.kill()
-    assert launcher.returncode == 130, said
+    assert status == 130, said
     assert said.splitlines()[-1] == f"fastcifar: SIGINT: stopped; go on with `fastcifar run --resume {folder}`"
     assert said.count("SIGINT") == 1
     assert len(ranks) == 2
     assert ended(ranks)
     done = len(RunDirectory.open(folder).metrics())
 
-    launcher = start("--resume", str(folder))
+    (tmp_path / "printed.txt").unlink()
+    launcher = Forked("run", "--resume", str(folder), "--devices", "2", cwd=tmp_path)
     try:
         assert trained(folder, done + 1)
         first, second = ranks_of(launcher)
         os.kill(second, signal.SIGKILL)
-        out, said = launcher.communicate(timeout=DEADLINE_S)
+        status, said = launcher.status(DEADLINE_S), launcher.printed()
     finally:
         launcher.kill()
-    assert (launcher.returncode, out) == (2, ""), said
+    assert status == 2, said
     lines = [line for line in said.splitlines() if not line.startswith(("epoch", "importing", "smoke-lenet5:"))]
     assert lines == [
         "fastcifar: rank 1 was killed by SIGKILL, and the run ended with it; "
