@@ -86,8 +86,9 @@ def rng(seed: int) -> np.random.Generator:
 
 # What takes longest, longest first: begun last, it would keep one process busy while the others have nothing to do.
 LONG = [
-    "nullgpu/test_small.py", "ladder/test_runner.py", "kernels/test_interpreted.py", "ladder/test_ray.py",
-    "data/test_exit.py", "packaging/test_wheel.py", "nullgpu/test_device.py", "train/test_run.py", "cli/test_run.py",
+    "nullgpu/test_small.py", "ladder/test_ray.py", "ladder/test_runner.py", "kernels/test_interpreted.py",
+    "train/test_launch.py", "data/test_exit.py", "packaging/test_wheel.py", "nullgpu/test_device.py",
+    "train/test_run.py", "cli/test_run.py",
 ]  # fmt: skip
 
 
