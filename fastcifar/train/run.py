@@ -289,9 +289,11 @@ def prepare_teachers(epochs: range, step: Step, loader: Loader, display: Display
     teacher = step.teacher
     if teacher is None or teacher.logits is None:
         return
-    missing = [epoch for epoch in epochs if not teacher.logits.load(epoch)]
+    numbers = sorted({teacher.logits.kept_as(epoch) for epoch in epochs})
+    missing = [epoch for epoch in numbers if not teacher.logits.load(epoch)]
     if missing:
-        display.say(f"computing the teachers' logits of {len(missing)} epochs, once: {teacher.logits.folder}")
+        told = f"computing the teachers' logits once, {len(missing)} of {len(epochs)} epochs"
+        display.say(f"{told}: {teacher.logits.folder}")
     for epoch in missing:
         step.cursor.begin(epoch)
         for batch in loader.epoch(epoch):

@@ -3,7 +3,8 @@
 Which crop, flip or mixture an image gets in an epoch is a hash of (seed, epoch, sample), so that two runs of the same
 seed, images, augmentations and batches see the same pixels, whatever their models are. An epoch of 50,000 images and
 ten classes takes 1 MB for each teacher: for some tens or hundreds of epochs, not for thousands. Whoever fills the cache
-learns from the same float16 numbers as whoever reads it.
+learns from the same float16 numbers as whoever reads it. Where nothing is changed at random, an image is the same in
+every epoch, and one table serves all of them and all seeds.
 
 Shapes in the docstrings: T teachers, M images of the whole training set, K classes, B samples.
 """
@@ -28,6 +29,11 @@ VERSION = 1
 """Of what is kept: raise it when the same recipe would see other pixels."""
 
 
+def is_still(recipe: Recipe) -> bool:
+    """Return whether a run sees every image of its training set in each epoch, and the same pixels of it."""
+    return not (recipe.augment.ops or recipe.mix or recipe.data.resize or recipe.train.drop_last)
+
+
 def plan_key(recipe: Recipe, content: str, device: torch.device) -> str:
     """Return a hash of all that decides what the teachers say of an epoch's images.
 
@@ -38,8 +44,9 @@ def plan_key(recipe: Recipe, content: str, device: torch.device) -> str:
     """
     assert recipe.distill is not None
     data, train = recipe.data.model_dump(exclude={"loader", "test_subset"}), recipe.train
+    seed = None if is_still(recipe) and not (recipe.data.subset or recipe.data.holdout) else recipe.seed
     plan = {
-        "version": VERSION, "teachers": teachers_digest(recipe.distill), "content": content, "seed": recipe.seed,
+        "version": VERSION, "teachers": teachers_digest(recipe.distill), "content": content, "seed": seed,
         "data": data, "augment": recipe.augment.model_dump(), "precision": recipe.engine.precision,
         "device": device.type, "code": record(recipe), "mix": recipe.mix and recipe.mix.model_dump(),
         "epochs": train.epochs if recipe.mix or recipe.data.resize else None,
@@ -64,12 +71,18 @@ class TeacherLogits:
 
     def __init__(self, recipe: Recipe, shape: tuple[int, int, int], content: str, device: torch.device):
         self.folder = cache_folder() / "teacher-logits" / plan_key(recipe, content, device)[:32]
+        self._still = is_still(recipe)
         self._table = torch.zeros(shape, dtype=torch.float16, device=device)
+
+    def kept_as(self, epoch: int) -> int:
+        """Return under which epoch's number an epoch's logits are kept."""
+        return 0 if self._still else epoch
 
     def load(self, epoch: int) -> bool:
         """Put an epoch's logits into place, if they are there and whole; return whether they are."""
+        path = self.folder / f"epoch-{self.kept_as(epoch)}.npz"
         try:
-            with np.load(io.BytesIO((self.folder / f"epoch-{epoch}.npz").read_bytes()), allow_pickle=False) as file:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 found = file["logits"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return False
@@ -92,7 +105,8 @@ class TeacherLogits:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             refuse_disk(self.folder, error)
-        write_atomic(self.folder / f"epoch-{epoch}.npz", write_arrays({"logits": self._table.cpu().numpy()}))
+        path = self.folder / f"epoch-{self.kept_as(epoch)}.npz"
+        write_atomic(path, write_arrays({"logits": self._table.cpu().numpy()}))
 
     def of(self, indices: Tensor) -> Tensor:
         """Return the logits (T, B, K), float16, of the images with these indices, int64 (B,)."""

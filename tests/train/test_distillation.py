@@ -254,6 +254,37 @@ def test_runs_share_what_is_kept_where_they_see_the_same_images(master: Path) ->
     assert len({key(), *(key(**changes) for changes in other)}) == 5
 
 
+def test_images_that_stay_the_same_are_seen_once(
+    master: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still = {"distill": {"teacher": str(master), "cache": True}, "augment": []}
+    run_in(tmp_path / "first", student(master, **still))
+    assert [path.name for path in own_cache.glob("*/*")] == ["epoch-0.npz"]
+    run_in(tmp_path / "online", student(master, augment=[]))
+    kept, online = (RunDirectory.open(tmp_path / name).metrics() for name in ("first", "online"))
+    assert len(kept) == 2
+    for one, other in zip(kept, online, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-2)
+    monkeypatch.setattr(Teacher, "see", lambda self, images: pytest.fail("asked again"))
+    run_in(tmp_path / "longer", student(master, **still, train={"epochs": 3, "batch_size": 20}))
+
+
+def test_seeds_share_what_does_not_depend_on_them(master: Path) -> None:
+    def keys(**changes) -> set[str]:
+        tables = {"distill": {"teacher": str(master), "cache": True}, "data": {"source": "synthetic"}, "augment": []}
+        recipes = [student(master, **(tables | changes), seed=seed) for seed in (1, 2)]
+        return {plan_key(each, "content", torch.device("cpu")) for each in recipes}
+
+    assert len(keys()) == 1
+    for change in (
+        {"augment": ["flip"]}, {"data": {"source": "synthetic", "subset": 100}}, {"mix": {"name": "mixup"}},
+        {"data": {"source": "synthetic", "holdout": 100}},
+        {"data": {"source": "synthetic", "resize": [[0.0, 24]]}, "model": {"name": "wide_resnet", "depth": 10}},
+        {"train": {"epochs": 2, "batch_size": 50, "drop_last": True}},
+    ):  # fmt: skip
+        assert len(keys(**change)) == 2, change
+
+
 def test_several_devices_do_not_fill_the_cache(master: Path) -> None:
     with pytest.raises(UserError, match=r"distill\.cache is filled by one device"):
         check_division(student(master, distill={"teacher": str(master), "cache": True}), 100, 2)
