@@ -19,6 +19,7 @@ from fastcifar.data.formats import dali as dali_format
 from fastcifar.data.sources import Source
 from fastcifar.data.store import FORMATS, Split, convert, open_store, resolve_store, store_as, verify
 from fastcifar.errors import UserError
+from tests.forked import Forked
 
 
 @pytest.fixture(scope="module")
@@ -258,9 +259,11 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, synthetic_store
         pytest.skip("no right to mount a small disk")
     try:
         words = ["data", "convert", "synthetic", "--to", to, "--out", str(disk / "set")]
-        done = subprocess.run([sys.executable, "-m", "fastcifar", *words], capture_output=True, text=True, timeout=300)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert "set: cannot be written (No space left on device)" in done.stderr.replace("\n", " ")
+        process = Forked(*words, cwd=tmp_path)
+        assert process.status() == 2, process.printed()
+        said = " ".join(process.printed().splitlines())
+        assert said.startswith("fastcifar: ")
+        assert said.endswith("set: cannot be written (No space left on device)")
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
