@@ -27,6 +27,10 @@ loaders = [
     )
     for name in {names}
 ]
+if "ffcv" in {names}:  # which has started numba's threads: TBB's have hung at the end of a process
+    import importlib.util, numba
+    openmp = importlib.util.find_spec("numba.np.ufunc.omppool") is not None
+    assert not openmp or numba.threading_layer() == "omp", numba.threading_layer()
 """
 EXCEPTION = """
 abandoned = []

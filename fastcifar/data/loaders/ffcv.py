@@ -30,6 +30,9 @@ def kept_threads() -> Iterator[None]:
     """Put torch's and numba's thread settings back: importing ffcv and making its loader change both."""
     import numba
 
+    # Before numba starts its threads: this prefers OpenMP's. TBB's have kept a process from ending after an exception.
+    import fastcifar.kernels.augment.cpu  # noqa: F401
+
     before = torch.get_num_threads(), numba.get_num_threads()
     try:
         yield
