@@ -63,7 +63,7 @@ def test_an_epoch_in_the_order_that_was_asked_for(synthetic_store, seed, monkeyp
 
 
 def test_dalis_order_is_reached_from_python(synthetic_store, seed):
-    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("nvidia.dali.pipeline")
     loader = fastcifar.Loader("synthetic", device="cpu", backend="dali", order="native", batch_size=500, seed=seed)
     first, second = (torch.cat([batch[1] for batch in loader]) for _ in range(2))
     assert torch.equal(first.bincount(), second.bincount())

@@ -163,7 +163,7 @@ def test_reads_a_store_of_another_format(store, build, cache):
 @pytest.mark.parametrize("whole", [True, False])
 def test_dalis_own_order(rng, synthetic_store, world, whole):
     """Every sample once an epoch, an order that depends on (seed, epoch) alone, and that is not the epoch order's."""
-    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("nvidia.dali.pipeline")
     rows = np.arange(2000) if whole else some_rows(rng, synthetic_store, 700)
     true = synthetic_store.split("train")
 
@@ -201,7 +201,7 @@ def test_dalis_own_order(rng, synthetic_store, world, whole):
 @pytest.mark.parametrize(("count", "drop_last", "world"), [(2000, False, 1), (700, True, 1), (1030, False, 2)])
 def test_dalis_own_order_goes_on_in_one_pipeline(rng, synthetic_store, seed, monkeypatch, count, drop_last, world):
     """An epoch's order is DALI's, whether its pipeline has come there by itself or begins there."""
-    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("nvidia.dali.pipeline")
     from fastcifar.data.loaders.native import NativeReader
 
     monkeypatch.setattr("fastcifar.data.loaders.native.SHUFFLE_SAMPLES", 300)
@@ -233,7 +233,7 @@ def test_dalis_own_order_goes_on_in_one_pipeline(rng, synthetic_store, seed, mon
 
 def test_dalis_random_numbers_are_followed_where_it_draws_again(synthetic_store):
     """The generator's largest number is no draw; the state that comes before it is put in front of an epoch."""
-    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("nvidia.dali.pipeline")
     from fastcifar.data.loaders import native
 
     order = loaders.EpochOrder(np.arange(2000), 3, 100, False)
@@ -250,7 +250,7 @@ def test_dalis_random_numbers_are_followed_where_it_draws_again(synthetic_store)
 
 
 def test_another_version_of_dali_is_refused_by_name(monkeypatch):
-    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("nvidia.dali.pipeline")
     from fastcifar.data.loaders.native import state_of
 
     with pytest.raises(UserError, match=r"native.*: DALI .* checkpoints that are not known here; use order = \"plan\""):
@@ -258,6 +258,18 @@ def test_another_version_of_dali_is_refused_by_name(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------- choice
+
+
+def test_an_empty_folder_is_no_installed_package(tmp_path, monkeypatch):
+    """What is left of DALI where it was uninstalled."""
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "vendor_of_loaders"
+    (package / "left" / "include").mkdir(parents=True)
+    (package / "there").mkdir()
+    for file in (package / "__init__.py", package / "there" / "__init__.py"):
+        file.touch()
+    names = ("vendor_of_loaders.there", "vendor_of_loaders.left", "vendor_of_loaders.missing", "no_such_vendor.package")
+    assert [loaders._installed(name) for name in names] == [True, False, False, False]
 
 
 def test_auto_takes_what_fits(store, monkeypatch):
@@ -426,7 +438,7 @@ def test_stock_ffcv_reads_our_beton(synthetic_store, cache):
 
 
 def test_stock_dali_reads_our_shards(synthetic_store, cache):
-    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("nvidia.dali.pipeline")
     from nvidia.dali import fn, pipeline_def, types
 
     root, true = store_as(synthetic_store, "dali").root, synthetic_store.split("train")

@@ -131,9 +131,11 @@ def _streaming() -> tuple[str, str]:
 
 def _installed(module: str) -> bool:
     try:
-        return find_spec(module) is not None
+        found = find_spec(module)
     except ModuleNotFoundError:
         return False
+    # Uninstalling DALI leaves empty folders, which Python takes for a package without a file of its own.
+    return found is not None and found.origin is not None
 
 
 def _require(name: str) -> None:
