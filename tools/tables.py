@@ -209,8 +209,9 @@ def _epochs(recipe: Recipe | CombineRecipe) -> str:
 
 
 def best_and_last(metrics: Metrics) -> str:
-    """Return ``best (last)``, each with its standard error where there are several seeds."""
-    return f"{metrics.best or 'none'} ({metrics.last})"
+    """Return ``best (last)``, each with its standard error where there are several seeds, and what TTA makes of it."""
+    augmented = f"; {metrics.tta} with TTA" if metrics.tta else ""
+    return f"{metrics.best or 'none'} ({metrics.last}){augmented}"
 
 
 def measured(metrics: Metrics) -> str:

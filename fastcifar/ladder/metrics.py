@@ -20,6 +20,7 @@ class Metrics:
 
     Attributes:
         last, best, selected: accuracies in percent over the seeds that got as far as any.
+        tta: the last epochs' with test-time augmentation, or None where a recipe has none.
         best_by_seed: the best of each of them.
         n: those seeds.
         epochs_done, epochs: how far they got.
@@ -32,6 +33,7 @@ class Metrics:
     last: Mean | None
     best: Mean | None
     selected: Mean | None
+    tta: Mean | None
     best_by_seed: tuple[float, ...]
     n: int
     epochs_done: int
@@ -54,6 +56,7 @@ def metrics_of(rows: Sequence[dict[str, Any]]) -> Metrics | None:
         last=mean_of(row["last"] for row in used),
         best=mean_of(row["best"] for row in used),
         selected=mean_of(row["selected"] for row in used),
+        tta=mean_of(row.get("tta") for row in used),
         best_by_seed=tuple(row["best"] for row in used if row["best"] is not None),
         n=len(used),
         epochs_done=furthest[1],
@@ -102,5 +105,7 @@ def ours_in_short(metrics: Metrics | None) -> str:
 
 
 def _known(metrics: Metrics) -> list[tuple[str, Mean]]:
-    pairs = (("last", metrics.last), ("best", metrics.best), ("selected", metrics.selected))
+    pairs = (
+        ("last", metrics.last), ("best", metrics.best), ("selected", metrics.selected), ("last with TTA", metrics.tta)
+    )  # fmt: skip
     return [(which, value) for which, value in pairs if value is not None]

@@ -42,6 +42,7 @@ class SeedResult(Strict):
         images_per_s: training speed.
         date: day of its end, UTC, as ``2026-01-31``.
         git: the clean revision that it ran on.
+        tta: of the last epoch with test-time augmentation, in percent; None where the recipe has none.
         absent: which of `FILES` the record does not have.
     """
 
@@ -56,6 +57,7 @@ class SeedResult(Strict):
     images_per_s: Seconds | None
     date: str
     git: str = Field(pattern=r"^[0-9a-f]{7,40}$")
+    tta: Percent | None = None
     absent: list[str] = []
 
 

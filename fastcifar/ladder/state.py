@@ -58,7 +58,7 @@ def job_record(job: Job, note: Note | None = None) -> dict[str, Any]:
 
 
 _EMPTY: dict[str, Any] = dict.fromkeys(
-    ("last", "best", "selected", "training_s", "total_s", "images_per_s", "hardware", "date", "git")
+    ("last", "best", "selected", "tta", "training_s", "total_s", "images_per_s", "hardware", "date", "git")
 ) | {"epochs_done": 0, "epochs": 0, "complete": False}
 
 
@@ -81,7 +81,7 @@ def _epochs(job: Job) -> int:
 def result_row(run: RunDirectory) -> dict[str, Any]:
     """Return a run's results in the form of the ladder's results file; accuracies in percent."""
     summary = run.summary
-    accuracies = {which: (summary.get(which) or {}).get("accuracy") for which in ("last", "best", "selected")}
+    accuracies = {which: (summary.get(which) or {}).get("accuracy") for which in ("last", "best", "selected", "tta")}
     ended = time.gmtime(run.ended_at)
     return {
         **accuracies,

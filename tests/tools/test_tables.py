@@ -61,6 +61,13 @@ def test_a_partly_trained_row_is_not_measured_yet_but_says_how_far_it_is():
     assert ours_in_words(metrics_of(part)).startswith(f"{NOT_MEASURED} (84.20 last after 20 of 100 epochs; a processor")
 
 
+def test_test_time_augmentation_is_told_beside_the_plain_accuracy():
+    seeds = [seed | {"tta": tta} for seed, tta in zip(SEEDS, (61.0, 61.2, 61.4), strict=True)]
+    assert "; 61.20 ± 0.12 with TTA |" in row_of(tables.ladder_table(seeds), "lenet5")
+    assert ", 61.20 ± 0.12 last with TTA (n = 3" in ours_in_words(metrics_of(seeds))
+    assert "TTA" not in ours_in_words(metrics_of(SEEDS))
+
+
 def test_a_complete_run_outweighs_incomplete_ones():
     metrics = metrics_of([ENTRY | {"seed": 43, "complete": False, "epochs_done": 3, "last": 10.0}, ENTRY])
     assert (metrics.n, metrics.last.mean, metrics.complete) == (1, 59.8, True)
