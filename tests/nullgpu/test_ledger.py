@@ -19,9 +19,14 @@ import launches
 COMMITTED = launches.read_ledger().get(launches.NULL, {})
 CHEAP = "lenet5"  # measured in every test run, by test_small.py; the others with `make nullgpu`
 NO_DENSE_GRADIENTS = ("beyond/vit", "beyond/convnextv2", "beyond/shake-shake", "beyond/residual-attention92")
-ONCE_PER_CODE = (*NO_DENSE_GRADIENTS, "beyond/cct", "beyond/pyramid-aligned")
-"""Counted again only when their entry in the ledger is of other code or versions: they are no rows of the ladder, and
-half an hour of one core. Few layers of each are captured every time, in test_architectures.py."""
+ONCE_PER_CODE = (
+    *NO_DENSE_GRADIENTS, "beyond/cct", "beyond/pyramid-aligned", "pyramid", "aug-mixup", "wrn-sgd",
+)  # fmt: skip
+"""Counted again only when their entry in the ledger is of other code or versions: half an hour of one core.
+
+The former are no rows of the ladder, and few layers of each are captured every time, in test_architectures.py; the
+passes of the last three are those of pyramid400, aug-cutmix and wrn-200, which are counted every time.
+"""
 
 
 def steps_of(recipe: str, folder: Path, deadline_s: float) -> Report:
