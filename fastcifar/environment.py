@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -54,16 +55,31 @@ def cpu_name() -> str:
 
 
 def git_revision() -> str | None:
-    """Return the clone's short revision, with ``+`` where files differ from it; None outside a clone."""
+    """Return the clone's short revision, with ``+`` where files differ from it; None outside a clone.
+
+    What ``git archive`` wrote has no history to compare with: its revision is the one it was written from.
+    """
     folder = clone()
     if folder is None or not (folder / ".git").exists():
-        return None
+        return None if folder is None else archived_revision(folder)
     try:
         head = _git(folder, "rev-parse", "--short=10", "HEAD")
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")
+
+
+def archived_revision(folder: Path) -> str | None:
+    """Return the short revision that ``git archive`` put into ``.git_archival.txt``; None in any other folder.
+
+    The file's name and form are those of setuptools-scm. Elsewhere it holds the placeholder that git replaces.
+    """
+    try:
+        node = (folder / ".git_archival.txt").read_text().partition("node:")[2].strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return node[:10] if re.fullmatch("[0-9a-f]{40}", node) else None
 
 
 def _git(folder: Path, *words: str) -> str:
