@@ -8,6 +8,7 @@ measurement of that code.
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +87,14 @@ class Ema:
                 average.mul_(self.decay).add_(state[name], alpha=1 - self.decay)
 
 
+def torch_defaults() -> Any:
+    """Return a context with cuDNN's switches as torch has them, which that code leaves alone: tf32, nothing timed.
+
+    Our precisions set them for the whole process; without this the other side would convolve in slower fp32.
+    """
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=True)
+
+
 class PublishedLoop:
     """Trains for a number of steps at a time; the loader goes on where it stopped."""
 
@@ -116,9 +125,10 @@ class PublishedLoop:
     def steps(self, count: int) -> float:
         """Take ``count`` steps and return their mean loss."""
         total = 0.0
-        for _ in range(count):
-            images, labels = (t.to(self.device, non_blocking=True) for t in next(self._batches))
-            total += self.step(images, labels)
+        with torch_defaults():
+            for _ in range(count):
+                images, labels = (t.to(self.device, non_blocking=True) for t in next(self._batches))
+                total += self.step(images, labels)
         return total / count
 
     def step(self, images: Tensor, labels: Tensor) -> float:

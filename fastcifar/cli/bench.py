@@ -29,7 +29,9 @@ def bench(
     contract: Annotated[
         bool, typer.Option("--contract", help="time-to-accuracy: time as the speed records do; mean, error, p-value")
     ] = False,
-    recipe: Annotated[list[str] | None, typer.Option(help="time-to-accuracy: train this one, with its target")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="time-to-accuracy: train this one, with its target; step: take its step")
+    ] = None,
     runs: Annotated[int | None, typer.Option(min=1, max=10_000, help="time-to-accuracy: how many seeds")] = None,
 ) -> None:
     """Run benchmarks; each compares sides in turn and reports medians, spreads and ratios.
@@ -73,18 +75,20 @@ def chosen(names: list[str]) -> list[str]:
 
 
 def options_of(names: list[str] | None, contract: bool, recipes: list[str] | None, runs: int | None) -> list[str]:
-    """Return the options of time-to-accuracy as its own command line has them.
+    """Return the options of time-to-accuracy, or of step, as their own command lines have them.
 
     Raises:
-        UserError: they are given with other benchmarks than that one, or a recipe is none that trains.
+        UserError: they are given with other benchmarks than these, or a recipe is none that trains.
     """
     from fastcifar.config import CombineRecipe, load_recipe
 
     options = ["--contract"] * contract + [f"--recipe={name}" for name in recipes or []]
     options += [] if runs is None else [f"--runs={runs}"]
-    if options and chosen(names or ["all"]) != ["time-to-accuracy"]:
+    asked = chosen(names or ["all"])
+    of_step = asked == ["step"] and not contract and runs is None
+    if options and asked != ["time-to-accuracy"] and not of_step:
         raise UserError(
-            "bench: --contract, --recipe and --runs are of time-to-accuracy: "
+            "bench: --contract, --recipe and --runs are of time-to-accuracy (--recipe of step too): "
             f"`fastcifar bench time-to-accuracy {' '.join(options)}`"
         )
     for name in recipes or []:

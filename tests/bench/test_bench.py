@@ -35,6 +35,22 @@ def test_a_wrong_name_is_answered_with_the_nearest():
         bench.chosen(["loader"])
 
 
+@pytest.mark.parametrize("names", [["step"], ["time_to_accuracy"]])
+def test_a_recipe_is_for_what_takes_one(names):
+    assert bench.options_of(names, False, ["wrn-sgd"], None) == ["--recipe=wrn-sgd"]
+    with pytest.raises(UserError, match="stacking: is a combination"):
+        bench.options_of(names, False, ["stacking"], None)
+
+
+@pytest.mark.parametrize(
+    ("names", "contract", "recipes", "runs"), [(["step"], False, [], 3), (["step"], True, [], None),
+        (None, False, ["smoke"], None), (["step", "models"], False, ["smoke"], None)],
+)  # fmt: skip
+def test_options_of_other_benchmarks_are_refused(names, contract, recipes, runs):
+    with pytest.raises(UserError, match="are of time-to-accuracy"):
+        bench.options_of(names, contract, recipes, runs)
+
+
 def test_results_are_named_by_date_and_hardware():
     assert bench.results_name(ENVIRONMENT) == "2026-01-31-nvidia-h200.json"
     assert bench.hardware({"hardware": "AMD EPYC, 2 cores"}) == "amd-epyc-2-cores"
