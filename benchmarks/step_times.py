@@ -17,26 +17,22 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from common import Row, alternate, device, main, report_of, result, timed
+from common import Row, alternate, device, main, result, timed
 from fastcifar.augment.augment import build_augment
 from fastcifar.augment.mix import build_mix
-from fastcifar.cli.bench import hardware, merge, read_results, results_name
 from fastcifar.config import load_recipe, shipped_recipes
 from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
 from fastcifar.device import with_precision
 from fastcifar.errors import UserError
-from fastcifar.locations import new_results_folder
 from fastcifar.models import build_model
 from fastcifar.models.budget import (
     compilation_key,
     evaluation_key,
     images_to_train,
-    results_of,
     step_key,
     steps_per_epoch,
 )
@@ -44,6 +40,7 @@ from fastcifar.models.cost import cost_of_config
 from fastcifar.train.evaluate import Evaluator
 from fastcifar.train.precision import PRECISIONS
 from fastcifar.train.step import build_step
+from resuming import keep, unfinished
 
 IMAGE_SHAPE = (32, 32, 3)
 SAMPLE_S = 0.5  # the least time that one measure takes, so that many replays are in it
@@ -163,40 +160,14 @@ def measure_apart(recipe: Recipe, quick: bool) -> list[Row]:
             raise UserError(f"{recipe.name}: the process ended before it had measured anything") from None
 
 
-# ------------------------------------------------------------------------------------------------------------ resuming
-
-
-def unfinished() -> tuple[Path, dict[str, Row]]:
-    """Return the results file to go on with, and its rows by name: none unless an unfinished report fits this start."""
-    now = report_of("step_times", False, [])
-    fresh = new_results_folder() / results_name(now["environment"])
-    paths = results_of(new_results_folder(), hardware(now["environment"]))
-    found = [(path, r) for path in paths for r in read_results(path)["benchmarks"] if r["benchmark"] == "step_times"]
-    if not found or found[-1][1].get("complete", True) or sources(found[-1][1]) != sources(now):
-        return fresh, {}
-    path, report = found[-1]
-    return path, {row["name"]: row for row in report["results"]}
-
-
-def sources(report: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what rows of one report have to share: the commit, torch, Triton, and the hardware."""
-    environment = report["environment"]
-    packages = environment["packages"]
-    return environment["git"], packages.get("torch"), packages.get("triton"), environment["hardware"]
-
-
-def keep(path: Path, rows: dict[str, Row]) -> None:
-    """Write the rows so far into the results file."""
-    merge(path, report_of("step_times", False, list(rows.values())) | {"complete": False})
-
-
 def run(quick: bool) -> list[Row]:
     """Measure each kind of step, in milliseconds; a kind that fails does not keep the others from being measured.
 
     Raises:
         UserError: a kind failed.
     """
-    path, rows = (Path(), {}) if quick else unfinished()
+    path, report = (Path(), None) if quick else unfinished("step_times")
+    rows: dict[str, Row] = {row["name"]: row for row in report["results"]} if report else {}
     failed = []
     for recipe in kinds(quick):
         if compilation_key(recipe) in rows:
@@ -207,7 +178,7 @@ def run(quick: bool) -> list[Row]:
         except UserError as error:
             failed.append(str(error))
         if not quick:
-            keep(path, rows)
+            keep(path, "step_times", list(rows.values()))
     if failed:
         raise UserError("; ".join(failed))
     return list(rows.values())

@@ -3,10 +3,13 @@
 Training alone counts (data on the device, compilation and evaluation apart), over n runs whose mean accuracy must reach
 the target. The first step of a run, which compiles, is counted as an average one. With ``--contract`` the clock is that
 of the records, to the letter: reset, whitening and augmentation count, compilation and evaluation do not; see
-`fastcifar.train.contract`. ``--quick`` trains the smoke recipe on synthetic images instead, to show that the way works.
+`fastcifar.train.contract`. There each run is in the results file at once, in a report that is not ``complete``, and the
+next start goes on after it, where sources and torch are still the same. ``--quick`` trains the smoke recipe on
+synthetic images instead, to show that the way works.
 """
 
 import argparse
+import hashlib
 import statistics
 import sys
 import tempfile
@@ -21,7 +24,9 @@ from fastcifar.errors import UserError
 from fastcifar.open_run import open_run
 from fastcifar.train.contract import ContractResult, ContractRun
 from fastcifar.train.run import train
+from resuming import keep, unfinished
 
+CONTRACT = "time_to_accuracy_contract"
 RUNS = {"beyond/speed94": 20, "beyond/speed96": 10}
 QUICK_RUNS = {"smoke": 2}
 
@@ -64,17 +69,41 @@ def measure(name: str, n: int) -> list[Row]:
     ]
 
 
-def contract(name: str, n: int) -> list[Row]:
-    """Return the rows of one recipe under the records' contract: means, standard errors, the p-value."""
-    with_seeds = recipes(name, n)
-    if device().type == "cuda":  # as airbench does: the first run of a process loads libraries and sets clocks going
-        ContractRun(with_seeds[0])()
-    runs = []
-    for recipe in with_seeds:
-        runs.append(ContractRun(recipe)())
-        done = runs[-1]
-        print(f"{name}: seed {recipe.seed}: {done.seconds:.3f} s, {done.accuracy:.2f}%", file=sys.stderr, flush=True)
-    return contract_rows(name, runs, with_seeds[0].target)
+def contract(given: dict[str, int], quick: bool) -> list[Row]:
+    """Return the rows of recipes under the records' contract, after the runs of an unfinished report.
+
+    Args:
+        given: recipe -> how many seeds.
+        quick: whether nothing is kept.
+    """
+    path, report = (Path(), None) if quick else unfinished(CONTRACT)
+    kept = {key: ContractResult(*values) for key, values in (report or {}).get("runs", {}).items()}
+    rows: list[Row] = []
+    for name, n in given.items():
+        wanted, warm = recipes(name, n), device().type != "cuda"
+        for recipe in wanted:
+            if key_of(recipe) in kept:
+                continue
+            if not warm:  # as airbench does: the first run of a process loads libraries and sets clocks going
+                ContractRun(recipe)()
+                warm = True
+            done = kept[key_of(recipe)] = ContractRun(recipe)()
+            found = f"{done.seconds:.3f} s, {done.accuracy:.2f}%"
+            print(f"{name}: seed {recipe.seed}: {found}", file=sys.stderr, flush=True)
+            if not quick:
+                keep(path, CONTRACT, [*rows, *rows_of(name, wanted, kept)], runs=kept)
+        rows += rows_of(name, wanted, kept)
+    return rows
+
+
+def key_of(recipe: Recipe) -> str:
+    """Return what a run's result is kept by: all that its recipe says."""
+    return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()
+
+
+def rows_of(name: str, wanted: list[Recipe], kept: dict[str, ContractResult]) -> list[Row]:
+    """Return the rows of those of a recipe's runs that have ended."""
+    return contract_rows(name, [kept[key] for key in map(key_of, wanted) if key in kept], wanted[0].target)
 
 
 def contract_rows(name: str, runs: list[ContractResult], target: float | None) -> list[Row]:
@@ -109,8 +138,11 @@ def main() -> None:
     parser.add_argument("--recipe", action="append", help="train this one; more than once for several")
     parser.add_argument("--runs", type=int, help="how many seeds")
     arguments = parser.parse_args()
-    name, rows_of = ("time_to_accuracy_contract", contract) if arguments.contract else ("time_to_accuracy", measure)
-    execute(name, arguments, lambda quick: [row for name, n in asked(arguments).items() for row in rows_of(name, n)])
+    given = asked(arguments)
+    if arguments.contract:
+        execute(CONTRACT, arguments, lambda quick: contract(given, quick))
+    else:
+        execute("time_to_accuracy", arguments, lambda _: [row for name, n in given.items() for row in measure(name, n)])
 
 
 if __name__ == "__main__":

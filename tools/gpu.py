@@ -30,19 +30,20 @@ GRACE_S = 30.0
 UNFINISHED = 3
 INTERRUPTED = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
 """Statuses of a command that a signal stopped: what it had done is kept, and it wants to be run again."""
-RESUMABLE = ("launches", "step-times")
-"""Benchmarks that keep each recipe's result at once, so that another start goes on."""
+RESUMABLE = ("launches", "step-times", "--contract")
+"""Benchmarks, or an option of one, that keep each recipe's or run's result at once, so that another start goes on."""
 TRIES = 20
 """How often a piece is started at most, so that one without progress does not keep a machine for ever."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One part of the work; ``benchmarks`` (and then ``tests``), or ``rows`` (with ``seeds``)."""
+    """One part of the work; ``benchmarks`` with ``options`` (and then ``tests``), or ``rows`` (with ``seeds``)."""
 
     name: str
     tests: bool = False
     benchmarks: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     quick: bool = False
     rows: tuple[str, ...] = ()
     seeds: int = 1
@@ -56,7 +57,7 @@ PIECES = (
     Piece("suite-rest", benchmarks=("loaders", "models", "large-data", "seeds", "jobs")),
     Piece("step-times", benchmarks=("step-times",)),
     Piece("wrn-200", rows=("wrn-200",)),
-    Piece("time-to-accuracy", benchmarks=("time-to-accuracy",)),
+    Piece("contract", benchmarks=("time-to-accuracy",), options=("--contract", "--runs", "40")),
     Piece("ladder-augmentation", rows=("aug-*",)),
     Piece("ladder-residual", rows=("residual", "residual-deep")),
     Piece("ladder-wrn", rows=("wrn-*",)),
@@ -158,9 +159,10 @@ def commands(piece: Piece, minutes: float) -> list[list[str]]:
     command = [sys.executable, "-m", "fastcifar"]
     if piece.benchmarks or piece.tests:
         quick = ["--quick"] if piece.quick or REHEARSAL else []
+        options = ["--contract"] * ("--contract" in piece.options) if REHEARSAL else piece.options
         to = ["--out", str(FOLDER / "results.json")] if REHEARSAL else []
         tests = [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]] if piece.tests else []
-        return [*([*command, "bench", name, *quick, *to] for name in every(piece.benchmarks)), *tests]
+        return [*([*command, "bench", name, *options, *quick, *to] for name in every(piece.benchmarks)), *tests]
     return [[*command, "ladder", *ladder_options(piece), "--until", f"{60 * minutes - GRACE_S:.0f}s"]]
 
 

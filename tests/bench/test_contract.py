@@ -19,6 +19,7 @@ from fastcifar.train.contract import ContractResult, ContractRun
 from tests.train.tiny import recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import resuming
 import time_to_accuracy
 
 SPEEDNET = {"name": "speednet", "widths": [4, 4, 4], "whiten_bias_epochs": 1}
@@ -122,7 +123,38 @@ def test_a_recipe_that_cannot_be_timed_is_refused_before_anything_runs(
         bench.bench(["time-to-accuracy"], recipe=[recipe])
 
 
-def test_from_its_own_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_kept_at_once_and_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(resuming, "new_results_folder", lambda: tmp_path)
+    trained = []
+
+    def interrupted_before(last: int) -> None:
+        def run(wanted):
+            if wanted.seed == last:
+                raise KeyboardInterrupt
+            trained.append(wanted.seed)
+            return lambda: ContractResult(1.5, 0.5, float(wanted.seed))
+
+        monkeypatch.setattr(time_to_accuracy, "ContractRun", run)
+
+    interrupted_before(44)
+    with pytest.raises(KeyboardInterrupt):
+        time_to_accuracy.contract({"beyond/speed94": 3}, quick=False)
+    (path,) = tmp_path.iterdir()
+    (report,) = bench.read_results(path)["benchmarks"]
+    assert not report["complete"]
+    assert next(row["value"] for row in report["results"] if "accuracy, mean" in row["name"]) == 42.5
+    interrupted_before(0)
+    rows = time_to_accuracy.contract({"beyond/speed94": 3, "beyond/speed96": 1}, quick=False)
+    assert trained == [42, 43, 44, 42]
+    assert next(row for row in rows if row["name"] == "beyond/speed94: accuracy, mean")["value"] == 43
+
+
+def test_from_its_own_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(resuming, "new_results_folder", lambda: tmp_path)
     monkeypatch.setattr(time_to_accuracy, "ContractRun", lambda wanted: lambda: ContractResult(1.5, 0.5, wanted.seed))
     words = ["time_to_accuracy.py", "--contract", "--json", "--runs=3", "--recipe=beyond/speed94"]
     monkeypatch.setattr(sys, "argv", words)

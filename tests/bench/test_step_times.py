@@ -13,6 +13,7 @@ from fastcifar.models.budget import compilation_key, step_key
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common  # noqa: E402
+import resuming  # noqa: E402
 import step_times  # noqa: E402
 
 NAMES = ("lenet5", "deep-bn", "wrn-sgd")
@@ -27,7 +28,7 @@ def measured(tmp_path, monkeypatch) -> list[str]:
         calls.append(recipe.name)
         return [common.result(key(recipe), [float(len(calls))], "ms") for key in (step_key, compilation_key)]
 
-    monkeypatch.setattr(step_times, "new_results_folder", lambda: tmp_path)
+    monkeypatch.setattr(resuming, "new_results_folder", lambda: tmp_path)
     monkeypatch.setattr(step_times, "kinds", lambda quick: [load_recipe(name) for name in NAMES])
     monkeypatch.setattr(step_times, "measure_apart", measure_apart)
     return calls
@@ -71,7 +72,7 @@ def test_other_sources_begin_anew(measured, tmp_path):
     report = common.report_of("step_times", False, list(rows.values())) | {"complete": False}
     report["environment"] |= {"git": "another"}
     bench.merge(path, report)
-    assert step_times.unfinished() == (path, {})
+    assert resuming.unfinished("step_times")[1] is None
 
 
 def test_a_kind_that_fails_does_not_stop_the_others(measured, tmp_path, monkeypatch):
