@@ -244,8 +244,9 @@ def predicted_lines(told: dict[str, Any] | None) -> list[str]:
     parts = ", ".join(f"{part} {told[f'{part}_s']:.3g}" for part in ("library", "generated", "own", "launches"))
     count = "" if kernels is None else f", {kernels:,.0f} kernels a step"
     peaks = ", ".join(f"{name} {peak:,.5g}" for name, peak in card["tflops"].items())
+    floor = "at least " if told["basis"] == "floor" else ""  # launches, the most of a small model's time, are not in it
     return [
-        f"epoch    {told['epoch_s']:.3g} s on {card['name']} ({told['status']}): {parts}, "
+        f"epoch    {floor}{told['epoch_s']:.3g} s on {card['name']} ({told['status']}): {parts}, "
         f"evaluation {told['evaluation_s']:.3g}",
         f"from     {told['source']}{count}",
         f"assumed  {assumed['arithmetic']:.0%} of the peak in TFLOP/s ({peaks}), {assumed['memory']:.0%} of "

@@ -187,6 +187,11 @@ def test_a_card_with_a_data_sheet_gets_a_prediction_that_says_what_it_is(monkeyp
     assert plan.describe(recipe, None, "x", {})["predicted"] is None
 
 
+def test_a_prediction_without_launches_says_that_it_is_a_floor():
+    text = "\n".join(plan.lines(plan.describe(load_recipe("deep"), None, "h200", {})))
+    assert "epoch    at least " in text
+
+
 def test_the_ladder_marks_what_is_only_a_floor(monkeypatch):
     from fastcifar.models import gpu_prediction
     from fastcifar.models.cost import Cost, Operation
