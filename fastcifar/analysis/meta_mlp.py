@@ -17,11 +17,11 @@ EPOCHS = 20
 BATCH_SIZE = 128
 DROPOUT = 0.3
 WIDTHS = (256, 128, 64)
+WEIGHT_DECAY = 0.1
 # As published. The step asks for a whole recipe; the model that it names is not built, `build_mlp`'s is given.
 RECIPE = {
     "name": "meta-mlp",
     "model": {"name": "lenet5"},
-    "optimizer": {"name": "adam", "lr": 5e-3, "weight_decay": 0.1},
     "schedule": {"name": "cosine"},
     "loss": {"label_smoothing": 0.1},
     "train": {"epochs": EPOCHS, "batch_size": BATCH_SIZE},
@@ -48,6 +48,7 @@ def fit_mlp(
     seed: int,
     *,
     epochs: int = EPOCHS,
+    weight_decay: float = WEIGHT_DECAY,
     after_epoch: Callable[[int, nn.Module], None] | None = None,
 ) -> nn.Module:
     """Fit the meta-model with the engine's step: Adam with L2 decay, a cosine over 20 epochs, label smoothing.
@@ -58,13 +59,15 @@ def fit_mlp(
         classes: K.
         seed: of the initialization, the order and the dropout; the caller's generator is left alone.
         epochs: stop after this many of the 20 that the cosine spans.
+        weight_decay: Adam's L2 decay; the default is the published one.
         after_epoch: called with the number of finished epochs and the model in evaluation mode.
 
     Returns:
         The model in evaluation mode.
     """
     inputs, answers = torch.from_numpy(features), torch.from_numpy(labels)
-    recipe = Recipe.model_validate({**RECIPE, "seed": seed})
+    optimizer = {"name": "adam", "lr": 5e-3, "weight_decay": weight_decay}
+    recipe = Recipe.model_validate({**RECIPE, "optimizer": optimizer, "seed": seed})
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(torch_seed(seed, EPOCHS))  # the step seeds epochs 0 to 19, for the dropout
         model = build_mlp(features.shape[1], classes)

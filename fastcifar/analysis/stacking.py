@@ -5,8 +5,8 @@ test set. The members know those images by heart, and the test set has been look
 no estimate of new images. It is here to be compared with, under its name: the published ladder's last row, of the
 article "CIFAR-10 분류 모델 97.78% 달성하기", was obtained so.
 
-``honest``: fitted on the holdout, which no member was trained on; what there is to choose (the MLP's epochs, the
-logistic regression's penalty) is chosen by cross-validation there, and the test set is scored once.
+``honest``: fitted on the holdout, which no member was trained on; what there is to choose (the MLP's weight decay and
+epochs, the logistic regression's penalty) is chosen by cross-validation there, and the test set is scored once.
 """
 
 from dataclasses import dataclass, field
@@ -19,6 +19,11 @@ from fastcifar.analysis.members import Scores
 from fastcifar.analysis.statistics import accuracy
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+DECAYS = (0.1, 0.01)
+"""Of the MLP: as published, for members that are nearly always right, and for weaker ones.
+
+Six LeNet-5 of 59% to 60% stacked on 5,000 images came to 59.6% with the former, and to 65.3% with the latter.
+"""
 PUBLISHED = "published: fitted on the members' training images, epoch chosen on the test set"
 HONEST = "honest: fitted on the holdout by cross-validation, test set scored once"
 
@@ -85,14 +90,17 @@ def stack_honest(holdout: Scores, test: Scores, meta: str, seed: int) -> Stacked
         return _honest_logistic(holdout, test, seed)
     from fastcifar.analysis.meta_mlp import fit_mlp, mlp_logits
 
-    metrics = _mlp_cv_accuracies(holdout, seed)
-    epochs = int(np.argmax(metrics)) + 1
-    model = fit_mlp(features(holdout.logits), holdout.labels, test.logits.shape[-1], seed, epochs=epochs)
+    metrics = np.array([_mlp_cv_accuracies(holdout, seed, decay) for decay in DECAYS])
+    row, column = np.unravel_index(metrics.argmax(), metrics.shape)
+    decay, epochs = DECAYS[row], int(column) + 1
+    inputs, classes = features(holdout.logits), test.logits.shape[-1]
+    model = fit_mlp(inputs, holdout.labels, classes, seed, epochs=epochs, weight_decay=decay)
     logits = mlp_logits(model, features(test.logits))
-    return Stacked(logits, logits, {"protocol": HONEST, "meta_epoch": epochs, "cv_accuracy": metrics[epochs - 1]})
+    chosen = {"meta_epoch": epochs, "weight_decay": decay, "cv_accuracy": float(metrics[row, column])}
+    return Stacked(logits, logits, {"protocol": HONEST, **chosen})
 
 
-def _mlp_cv_accuracies(holdout: Scores, seed: int) -> list[float]:
+def _mlp_cv_accuracies(holdout: Scores, seed: int, decay: float) -> list[float]:
     """Return the accuracy in percent after each meta-epoch on images that were not fitted on, over all folds."""
     from fastcifar.analysis.meta_mlp import EPOCHS, fit_mlp, mlp_logits
 
@@ -103,7 +111,9 @@ def _mlp_cv_accuracies(holdout: Scores, seed: int) -> list[float]:
         def count(epoch: int, model: Any, rows: np.ndarray = left_out) -> None:
             right[epoch - 1] += (mlp_logits(model, inputs[rows]).argmax(-1) == labels[rows]).sum()
 
-        fit_mlp(inputs[fitted], labels[fitted], holdout.logits.shape[-1], seed, after_epoch=count)
+        fit_mlp(
+            inputs[fitted], labels[fitted], holdout.logits.shape[-1], seed, weight_decay=decay, after_epoch=count
+        )  # fmt: skip
     return [float(value) for value in 100 * right / len(labels)]
 
 

@@ -144,6 +144,8 @@ def _details(details: dict[str, Any]) -> str:
         parts.append(f"fitted on the holdout, pulled to equal weights by {details['shrinkage']:g}")
     if "meta_epoch" in details:
         parts.append(f"meta-epoch {details['meta_epoch']}")
+    if "weight_decay" in details:
+        parts.append(f"weight decay {details['weight_decay']:g}")
     if "penalty" in details:
         parts.append(f"C {details['penalty']:g}")
     return f"; {', '.join(parts)}" if parts else ""

@@ -51,6 +51,15 @@ def test_honest_stacking_beats_its_members(rng, meta):
     assert accuracy(stacked.logits, test.labels) > alone + 1
 
 
+def test_weak_members_get_a_weaker_decay(rng):
+    """With the published one the meta-model of such members is no better than one of them."""
+    holdout, test = scores(rng, 600, (0.8,) * 6), scores(rng, 2000, (0.8,) * 6)
+    stacked = stacking.stack_honest(holdout, test, "mlp", 250)
+    alone = max(accuracy(logits, test.labels) for logits in test.logits)
+    assert stacked.details["weight_decay"] == 0.01
+    assert accuracy(stacked.logits, test.labels) > alone + 10
+
+
 @pytest.mark.parametrize("meta", ["mlp", "logistic"])
 def test_honest_stacking_never_reads_the_test_labels(rng, meta):
     holdout, test = scores(rng, 200, classes=3), scores(rng, 100, classes=3)
@@ -80,11 +89,11 @@ def mean_accuracy(stack, pairs):
 def test_the_published_protocol_finds_skill_in_random_labels_and_the_honest_one_does_not(rng):
     """The leak: choosing the epoch on the test set beats chance there, however random its labels are.
 
-    The honest protocol fits six times, so it gets fewer but larger test sets, of as many images in all.
+    The honest protocol fits eleven times, so it gets fewer but larger test sets, of as many images in all.
     """
     error = 100 * np.sqrt(0.1 * 0.9 / IMAGES)  # binomial standard error of the mean, in points
     assert mean_accuracy(stacking.stack_published, random_labels(rng, 30, IMAGES // 30)) > 10 + 4 * error
-    assert abs(mean_accuracy(stacking.stack_honest, random_labels(rng, 6, IMAGES // 6)) - 10) < 3 * error
+    assert abs(mean_accuracy(stacking.stack_honest, random_labels(rng, 3, IMAGES // 3)) - 10) < 3 * error
 
 
 def test_members_that_know_their_images_by_heart_fool_the_published_meta_model(rng):
