@@ -82,7 +82,7 @@ class Ours:
 
 
 class Bare:
-    """What a user writes by hand: normalized tensors in memory, bf16 autocast; on a GPU compiled, torch's fused SGD."""
+    """What a user writes by hand: normalized tensors in memory, bf16 autocast; compiled and fused on a GPU."""
 
     def __init__(self, recipe: Recipe, images: np.ndarray, labels: np.ndarray) -> None:
         self.device = device()
