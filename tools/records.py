@@ -142,9 +142,11 @@ def seed_result(run: RunDirectory) -> SeedResult:
     """
     row = result_row(run)
     git = clean_revision(run, row["git"])
-    kept = {key: row[key] for key in SeedResult.model_fields if key not in ("seed", "git", "absent")}
+    kept = {key: row[key] for key in SeedResult.model_fields if key not in ("seed", "git", "precision", "absent")}
     absent = [name for name in FILES if not (run.folder / name).is_file()]
-    return SeedResult(seed=run.summary["seed"], git=git, absent=absent, **kept)
+    told = run.recipe.engine.precision if isinstance(run.recipe, Recipe) else "auto"
+    precision = None if told == "auto" else told
+    return SeedResult(seed=run.summary["seed"], git=git, precision=precision, absent=absent, **kept)
 
 
 def clean_revision(run: RunDirectory, git: str | None) -> str:

@@ -215,9 +215,10 @@ def best_and_last(metrics: Metrics) -> str:
 
 
 def measured(metrics: Metrics) -> str:
-    """Return how many seeds ran, on what, and when."""
+    """Return how many seeds ran, in which precision if they were told one, on what, and when."""
     seeds = "1 seed" if metrics.n == 1 else f"{metrics.n} seeds"
-    return f"{seeds}, {metrics.hardware}, {metrics.date}"
+    told = f" in {metrics.precision}" if metrics.precision else ""
+    return f"{seeds}{told}, {metrics.hardware}, {metrics.date}"
 
 
 # --------------------------------------------------------------------------------------------------------- benchmarks

@@ -28,6 +28,7 @@ class Metrics:
         training_s: mean training time in seconds.
         images_per_s: median speed.
         hardware, date, git: of these runs, several joined by "; ".
+        precision: likewise, of those that were told one; empty where none was.
     """
 
     last: Mean | None
@@ -44,6 +45,7 @@ class Metrics:
     hardware: str
     date: str
     git: str
+    precision: str
 
 
 def metrics_of(rows: Sequence[dict[str, Any]]) -> Metrics | None:
@@ -67,6 +69,7 @@ def metrics_of(rows: Sequence[dict[str, Any]]) -> Metrics | None:
         hardware=_joined(row["hardware"] for row in used),
         date=max(str(row["date"]) for row in used),
         git=_joined(row["git"] for row in used),
+        precision=_joined(row.get("precision") for row in used),
     )
 
 
@@ -89,10 +92,11 @@ def ours_in_words(metrics: Metrics | None) -> str:
     if metrics is None:
         return NOT_MEASURED
     where = f"{metrics.hardware}, {metrics.date}"
+    told = f" in {metrics.precision}" if metrics.precision else ""
     if not metrics.complete:
         return f"{NOT_MEASURED} ({metrics.last} last after {metrics.epochs_done} of {metrics.epochs} epochs; {where})"
     parts = [f"{value} {which}" for which, value in _known(metrics)]
-    return f"{', '.join(parts)} (n = {metrics.n}; {where})"
+    return f"{', '.join(parts)} (n = {metrics.n}{told}; {where})"
 
 
 def ours_in_short(metrics: Metrics | None) -> str:

@@ -43,6 +43,7 @@ class SeedResult(Strict):
         date: day of its end, UTC, as ``2026-01-31``.
         git: the clean revision that it ran on.
         tta: of the last epoch with test-time augmentation, in percent; None where the recipe has none.
+        precision: ``engine.precision`` where the run was told one; None where it took the device's.
         absent: which of `FILES` the record does not have.
     """
 
@@ -58,6 +59,7 @@ class SeedResult(Strict):
     date: str
     git: str = Field(pattern=r"^[0-9a-f]{7,40}$")
     tta: Percent | None = None
+    precision: str | None = None
     absent: list[str] = []
 
 

@@ -51,6 +51,12 @@ def test_a_measured_row_has_mean_standard_error_and_difference():
     assert "[`lenet5`](recipes/lenet5.toml) 59.48" not in tables.ladder_table(SEEDS)
 
 
+def test_a_precision_that_was_asked_for_is_named():
+    row = row_of(tables.ladder_table([entry | {"precision": "fp32"} for entry in SEEDS]), "lenet5")
+    assert "| 3 seeds in fp32, a processor" in row
+    assert "(n = 1 in fp32; a processor" in ours_in_words(metrics_of([ENTRY | {"precision": "fp32"}]))
+
+
 def test_one_seed_has_no_p_value():
     assert "| n = 1: no test |" in row_of(tables.ladder_table([ENTRY]), "lenet5")
 
