@@ -88,8 +88,10 @@ class Execution:
         # Every shape and every phase: none may be met first while the training clock runs.
         for phase, batch in itertools.product(self._step.phases(), list(batches)):
             own, self._step.phase = self._step.user_optimizer, phase
-            with preserved(self._step.changing()), own.unchanged() if own else nullcontext(), out_of_memory_explained():
-                self._rehearse(batch)
+            with preserved(self._step.changing()) as put_back, own.unchanged() if own else nullcontext(), (
+                out_of_memory_explained()
+            ):
+                self._rehearse(batch, put_back)
                 if self.graph is not None:
                     self.graph.capture(batch)
         self._step.phase = self._step.next_phase()
@@ -101,10 +103,10 @@ class Execution:
             if other is not None:
                 other.compile(by)
 
-    def _rehearse(self, batch: Batch) -> None:
+    def _rehearse(self, batch: Batch, put_back: Callable[[], None]) -> None:
         """Run the step without capturing it, giving up what does not work."""
         try:
-            self._run(batch)
+            self._run(batch, put_back)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -113,14 +115,18 @@ class Execution:
             # Whose error is it? The plain model tells: where it fails too, the model is wrong, not the compiler.
             self.compiled, (self._step.forward, self._step.score) = False, self._plain
             self._compile_others(None)
-            self._run(batch)  # an error of the model itself, not of the compiler, is raised here
+            put_back()
+            self._run(batch, put_back)  # an error of the model itself, not of the compiler, is raised here
             self._fall_back(f"the model cannot be compiled and runs without compilation: {root_cause(error)}")
 
-    def _run(self, batch: Batch) -> None:
+    def _run(self, batch: Batch, put_back: Callable[[], None]) -> None:
         if self.graph is None:
             self._step.execute(batch)
             return
-        self.graph.beside(lambda: repeat(WARM_UP_RUNS, self._step.execute, batch))
+        for _ in range(WARM_UP_RUNS):
+            self.graph.beside(lambda: self._step.execute(batch))
+            # Each is the same step: an epoch, or what is left of a run, may have fewer than these, and its tables too.
+            put_back()
         # Asked before the capture, not found out by it: a failed capture cannot be undone.
         waits = self.graph.beside(lambda: first_wait(lambda: self._step.execute(batch)))
         if waits is not None:
@@ -139,12 +145,6 @@ def is_strict(config: EngineConfig) -> bool:
     A variable rather than a change of the recipe, so that a run is recorded as of the recipe that it is of.
     """
     return config.strict or os.environ.get("FASTCIFAR_STRICT") == "1"
-
-
-def repeat(times: int, execute: Callable[[Batch], None], batch: Batch) -> None:
-    """Execute a step on the same batch some times."""
-    for _ in range(times):
-        execute(batch)
 
 
 def choose_mode(
@@ -198,18 +198,26 @@ def compile_model(forward: Function) -> Function:
 
 
 @contextmanager
-def preserved(state: Iterable[Tensor]) -> Iterator[None]:
-    """Put tensors and torch's generators back to what they were before the block, in place."""
+def preserved(state: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
+    """Put tensors and torch's generators back to what they were before the block, in place.
+
+    Yields:
+        What does so at once, for a block that wants it in between too.
+    """
     # Copies, because a captured graph has the addresses of the tensors themselves.
     before, host = [(tensor, tensor.clone()) for tensor in state], torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    yield
-    with torch.no_grad():
-        for tensor, old in before:
-            tensor.copy_(old)
-    torch.set_rng_state(host)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for tensor, old in before:
+                tensor.copy_(old)
+        torch.set_rng_state(host)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+    yield put_back
+    put_back()
 
 
 def first_wait(run: Callable[[], Any]) -> str | None:

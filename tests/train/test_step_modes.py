@@ -12,9 +12,10 @@ from fastcifar.data.batch import Batch
 from fastcifar.errors import UserError
 from fastcifar.models import build_model
 from fastcifar.train import execution
+from fastcifar.train.cursor import DeviceCursor
 from fastcifar.train.execution import preserved
 from fastcifar.train.step import build_step
-from tests.train.step_parts import batches, make_step, recipe, state, train
+from tests.train.step_parts import batches, make_step, recipe, same, state, train
 
 # torch's compiler warns about itself: while it is imported, and with advice on performance.
 pytestmark = [
@@ -152,6 +153,33 @@ def test_capture_leaves_no_trace() -> None:
         found.append(state(step))
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+class NoGraph:
+    """Stands for a captured graph where there is no GPU: the warm-up goes its whole way, and nothing is captured."""
+
+    def beside(self, work: Any) -> Any:
+        return work()
+
+    def capture(self, batch: Batch) -> None: ...
+
+
+def test_a_warm_up_needs_no_more_steps_than_the_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses, learning rates and Lookahead's shares have an entry for each step: here one, or the one that is left."""
+    monkeypatch.setattr("fastcifar.train.step.build_cursor", DeviceCursor)
+    monkeypatch.setattr("tests.train.step_parts.STEPS", 1)
+    monkeypatch.setattr(execution, "first_wait", lambda run: run())
+    tables = {"lookahead": {}, "asam": {"rho": 0.5}, "train": {"epochs": 2, "batch_size": 16}}
+    step, given = make_step(recipe(**tables)), batches(0)[0]
+    step.execution.graph = NoGraph()  # type: ignore[assignment]
+    for epoch in range(2):
+        step.begin_epoch(epoch)
+        before = state(step)
+        step.execution.warm_up([given])
+        assert same(state(step), before)
+        step.execute(given)
+        step.end_epoch()
+    assert int(state(step)["flat.lookahead_steps"]) == 2
 
 
 @pytest.mark.gpu
