@@ -51,7 +51,9 @@ def export_safetensors(trained: Trained, path: Path) -> float:
     from safetensors.torch import load_file, save_file
 
     facts = {"classes": trained.classes, "mean": trained.mean, "std": trained.std, "image_px": trained.image_px}
-    state = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    # Copies: tied weights have one memory under two names, which safetensors refuses.
+    plain = torch.contiguous_format
+    state = {name: tensor.clone(memory_format=plain) for name, tensor in trained.model.state_dict().items()}
     metadata = {key: json.dumps(value) for key, value in facts.items()}
     with _whole_or_absent(path) as temporary:
         save_file(state, temporary, metadata=metadata)

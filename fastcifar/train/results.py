@@ -272,7 +272,9 @@ class Results:
 
     def _write_weights(self, which: str) -> None:
         with self.step.weights(self.reported):
-            state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+            # Copies: tied weights have one memory under two names, which safetensors refuses.
+            plain = torch.contiguous_format
+            state = {k: v.detach().cpu().clone(memory_format=plain) for k, v in self.model.state_dict().items()}
             self._files[f"weights/{which}.safetensors"] = save(state)
 
     # ------------------------------------------------------------------------------------------------------ checkpoint

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from fastcifar.run_directory import RunDirectory
 from tests.command import fastcifar
@@ -69,6 +70,19 @@ def test_it_is_exported_reported_and_predicted(trained, synthetic_store):
     Image.fromarray(synthetic_store.split("test").images[0]).save(trained / "image.png")
     done = fastcifar("predict", "whole", "image.png", "--json", cwd=trained)
     assert len(json.loads(done.stdout)["predictions"][0]["classes"]) == 3
+
+
+def test_tied_weights_are_trained_kept_and_exported(trained):
+    """Both names have one memory, which safetensors refuses to write."""
+    words = ["--set", "model={name='theirs.nets:Tied'}", "--set", "train.epochs=1", "--quiet"]
+    done = fastcifar("run", "theirs.toml", "--out", "tied", *words, cwd=trained)
+    assert done.returncode == 0, done.stderr
+    done = fastcifar("export", "tied", "tied.safetensors", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    for path in (trained / "tied" / "weights" / "last.safetensors", trained / "tied.safetensors"):
+        kept = load_file(path)
+        assert (kept["head.weight"] == kept["again.weight"]).all()
+        assert kept["head.weight"].any()
 
 
 def test_where_the_code_is_gone_the_results_can_still_be_read(trained, tmp_path):
