@@ -1,11 +1,11 @@
 """BatchNorm (Ioffe & Szegedy, 2015) that leaves its batch counter alone during a step."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules._functions import SyncBatchNorm
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -18,8 +18,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    group: Any = None
-    """The process group whose ranks normalize with common statistics, or None; see `use_sync_batch_norm`."""
+    group: str | None = None
+    """The name of the process group whose ranks normalize with common statistics; see `use_sync_batch_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (B, C, H, W) with the batch's statistics in training, with the running ones in evaluation."""
@@ -30,9 +30,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         momentum = self.fixed_momentum()
         if self.group is None or not self.training:
             return F.batch_norm(input, mean, var, weight, bias, self.training, momentum, self.eps)
-        if input.is_cuda:  # what torch.nn.SyncBatchNorm calls
-            arguments = (mean, var, self.eps, momentum, self.group, self.group.size())
-            return cast(Tensor, SyncBatchNorm.apply(input, weight, bias, *arguments))
         return sync_batch_norm(input, weight, bias, mean, var, momentum, self.eps, self.group)
 
     def fixed_momentum(self) -> float:
@@ -56,17 +53,19 @@ def set_batches_tracked(model: nn.Module, forward_passes: Tensor) -> None:
 
 def use_sync_batch_norm(model: nn.Module, group: Any) -> None:
     """Let a model's layers normalize with the statistics of all ranks of a process group in training; None: of one."""
+    if group is not None:
+        _groups[group.group_name] = group
     for module in model.modules():
         if isinstance(module, BatchNorm2d):
-            module.group = group
+            module.group = None if group is None else group.group_name
 
 
 def sync_batch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, momentum: float, eps: float, group: Any
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, momentum: float, eps: float, group: str
 ) -> Tensor:
-    """Normalize with the statistics of all ranks, on a CPU, where torch.nn.SyncBatchNorm does not run.
+    """Normalize with the statistics of all ranks: the sums, and on the way back their gradients, are added up.
 
-    The sums, and on the way back their gradients, are added up over the ranks.
+    torch.nn.SyncBatchNorm does not run on a CPU, and on a GPU it waits for the host, so that nothing is captured.
 
     Args:
         x: (B, C, H, W) of any float dtype; ranks may have different numbers of samples.
@@ -76,14 +75,15 @@ def sync_batch_norm(
         var: float32 (C,), running and unbiased; likewise.
         momentum: in 0..1.
         eps: added to the variance.
-        group: the ranks.
+        group: the name of the ranks' group.
     """
     wide, dims = x.to(torch.promote_types(x.dtype, weight.dtype)), (0, 2, 3)
-    count = _summed(torch.tensor([float(x.numel() // x.shape[1])]), group)
-    batch_mean = _summed(wide.sum(dims), group) / count
+    # Counted on the device, for the host must not be waited for.
+    count = sum_over_ranks(torch.full((1,), float(x.numel() // x.shape[1]), device=x.device), group)
+    batch_mean = sum_over_ranks(wide.sum(dims), group) / count
     centred = wide - batch_mean[:, None, None]
     # A second round for the variance: from the sum of squares alone it would lose its digits.
-    batch_var = _summed(centred.square().sum(dims), group) / count
+    batch_var = sum_over_ranks(centred.square().sum(dims), group) / count
     with torch.no_grad():
         mean.lerp_(batch_mean, momentum)
         var.lerp_(batch_var * (count / (count - 1)), momentum)
@@ -91,8 +91,30 @@ def sync_batch_norm(
     return (centred * scale[:, None, None] + bias[:, None, None]).to(x.dtype)
 
 
-def _summed(tensor: Tensor, group: Any) -> Tensor:
-    """Return the sum over the ranks, whose gradient is the sum of theirs."""
-    from torch.distributed.nn.functional import all_reduce  # imports much, and few need it
+# An operator of our own, because torch.compile loses the gradient of torch.distributed.nn's (torch 2.11). It takes the
+# name of a group, for an operator takes no object.
+_groups: dict[str, Any] = {}
 
-    return cast(Tensor, all_reduce(tensor, group=group))
+
+@torch.library.custom_op("fastcifar::sum_over_ranks", mutates_args=())
+def sum_over_ranks(tensor: Tensor, group: str) -> Tensor:
+    """Return the sum of a tensor over the ranks of a group that `use_sync_batch_norm` knows; so with its gradient."""
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=_groups[group])
+    return total
+
+
+@sum_over_ranks.register_fake
+def _(tensor: Tensor, group: str) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.group = inputs[1]
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return sum_over_ranks(gradient, ctx.group), None
+
+
+sum_over_ranks.register_autograd(_gradient, setup_context=_remember)

@@ -18,7 +18,7 @@ from fastcifar import interrupt
 from fastcifar.config import Recipe
 from fastcifar.environment import describe
 from fastcifar.launch import place
-from fastcifar.models.batch_norm import BatchNorm2d
+from fastcifar.models.batch_norm import BatchNorm2d, use_sync_batch_norm
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.follower import Follower
 from fastcifar.train.ranks import ALONE, Ranks, join, leave
@@ -75,21 +75,23 @@ def check_sync_batch_norm(ranks: Ranks) -> None:
     """Both ranks' parts of a batch, 5 and 2 samples, against the layer on all of it in float64."""
     group, generator = ranks.on(torch.device("cpu")).data, torch.Generator().manual_seed(1)
     x, grad = (torch.randn(7, 3, 4, 5, dtype=torch.float64, generator=generator) + 2 for _ in range(2))
-    whole, parted = torch.nn.BatchNorm2d(3).double(), BatchNorm2d(3).double()
-    parted.group, own = group, slice(0, 5) if ranks.first else slice(5, 7)
-    results = []
-    for layer, part in ((whole, slice(0, 7)), (parted, own)):
+    whole, parted, compiled = torch.nn.BatchNorm2d(3).double(), BatchNorm2d(3).double(), BatchNorm2d(3).double()
+    own, results = slice(0, 5) if ranks.first else slice(5, 7), []
+    for layer, part in ((whole, slice(0, 7)), (parted, own), (compiled, own)):
+        use_sync_batch_norm(layer, group)
         leaf = x[part].clone().requires_grad_()
         torch.nn.init.constant_(layer.bias, 0.5)
         torch.nn.init.constant_(layer.weight, 1.5)
-        output = layer(leaf)
+        forward = torch.compile(layer, backend="aot_eager", dynamic=False) if layer is compiled else layer
+        output = forward(leaf)
         output.backward(grad[part])
         results.append([output, leaf.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
-    expected, found = results
-    for tensor in found[2:4]:
-        ranks.on(torch.device("cpu")).sum(tensor)
-    for ours, theirs in zip(found, [expected[0][own], expected[1][own], *expected[2:]], strict=True):
-        torch.testing.assert_close(ours, theirs)
+    expected, *of_parts = results
+    for found in of_parts:
+        for tensor in found[2:4]:
+            ranks.on(torch.device("cpu")).sum(tensor)
+        for ours, theirs in zip(found, [expected[0][own], expected[1][own], *expected[2:]], strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 class Recorder:
