@@ -22,7 +22,7 @@ from fastcifar.launch import LostRankError, Place
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)
-"""How long ranks wait for each other between steps, where one of them may be converting a large data set."""
+"""How long ranks wait for each other, where one of them may be converting a large data set, or compiling alone."""
 
 
 @dataclass(eq=False)
@@ -55,7 +55,9 @@ class Ranks:
         """Return the same ranks, ready for tensors on their devices."""
         if self.world == 1:
             return self
-        return replace(self, data=dist.new_group(backend="nccl" if device.type == "cuda" else "gloo"))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # Said again, for a new group does not take over the first one's: NCCL's own limit is ten minutes.
+        return replace(self, data=dist.new_group(backend=backend, timeout=PATIENCE))
 
     # ---------------------------------------------------------------------------------------------------------- tensors
 
