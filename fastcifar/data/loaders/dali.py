@@ -66,14 +66,21 @@ class DaliLoader(StreamingLoader):
         """Keep each batch until the device has done with it.
 
         Torch knows nothing of the streams that use DALI's memory, so a batch is let go of only after the work that
-        was queued while it was the current one. A few batches later that is hardly ever a wait.
+        was queued while it was the current one. A few batches later that is hardly ever a wait; at the end it is one
+        for the last steps, since a pipeline that lives on may have use for the memory at once.
         """
         held: deque[tuple[HostBatch, torch.cuda.Event]] = deque()
-        for batch in self._batches(epoch):
-            yield batch
-            held.append((batch, torch.cuda.current_stream(self._device).record_event()))
-            if len(held) > HELD_BATCHES:
-                held.popleft()[1].synchronize()
+        try:
+            for batch in self._batches(epoch):
+                try:
+                    yield batch
+                finally:  # where the epoch is left in the middle too
+                    held.append((batch, torch.cuda.current_stream(self._device).record_event()))
+                if len(held) > HELD_BATCHES:
+                    held.popleft()[1].synchronize()
+        finally:
+            for _, event in held:
+                event.synchronize()
 
     def _settings(self) -> dict[str, Any]:
         return {
