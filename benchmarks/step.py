@@ -25,9 +25,11 @@ from fastcifar.config.operations import AutoAugment, Rotate
 from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
 from fastcifar.device import with_precision
+from fastcifar.errors import UserError
 from fastcifar.kernels.sam import ascend, norm_squared
 from fastcifar.models import build_model
 from fastcifar.train.precision import PRECISIONS
+from fastcifar.train.selection import build_proxy
 from fastcifar.train.step import Step, build_step
 from published import PublishedLoop
 
@@ -57,8 +59,9 @@ class Ours:
         self.size, per_epoch = recipe.train.batch_size, len(images) // recipe.train.batch_size
         mix = build_mix(recipe.mix, seed=0, epochs=recipe.train.epochs, steps_per_epoch=per_epoch)
         model = build_model(recipe.model, seed=0).to(self.device)
+        proxy = build_proxy(recipe, 10, 32, self.device)
         self.step: Step = build_step(
-            self.recipe, model, augment, mix, steps_per_epoch=per_epoch, device=self.device
+            self.recipe, model, augment, mix, steps_per_epoch=per_epoch, device=self.device, proxy=proxy
         )  # fmt: skip
         self._batches = self._forever(per_epoch)
 
@@ -190,9 +193,18 @@ def ascent_step(step: Step) -> None:
 
 
 def _recipe(name: str) -> Recipe:
+    """Load a recipe whose steps are all of one kind.
+
+    Raises:
+        UserError: it is not one.
+    """
     recipe = load_recipe(name)
     if not isinstance(recipe, Recipe):
-        raise TypeError(f"{name} is no recipe of a training run")
+        raise UserError(f"{name}: combines trained runs; name a recipe that trains")
+    if recipe.distill is not None:
+        raise UserError(f"{name}: its teacher is another run; name the recipe that it extends")
+    if recipe.asam is not None and recipe.asam.start:
+        raise UserError(f"{name}: has two kinds of steps, without and with ASAM; name a recipe with asam.start = 0")
     return recipe
 
 

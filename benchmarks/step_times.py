@@ -3,7 +3,8 @@
 `fastcifar plan --ladder` predicts the time of a run from these. Each kind is measured with the first recipe that has
 it, on synthetic images that are resident on the device, in a process of its own and with empty caches of compiled code:
 its compilation is its own, also where kinds share kernels. Without a GPU, kinds of more than a few seconds a step are
-left out, as is everything but two cheap kinds with ``--quick``.
+left out, as is everything but two cheap kinds with ``--quick``; distilled ones always, whose teacher is another run.
+Where SAM's ascent starts late, the time is the mean over the run.
 
 What is measured of a kind is in the results file at once, in a report that is not ``complete``; the next start goes on
 after it, where sources and torch are still the same.
@@ -39,10 +40,11 @@ from fastcifar.models.budget import (
 from fastcifar.models.cost import cost_of_config
 from fastcifar.train.evaluate import Evaluator
 from fastcifar.train.precision import PRECISIONS
+from fastcifar.train.selection import build_proxy
 from fastcifar.train.step import build_step
 from resuming import keep, unfinished
 
-IMAGE_SHAPE = (32, 32, 3)
+IMAGE_SHAPE, CLASSES = (32, 32, 3), 10
 SAMPLE_S = 0.5  # the least time that one measure takes, so that many replays are in it
 GPU_LESS_GMACS = 50.0  # of a batch's forward pass; one step of more takes over 2 s on two cores
 
@@ -52,7 +54,7 @@ def kinds(quick: bool) -> list[Recipe]:
     loaded = (load_recipe(path) for path in shipped_recipes())
     found: dict[str, Recipe] = {}
     for recipe in loaded:
-        if isinstance(recipe, Recipe):
+        if isinstance(recipe, Recipe) and recipe.distill is None:
             found.setdefault(step_key(recipe), recipe)
     cost = {key: cost_of_config(r.model).macs * r.train.batch_size / 1e9 for key, r in found.items()}
     ordered = [found[key] for key in sorted(found, key=cost.__getitem__)]
@@ -85,7 +87,10 @@ class Kind:
         )  # fmt: skip
         mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=steps)
         model = build_model(recipe.model, seed=recipe.seed).to(self.device)
-        self.step = build_step(recipe, model, augment, mix, steps_per_epoch=steps, device=self.device)
+        proxy = build_proxy(recipe, CLASSES, IMAGE_SHAPE[0], self.device)
+        self.step = build_step(
+            recipe, model, augment, mix, steps_per_epoch=steps, device=self.device, proxy=proxy
+        )  # fmt: skip
         mode, size = self.step.execution.mode, recipe.eval.batch_size
         self.evaluator = Evaluator(model, augment, precision, self.device, size, mode)
 
@@ -96,12 +101,17 @@ class Kind:
         self.evaluator.warm_up(IMAGE_SHAPE)
 
     def train(self, steps: int) -> float:
-        """Return the milliseconds that one step takes, over ``steps`` of them."""
+        """Return the milliseconds that one step of the run takes on average, over ``steps`` in each of its phases."""
+        start = self.recipe.asam.start if self.recipe.asam else 0.0
+        if not start:
+            return self._train(steps, 0)
+        return start * self._train(steps, 0) + (1 - start) * self._train(steps, self.recipe.train.epochs - 1)
 
+    def _train(self, steps: int, epoch: int) -> float:
         def work() -> None:
             for k in range(steps):
                 if k % len(self.step.losses) == 0:
-                    self.step.begin_epoch(0)  # each step of an epoch has its place in the losses
+                    self.step.begin_epoch(epoch)  # each step of an epoch has its place in the losses
                 self.step(self.batch)
 
         return 1e3 * timed(work, self.device) / steps

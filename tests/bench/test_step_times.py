@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastcifar.cli import bench
 from fastcifar.config import load_recipe
@@ -93,6 +94,34 @@ def test_a_kind_that_fails_does_not_stop_the_others(measured, tmp_path, monkeypa
 def test_a_quick_start_keeps_nothing(measured, tmp_path):
     step_times.run(True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_distilled_step_is_left_out_for_its_teacher_is_another_run(monkeypatch):
+    monkeypatch.setattr(step_times, "device", lambda: torch.device("cuda"))  # on which every kind is measured
+    found = step_times.kinds(False)
+    assert {"speed96-faster", "pyramid200-late-asam"} <= {recipe.name for recipe in found}
+    assert [recipe.name for recipe in found if recipe.distill is not None] == []
+
+
+def test_a_step_that_selects_is_measured_with_its_proxy():
+    changes = ["model.widths=[4,4,4]", "select.model.widths=[4,4,4]", "train.batch_size=16", "eval.batch_size=16"]
+    kind = step_times.Kind(load_recipe("beyond/speed96-faster", [*changes, "engine.device=cpu"]))
+    assert kind.step.selection is not None
+    assert kind.train(2) > 0
+
+
+def test_a_late_start_of_asam_is_averaged_over_the_run(monkeypatch):
+    tiny = ["train.batch_size=4", "eval.batch_size=4", "engine.device=cpu"]
+    changes = ["optimizer={name='sgd',lr=0.01}", "asam={rho=0.1,start=0.75}", *tiny]
+    kind = step_times.Kind(load_recipe("lenet5", changes))
+
+    def timed(work, device):
+        passes = kind.step.forward_passes.item()
+        work()
+        return (kind.step.forward_passes.item() - passes) / 1e3
+
+    monkeypatch.setattr(step_times, "timed", timed)
+    assert kind.train(4) == pytest.approx(0.75 * 1 + 0.25 * 2)
 
 
 def test_evaluation_has_the_recipes_batch_size():
