@@ -1,23 +1,19 @@
 """Hooks of mkdocs (mkdocs.yml): the pages that are generated, and the navigation.
 
-- Generated: every key of a recipe, every shipped recipe, every command, the ladder and the benchmarks (from README.md,
-  which ``make tables`` writes), the API reference, and the start page.
+- Generated: every shipped recipe, every command, the ladder and the benchmarks (from README.md, which ``make tables``
+  writes, as it does docs/keys.md), the API reference, and the start page.
 - Navigation: the pages named in `ORDER`, then every other file of docs/, so that a new page needs no entry anywhere.
 - Links out of docs/, to files of the repository, become plain text: the site has no copy of these files.
 """
 
-import json
 import re
-import types
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+
+from tools.keys_page import cell
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = {
@@ -71,103 +67,6 @@ def without_outside_links(markdown: str) -> str:
     return re.sub(r"(?<!!)\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", markdown)
 
 
-# ----------------------------------------------------------------------------------------------------- keys of a recipe
-
-
-def keys() -> str:
-    """Return the page of every key that a recipe may hold."""
-    from fastcifar.config.schema import CombineRecipe, Recipe
-
-    intro = (
-        "# Every key of a recipe\n\nGenerated from `fastcifar/config/schema.py`. A key that is not here is an error, "
-        "answered with the nearest right one. `fastcifar show RECIPE` prints a recipe with every default written out."
-    )
-    parts = [intro, "## A training", *_table_of(Recipe, ""), "## A combination", *_table_of(CombineRecipe, "")]
-    return "\n\n".join(parts) + "\n"
-
-
-def _table_of(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    """Yield the docstring and the keys of a table, then its own tables."""
-    yield _doc(model)
-    rows = ["| key | what | default |", "| --- | --- | --- |"]
-    tables: list[tuple[str, type[BaseModel], bool]] = []
-    for key, field in model.model_fields.items():
-        found = list(_models(field.annotation))
-        tables += [(f"{prefix}{key}", part, len(found) > 1) for part in found]
-        if not found:
-            rows.append(f"| `{prefix}{key}` | {_cell(_kind(field))} | {_cell(_default(field))} |")
-    if len(rows) > 2:
-        yield "\n".join(rows)
-    for name, part, one_of_many in tables:
-        yield f"### `[{name}]`" + (f" of `name = {_named(part)}`" if one_of_many else "")
-        yield from _table_of(part, f"{name}.")
-
-
-def _doc(model: type[BaseModel]) -> str:
-    return re.sub(r"``([^`]+)``", r"`\1`", re.sub(r"\n +", "\n", model.__doc__ or ""))
-
-
-def _named(model: type[BaseModel]) -> str:
-    """Return the names that choose a table of several."""
-    field = model.model_fields.get("name")
-    return _cell(_kind(field)) if field else model.__name__
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the tables that a key may hold."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
-        for part in typing.get_args(annotation):
-            yield from _models(part)
-
-
-def _kind(field: FieldInfo) -> str:
-    """Return the values that a key may have, in a few words."""
-    bounds = [words for item in field.metadata if (words := _bound(item))]
-    return ", ".join([_type(field.annotation), *bounds])
-
-
-def _type(annotation: Any) -> str:
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return " or ".join(f'"{part}"' if isinstance(part, str) else str(part) for part in parts)
-    if origin is typing.Annotated:
-        bounds = [words for item in parts[1:] for words in _bounds_of(item)]
-        return " ".join([_type(parts[0]), *(f"({', '.join(bounds)})" for _ in bounds[:1])])
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type(part) for part in parts if part is not type(None))
-    if origin in (list, tuple):
-        return f"list of {_type(parts[0])}"
-    if origin is dict:
-        return f"table of {_type(parts[1])}"
-    names = {int: "whole number", float: "number", str: "text", bool: "true or false", typing.Any: "anything"}
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _bounds_of(item: Any) -> list[str]:
-    nested = item.metadata if isinstance(item, FieldInfo) else [item]
-    return [words for entry in nested if (words := _bound(entry))]
-
-
-def _bound(item: Any) -> str:
-    """Return a bound in words; empty for what is none."""
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
-    found = [(word, getattr(item, key, None)) for key, word in words.items()]
-    return ", ".join(f"{word} {value:,}" for word, value in found if value is not None)
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "must be given"
-    value = field.default if field.default is not PydanticUndefined else field.get_default(call_default_factory=True)
-    return "none" if value is None else f"`{json.dumps(value, default=str)}`"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*").replace("\n", " ")
-
-
 # ---------------------------------------------------------------------------------------------------- recipes, commands
 
 
@@ -181,7 +80,7 @@ def recipes() -> str:
         model = f"`{recipe.model.name}`" if hasattr(recipe, "model") else "a combination"
         epochs = recipe.train.epochs if hasattr(recipe, "train") else "none"
         published = f"{recipe.published.best:.2f}" if recipe.published else "none"
-        rows.append(f"| `{name}` | {_cell(recipe.title)} | {model} | {epochs} | {published} |")
+        rows.append(f"| `{name}` | {cell(recipe.title)} | {model} | {epochs} | {published} |")
     return "\n".join(rows) + "\n"
 
 
@@ -192,7 +91,10 @@ def commands() -> str:
     from fastcifar.cli.main import app
 
     root = typer.main.get_command(app)
-    intro = "# Commands\n\nEvery command takes `--help`; those that print a table or a result take `--json`."
+    intro = (
+        "# Commands\n\nEvery command takes `--help`; those that print a table or a result take `--json`. "
+        "What a command answers goes to stdout, progress, notes and errors to stderr."
+    )
     return "\n\n".join([intro, *_command_pages(root, "fastcifar")]) + "\n"
 
 
@@ -207,7 +109,7 @@ def _command_pages(command: Any, name: str) -> Iterator[str]:
         label = words if parameter.param_type_name == "option" else f"`{(parameter.metavar or parameter.name).upper()}`"
         given = parameter.default
         default = given if isinstance(given, (str, int, float)) and not isinstance(given, bool) else ""
-        rows.append(f"| {_cell(label)} | {_cell(getattr(parameter, 'help', None) or '')} | {_cell(str(default))} |")
+        rows.append(f"| {cell(label)} | {cell(getattr(parameter, 'help', None) or '')} | {cell(str(default))} |")
     yield f"## {name}\n\n{command.help or ''}\n\n" + "\n".join(rows)
 
 
@@ -259,6 +161,6 @@ def api() -> str:
 
 
 GENERATED = {
-    "index.md": start, "keys.md": keys, "recipes.md": recipes, "commands.md": commands, "ladder.md": ladder,
+    "index.md": start, "recipes.md": recipes, "commands.md": commands, "ladder.md": ladder,
     "benchmarks.md": benchmarks, "contributing.md": contributing, "api.md": api,
 }  # fmt: skip

@@ -1,6 +1,6 @@
-"""Generated text: tables in README.md and benchmarks/README.md and the ``# ours:`` line of every recipe.
+"""Generated text: tables in README.md and benchmarks/README.md, the ``# ours:`` line of every recipe, docs/keys.md.
 
-- ``python -m tools.tables`` writes them from ``records/`` and ``benchmarks/results/*.json``.
+- ``python -m tools.tables`` writes them from ``records/``, ``benchmarks/results/*.json`` and the recipes' models.
 - ``python -m tools.tables --check`` ends with status 1 and a list where any is out of date.
 
 `tools.records` adds records.
@@ -21,6 +21,7 @@ from fastcifar.ladder.metrics import NOT_MEASURED, Metrics, ours_in_words, recor
 from fastcifar.ladder.records import read_records, result_rows, tested
 from fastcifar.ladder.rows import catalogue, ladder_rows
 from fastcifar.run_directory import write_atomic
+from tools.keys_page import keys_page
 
 ROOT = Path(__file__).resolve().parents[1]
 # Two sides of the benchmarks, as benchmarks/common.py labels them.
@@ -75,6 +76,8 @@ def generated(root: Path) -> Iterator[tuple[Path, str]]:
     for page in (root / "README.md", root / "benchmarks" / "README.md"):
         if page.is_file():
             yield page, fill(page.read_text(encoding="utf-8"), blocks, page)
+    if (root / "docs" / "keys.md").is_file():
+        yield root / "docs" / "keys.md", keys_page()
     for name, recipe in catalogue().items():
         path = root / "recipes" / f"{name}.toml"
         if not name.startswith("smoke/"):
