@@ -1,6 +1,7 @@
-"""Where text goes: results as JSON to stdout, everything for people to stderr."""
+"""Where text goes: what a command answers to stdout, as JSON or for people; progress, notes and errors to stderr."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,26 @@ from rich.text import Text
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
+# Of what goes into a file or a program, unless COLUMNS says otherwise: grep finds whole rows of a table.
+PIPE_WIDTH = 1000
+
+
 def say(*parts: str | tuple[str, str]) -> None:
-    """Print one line for people, of texts and of pairs (text, style); long ones are not broken."""
+    """Print one line for people to stderr, of texts and of pairs (text, style); long ones are not broken."""
     err.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def answers(json_: bool = False) -> Console:
+    """Return where a command's answer for people goes: to stdout, or to stderr where JSON has stdout for itself."""
+    if json_:
+        return err
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(highlight=False, markup=False, emoji=False, width=width)
+
+
+def answer(*parts: str | tuple[str, str]) -> None:
+    """Print one line of a command's answer to stdout; see `say`."""
+    answers().print(Text.assemble(*parts), soft_wrap=True)
 
 
 @contextmanager

@@ -40,8 +40,8 @@ def preview(
     from PIL import Image
 
     from fastcifar.config import CombineRecipe, load_recipe
+    from fastcifar.console import answer
     from fastcifar.console import out as print_json
-    from fastcifar.console import say
     from fastcifar.errors import UserError
     from fastcifar.run_directory import write_atomic
 
@@ -62,8 +62,9 @@ def preview(
         raise UserError(f"{out} could not be written ({error}); give --out a writable path such as sheet.png") from None
     ops = [str(op) for op in loaded.augment.ops]
     what = ", ".join(ops) or "no augmentation"
-    say((str(out), "bold"), f": {count} images in epochs {columns[0]} to {columns[-1]}, {what}")
-    if json_:
+    if not json_:
+        answer((str(out), "bold"), f": {count} images in epochs {columns[0]} to {columns[-1]}, {what}")
+    else:
         print_json({"path": str(out), "recipe": loaded.name, "images": count, "epochs": list(columns), "augment": ops})
 
 

@@ -34,7 +34,7 @@ def show(rows: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> None:
     """Print both tables for people."""
     from rich.table import Table
 
-    from fastcifar.console import err
+    from fastcifar.console import answers
     from fastcifar.text import duration
 
     table = Table(box=None, header_style="dim")
@@ -43,10 +43,11 @@ def show(rows: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> None:
     for row in rows:
         metrics = [mean_in_words(row[which]) for which in ("last", "best", "selected")]
         table.add_row(row["name"], str(len(row["runs"])), *metrics, duration(row["training_s"]))
-    err.print(table)
-    err.print("\nMcNemar's exact test, last epoch: images that only the one run has right", style="dim")
+    to = answers()
+    to.print(table)
+    to.print("\nMcNemar's exact test, last epoch: images that only the one run has right", style="dim")
     for pair in pairs:
-        err.print(
+        to.print(
             f"{pair['first']} {pair['only_first']} : {pair['only_second']} {pair['second']}, p = {pair['p_value']:.3g}"
         )
 

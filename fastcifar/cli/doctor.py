@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
-from fastcifar.console import err, out, say
+from fastcifar.console import answers, out
 from fastcifar.locations import install_command
 
 Check = dict[str, str]
@@ -48,7 +49,7 @@ def doctor(
     checks = diagnose(data)
     if json_:
         out({"checks": checks})
-    show(checks)
+    show(checks, json_)
 
 
 def diagnose(data: Path | None = None) -> list[Check]:
@@ -59,13 +60,14 @@ def diagnose(data: Path | None = None) -> list[Check]:
     return [_python(), *packages, _gpu(*found["torch"]), _compiler(), _data(data)]
 
 
-def show(checks: list[Check]) -> None:
-    """Print the checks for people, to stderr."""
+def show(checks: list[Check], json_: bool = False) -> None:
+    """Print the checks for people, to stderr where JSON goes to stdout."""
+    to = answers(json_)
     for check in checks:
         style = STYLES[check["status"]]
-        say((f"{check['status']:8}", style), f"{check['name']:10}{check['detail']}")
+        to.print(Text.assemble((f"{check['status']:8}", style), f"{check['name']:10}{check['detail']}"), soft_wrap=True)
         if check["fix"]:
-            err.print(f"        {'':10}fix: {check['fix']}", markup=False, soft_wrap=True)
+            to.print(f"        {'':10}fix: {check['fix']}", markup=False, soft_wrap=True)
 
 
 def _check(name: str, status: str, detail: str, fix: str = "") -> Check:

@@ -72,7 +72,7 @@ def execute(
         options: the keys of a recipe's [combine] table beside ``members``.
         out: the run directory to write; None writes none.
         tta: use the logits under test-time augmentation.
-        json_: print JSON to stdout instead of a table to stderr.
+        json_: print JSON to stdout instead of a table.
     """
     from fastcifar.analysis.combine import record, results_of
     from fastcifar.config.load import plain_name
@@ -118,7 +118,7 @@ def show(summary: dict[str, Any], out: Path | None) -> None:
     """Print members and combination as one table for people."""
     from rich.table import Table
 
-    from fastcifar.console import err, say
+    from fastcifar.console import answer, answers
 
     table = Table(box=None, header_style="dim")
     for heading in ("", "last", "best on test", "selected"):
@@ -127,12 +127,12 @@ def show(summary: dict[str, Any], out: Path | None) -> None:
         table.add_row(member["name"], *(percent(member[which]) for which in ("last", "best", "selected")))
     metrics = [summary[which] for which in ("last", "best", "selected")]
     table.add_row(summary["how"], *(percent(entry and entry["accuracy"]) for entry in metrics), style="bold")
-    err.print(table)
+    answers().print(table)
     for which in ("last", "best", "selected"):
         if summary[which]:
-            say((f"{which}: ", "dim"), f"{summary[which]['protocol']}{_details(summary['combined'][which])}")
+            answer((f"{which}: ", "dim"), f"{summary[which]['protocol']}{_details(summary['combined'][which])}")
     if out:
-        say((str(out), "bold"))
+        answer((str(out), "bold"))
 
 
 def _details(details: dict[str, Any]) -> str:

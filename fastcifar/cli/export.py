@@ -19,8 +19,8 @@ def export(
     Program and ONNX take uint8 pixels (batch, 32, 32, 3) and hold the normalization. Each file is read back and run
     against the model before the command ends.
     """
+    from fastcifar.console import answer
     from fastcifar.console import out as print_json
-    from fastcifar.console import say
     from fastcifar.errors import UserError, nearest
     from fastcifar.run_directory import RunDirectory
 
@@ -40,4 +40,4 @@ def export(
         print_json({"run": str(run), "file": str(out), "difference_from_torch": difference})
     else:
         said = "gives the model's own logits" if difference == 0 else f"within {difference:.0e} of the model's logits"
-        say((str(out), "bold"), f", read back and run: {said}")
+        answer((str(out), "bold"), f", read back and run: {said}")

@@ -123,9 +123,7 @@ def execute(
 
 def tell(ledger: "Ledger", dry_run: bool, json_: bool) -> None:
     """Print the table, unless the live one stands there already; end with status 1 where a row failed."""
-    from rich.console import Console
-
-    from fastcifar.console import err
+    from fastcifar.console import answers, err
     from fastcifar.console import out as print_json
     from fastcifar.ladder.state import content
     from fastcifar.ladder.view import WIDE, render
@@ -133,10 +131,9 @@ def tell(ledger: "Ledger", dry_run: bool, json_: bool) -> None:
     rows = ledger.table()
     if json_:
         print_json(content(rows))
-    elif dry_run or not err.is_terminal:
-        wide = Console(stderr=True, highlight=False, markup=False, emoji=False, width=WIDE)
-        console = err if err.is_terminal else wide
-        console.print(render(rows, console.width))
+    elif dry_run or not (err.is_terminal and answers().is_terminal):
+        to = answers()
+        to.print(render(rows, to.width if to.is_terminal else WIDE))
     if any(row.state in ("failed", "blocked") for row in rows):
         raise typer.Exit(1)
 

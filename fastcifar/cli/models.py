@@ -48,15 +48,15 @@ def models(
 
     The defaults are one H200 in bf16. Computed, not measured: no device is this fast.
     """
-    from fastcifar.console import err, out
+    from fastcifar.console import answers, out
 
     rows = [kept_metrics(each, tflops, gbs) for each in chosen(name)]
     if json_:
         out({"tflops": tflops, "gbs": gbs, "images": 50_000, "models": rows})
     elif name is None:
-        err.print(table(rows))
+        answers().print(table(rows))
     else:
-        err.print(detail(rows[0]))
+        answers().print(detail(rows[0]))
 
 
 def chosen(name: str | None) -> list[str]:

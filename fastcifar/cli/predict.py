@@ -18,7 +18,7 @@ def predict(
 ) -> None:
     """Predict image files: `fastcifar predict runs/a cat.jpg`. Each is cut to its central square and scaled."""
     from fastcifar.analysis.predict import load_trained, predict_files
-    from fastcifar.console import err, out
+    from fastcifar.console import answer, out
     from fastcifar.run_directory import RunDirectory
 
     results = predict_files(load_trained(RunDirectory.open(run), weights), files, tta, top)
@@ -27,4 +27,4 @@ def predict(
         return
     for result in results:
         said = ", ".join(f"{entry['class']} {100 * entry['probability']:.1f}%" for entry in result["classes"])
-        err.print(f"{result['file']}: {said}", soft_wrap=True)
+        answer(f"{result['file']}: {said}")

@@ -19,8 +19,8 @@ def push(
 
     Logits and checkpoints stay here. The token comes from HF_TOKEN or `hf auth login`.
     """
+    from fastcifar.console import answer
     from fastcifar.console import out as print_json
-    from fastcifar.console import say
     from fastcifar.run_directory import RunDirectory
 
     opened = RunDirectory.open(run)
@@ -31,4 +31,4 @@ def push(
     if json_:
         print_json({"run": str(run), **done})
     else:
-        say((done["url"], "bold"), f", {len(done['files'])} files: {', '.join(done['files'])}")
+        answer((done["url"], "bold"), f", {len(done['files'])} files: {', '.join(done['files'])}")

@@ -92,10 +92,10 @@ def _size(recipe: Any) -> dict[str, Any]:
 
 
 def show_list(rows: list[dict[str, Any]]) -> None:
-    """Print the list for people, to stderr."""
+    """Print the list for people."""
     from rich.table import Table
 
-    from fastcifar.console import err
+    from fastcifar.console import answers
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for column in ("name", "model", "epochs", "published", "ours"):
@@ -107,8 +107,8 @@ def show_list(rows: list[dict[str, Any]]) -> None:
             stage = row["stage"]
             table.add_row(stage, style="bold")
         table.add_row(row["name"], row["model"], str(row["epochs"] or ""), _goal(row), row["last"])
-    err.print(table)
-    err.print(LEGEND, style="dim", soft_wrap=True)
+    answers().print(table)
+    answers().print(LEGEND, style="dim", soft_wrap=True)
 
 
 def _goal(row: dict[str, Any]) -> str:

@@ -126,15 +126,15 @@ def follow(here: "Place", store: Any, data: Path | None, stop_after: int | None,
 
 
 def tell(summary: dict[str, Any], folder: Path, json_: bool, quiet: bool) -> None:
-    """Print a run's summary, for programs to stdout or for people to stderr."""
-    from fastcifar.console import err, say
+    """Print a run's summary, for programs or for people."""
+    from fastcifar.console import answer
     from fastcifar.console import out as print_json
 
     if json_:
         print_json({**summary, "run": str(folder)})
     elif not quiet:
-        err.print(describe(summary), soft_wrap=True)
-        say((str(folder), "bold"))
+        answer(describe(summary))
+        answer((str(folder), "bold"))
 
 
 def refuse_devices(recipe: str | None, set_: list[str], devices: int) -> None:

@@ -115,9 +115,9 @@ def checked(recipe: "Recipe | CombineRecipe") -> "Recipe":
 
 
 def tell_of_all(runs: "Sequence[RunDirectory]", json_: bool, quiet: bool) -> None:
-    """Print the runs' summaries, for programs to stdout; or for people, a line each and the mean, to stderr."""
+    """Print the runs' summaries, for programs; or for people, a line each and the mean."""
     from fastcifar.analysis.statistics import mean_of
-    from fastcifar.console import err, say
+    from fastcifar.console import answer
     from fastcifar.console import out as print_json
 
     if json_:
@@ -125,6 +125,7 @@ def tell_of_all(runs: "Sequence[RunDirectory]", json_: bool, quiet: bool) -> Non
     elif not quiet:
         for run in runs:
             last, seed = run.summary["last"], run.summary["seed"]
-            say(f"seed {seed}  last {last['accuracy']:.2f}%  " if last else f"seed {seed}  ", (str(run.folder), "bold"))
+            before = f"seed {seed}  last {last['accuracy']:.2f}%  " if last else f"seed {seed}  "
+            answer(before, (str(run.folder), "bold"))
         accuracies = [run.summary["last"]["accuracy"] for run in runs if run.summary["last"]]
-        err.print(f"mean    last {mean_of(accuracies)}%, n = {len(accuracies)}" if accuracies else "not evaluated yet")
+        answer(f"mean    last {mean_of(accuracies)}%, n = {len(accuracies)}" if accuracies else "not evaluated yet")

@@ -67,7 +67,7 @@ def sweep(
 
 def tell(search: "Sweep", best: Path | None, json_: bool) -> None:
     """Print the trials, for programs or for people, and where the best recipe lies; status 1 where there is none."""
-    from fastcifar.console import err, say
+    from fastcifar.console import answers, err
     from fastcifar.console import out as print_json
 
     if json_:
@@ -77,7 +77,8 @@ def tell(search: "Sweep", best: Path | None, json_: bool) -> None:
     if best is None:
         err.print("no trial came to its end, so that there is no best one")
         raise typer.Exit(1)
-    say("the best recipe: ", (f"fastcifar run {best}", "bold"))
+    answers(json_).print("the best recipe: ", end="")
+    answers(json_).print(f"fastcifar run {best}", style="bold", soft_wrap=True)
 
 
 def content(search: "Sweep") -> dict[str, Any]:
@@ -112,10 +113,10 @@ def rows(search: "Sweep") -> list[dict[str, Any]]:
 
 
 def show(search: "Sweep") -> None:
-    """Print the table for people, to stderr: accuracies on the holdout, and of the best trial on the test set."""
+    """Print the table for people: accuracies on the holdout, and of the best trial on the test set."""
     from rich.table import Table
 
-    from fastcifar.console import err
+    from fastcifar.console import answers
     from fastcifar.run_directory import RunDirectory
     from fastcifar.sweep.search import short
 
@@ -128,7 +129,7 @@ def show(search: "Sweep") -> None:
         accuracy = "none" if row["holdout_accuracy"] is None else f"{row['holdout_accuracy']:.2f}"
         values = [short(row["values"].get(key, "")) for key in keys]
         table.add_row(Path(row["run"]).name, row["state"], accuracy, str(row["epochs_done"]), *values)
-    err.print(table)
+    answers().print(table)
     if found and found[0]["state"] == "complete":
         last = RunDirectory.open(found[0]["run"]).summary["last"]
-        err.print(f"the best one on the test set, looked at only now: {last['accuracy']:.2f}%")
+        answers().print(f"the best one on the test set, looked at only now: {last['accuracy']:.2f}%")

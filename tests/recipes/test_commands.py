@@ -1,6 +1,7 @@
 """``fastcifar recipes`` and ``fastcifar show``."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 from fastcifar.config import load_recipe
 
 
-def fastcifar(*arguments):
+def fastcifar(*arguments, **environment):
     command = [sys.executable, "-m", "fastcifar", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
 
 
 def test_recipes_lists_the_ladder_and_what_is_beyond_as_json():
@@ -30,17 +31,18 @@ def test_recipes_lists_the_ladder_and_what_is_beyond_as_json():
     assert all(row["ours"] for row in rows.values())
 
 
-def test_recipes_prints_a_table_for_people_to_stderr():
+def test_recipes_prints_a_table_of_which_grep_finds_whole_rows():
     done = fastcifar("recipes", "pyramid4*")
-    assert done.returncode == 0
-    assert done.stdout == ""
-    assert "pyramid400" in done.stderr
-    assert "97.70" in done.stderr
-    assert "not measured yet" in " ".join(done.stderr.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("pyramid400 ")]
+    assert "pyramidnet" in row
+    assert "97.70" in row
+    assert "not measured yet" in done.stdout
 
 
 def test_the_table_for_people_fits_a_narrow_terminal():
-    lines = fastcifar("recipes").stderr.splitlines()
+    lines = fastcifar("recipes", COLUMNS="80").stdout.splitlines()
+    assert max(map(len, lines[:-3])) <= 80
     listed = [row["name"] for row in json.loads(fastcifar("recipes", "--json").stdout)["recipes"]]
     assert [name for name in listed if not any(line.startswith(f"{name} ") for line in lines)] == []
     (lenet5,) = [line for line in lines if line.startswith("lenet5 ")]

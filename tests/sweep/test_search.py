@@ -252,7 +252,7 @@ def test_the_command_trains_prints_a_table_and_its_best_recipe_runs(tmp_path, mo
     assert found["trials"][0]["holdout_accuracy"] >= found["trials"][1]["holdout_accuracy"]
     again = fastcifar(*words, cwd=tmp_path)
     assert again.returncode == 0
-    assert f"{first.summary['last']['accuracy']:.2f}%" in again.stderr
+    assert f"{first.summary['last']['accuracy']:.2f}%" in again.stdout
     run = fastcifar("run", "out/best.toml", "--out", "best", "--quiet", "--json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["last"]["accuracy"] == first.summary["last"]["accuracy"]
