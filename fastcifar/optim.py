@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastcifar.errors import UserError
+
 __all__ = ["ASAM", "EMA", "SAM"]
 
 LEAST_NORM = 1e-12
@@ -35,6 +37,9 @@ class SAM:
         rho: radius of the ascent, above 0.
         batch_norm: whether BatchNorm's running statistics move in the second pass too (``update``, as published) or are
             put back (``freeze``).
+
+    Raises:
+        UserError: ``rho`` is not above 0.
     """
 
     adaptive = False
@@ -47,6 +52,8 @@ class SAM:
         *,
         batch_norm: Literal["update", "freeze"] = "update",
     ) -> None:
+        if not rho > 0:
+            raise UserError(f"rho: {rho} is not above 0")
         self.model, self.optimizer, self.rho = model, optimizer, rho
         self.eta, self._scaled = 0.0, frozenset[str]()
         self._freeze = batch_norm == "freeze"
@@ -116,7 +123,7 @@ class ASAM(SAM):
         model: see `SAM`.
         optimizer: see `SAM`.
         rho: radius of the ascent, above 0.
-        eta: added to the scale |w|.
+        eta: added to the scale |w|, 0 or more.
         scope: scale all parameters, or only those called ``weight`` (the authors' choice).
         batch_norm: see `SAM`.
     """
@@ -134,6 +141,8 @@ class ASAM(SAM):
         batch_norm: Literal["update", "freeze"] = "update",
     ) -> None:
         super().__init__(model, optimizer, rho, batch_norm=batch_norm)
+        if not eta >= 0:
+            raise UserError(f"eta: {eta} is below 0")
         self.eta = eta
         names = [name for name, _ in model.named_parameters()]
         self._scaled = frozenset(n for n in names if scope == "all" or n.rpartition(".")[2] == "weight")
@@ -144,10 +153,15 @@ class EMA:
 
     Args:
         model: what is averaged; the averages start at its present state.
-        decay: share of the old average that a step keeps, between 0 and 1.
+        decay: share of the old average that a step keeps, from 0 to below 1.
+
+    Raises:
+        UserError: ``decay`` is another number.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"decay: {decay} is not from 0 to below 1")
         self.model, self.decay = model, decay
         self._averages = {name: tensor.detach().clone() for name, tensor in self._present().items()}
 

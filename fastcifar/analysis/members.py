@@ -123,5 +123,6 @@ def _agree(names: list[str], values: list[object], what: str) -> None:
     if odd:
         raise UserError(
             f"{', '.join(odd)}: differs from {names[0]} in its {what}; combine runs with the same [data] table "
-            "(source, holdout, subset) and, where they hold out images, the same seed"
+            "(source, holdout, subset); seeds of one recipe hold out the same images where they are trained with one "
+            "data.holdout_seed, such as --set data.holdout_seed=1"
         )

@@ -77,7 +77,7 @@ def train(
         data: where the images are: a store, or a CIFAR-10 release; see ``fastcifar data``.
         out: the run directory; a new one under ``runs/`` by default.
         resume: a run directory to go on with, or ``"auto"`` for the recipe's newest one.
-        stop_after: end after this many of the planned epochs; the run can be resumed.
+        stop_after: end after this many of the planned epochs, 1 or more; the run can be resumed.
         callbacks: told of the run's begin, of each epoch, and of the end; see `fastcifar.Callback`.
         profile: ``"10:20"`` traces these steps with torch.profiler into the run's ``profile/``.
         quiet: show no progress.
@@ -92,6 +92,8 @@ def train(
     from fastcifar.interrupt import Interrupted, handled
     from fastcifar.open_run import open_run
 
+    if stop_after is not None and stop_after < 1:
+        raise UserError(f"stop_after: {stop_after} is below 1")
     if profile is not None:
         from fastcifar.train.profile import read_steps
 

@@ -84,6 +84,8 @@ class Loader:
         drop_last: bool = False,
         subset: int = 0,
     ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} is below 1")
         if split not in SPLITS:
             raise UserError(f'split: "{split}"; allowed: {", ".join(SPLITS)}')
         loader = {"name": backend, "workers": workers, "order": order}

@@ -61,21 +61,31 @@ class Augmentation:
             indices: int64 (B,): each sample's number in the data set; by default its place in the batch.
             epoch: 0..2**32-1; by default the number of calls so far, so that each call draws anew.
         """
+        _check_pixels(images)
         rows = torch.arange(len(images), device=images.device)
         now, self._calls = (self._calls, self._calls + 1) if epoch is None else (epoch, self._calls)
         return self._augment(Batch(images, rows, rows, rows if indices is None else indices), now)
 
     def plain(self, images: Tensor) -> Tensor:
         """Return images normalized and nothing else, for evaluation: uint8 (B, H, W, 3) to (B, 3, H, W)."""
+        _check_pixels(images)
         return self._augment.plain(images)
+
+
+def _check_pixels(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        kind, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape)
+        raise UserError(f"images are {kind} {shape}: give uint8 pixels (B, H, W, 3), which are normalized here")
 
 
 def read_ops(ops: Sequence[str], where: str = "device") -> AugmentConfig:
     """Return operations as a recipe's table.
 
     Raises:
-        UserError: one of them is wrong.
+        UserError: one of them is wrong, or they are one text.
     """
+    if isinstance(ops, str):
+        raise UserError(f'augment: "{ops}" is one text; give a list of them: ["{ops}"]')
     try:
         return AugmentConfig.model_validate({"ops": list(ops), "where": where})
     except ValidationError as error:

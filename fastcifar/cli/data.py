@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fastcifar.console import err, out, progress_bar
+from fastcifar.console import answers, err, out, progress_bar
 from fastcifar.errors import UserError
 
 app = typer.Typer(help="Get, convert, check and describe data sets.", no_args_is_help=True)
@@ -108,15 +108,16 @@ def verify(
 @app.command()
 def info(name: Named = "cifar10", data: Data = None, json_: Json = False) -> None:
     """Say what data a recipe would find, where, and what is to be known about it."""
-    from fastcifar.data.store import Store
+    from fastcifar.data.store import Store, converted
 
     found = _source(name, data)
     if isinstance(found, Store):
         about = _describe(found)
     else:
-        release = found.release.layout if found.release else None
+        release, store = found.release.layout if found.release else None, converted(found)
         about = {"path": str(found.path), "kind": found.kind, "format": None, "release": release}
-    _show(about)
+        about["converted"] = None if store is None else str(store.root)
+    _show(about, json_)
     if json_:
         out(about)
 
@@ -137,19 +138,19 @@ def _describe(store: Any) -> dict[str, Any]:
     }
 
 
-def _show(about: dict[str, Any]) -> None:
+def _show(about: dict[str, Any], json_: bool) -> None:
     from rich.table import Table
 
     table = Table(show_header=False)
-    for key in ("path", "kind", "release", "format", "image_shape", "bytes", "content"):
+    for key in ("path", "kind", "release", "converted", "format", "image_shape", "bytes", "content"):
         if about.get(key) is not None:
             table.add_row(key, str(about[key]))
     if "splits" in about:
         table.add_row("images", _counts(about["splits"]))
         table.add_row("classes", f"{len(about['classes'])}: {', '.join(about['classes'][:10])}")
-    err.print(table)
-    if about["format"] is None:
-        err.print("Not converted yet: a run does it once, or `fastcifar data convert --to raw`.")
+    answers(json_).print(table)
+    if about["format"] is None and about["converted"] is None:
+        answers(json_).print("Not converted yet: a run does it once, or `fastcifar data convert --to raw`.")
     _say_notes(about.get("notes", []))
 
 

@@ -20,9 +20,13 @@ def evaluate(
     corruptions: Annotated[
         str | None, typer.Option(help="Corrupt the images too: `all`, or names as gaussian_noise,zoom_blur.")
     ] = None,
-    levels: Annotated[str, typer.Option(help="The levels of corruption, of 1 to 5.")] = "1,2,3,4,5",
+    levels: Annotated[
+        str | None, typer.Option(help="With --corruptions: their levels, of 1 to 5, such as 1,3. Default: all.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=0, help="Take so many images, each class in proportion. 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the corruptions' noise.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="With --corruptions: the seed of their noise. Default: 0.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Evaluate a run on another test set, an image folder or corrupted images: `fastcifar evaluate RUN --data OTHER`.
@@ -37,18 +41,20 @@ def evaluate(
     opened = RunDirectory.open(run)
     if data is not None and not data.exists():
         raise UserError(f"{data} (--data): no such file or folder")
+    if not corruptions and (levels is not None or seed is not None):
+        raise UserError("--levels and --seed are of corrupted images: add --corruptions all, or names of some")
     # After the arguments are known to be good: these import torch, and a mistyped path is answered without it.
     from fastcifar.analysis import corruptions as known
     from fastcifar.analysis.evaluate import evaluate as measure
     from fastcifar.analysis.evaluate import read_labelled
     from fastcifar.analysis.predict import load_trained
 
-    names, wanted = wanted_corruptions(corruptions, list(known.CORRUPTIONS)), wanted_levels(levels)
+    names, wanted = wanted_corruptions(corruptions, list(known.CORRUPTIONS)), wanted_levels(levels or "1,2,3,4,5")
     trained = load_trained(opened, weights)
     found = read_labelled(opened, trained, data, split, limit)
     with err.status("evaluate") as status:
-        result = measure(trained, found, names, wanted, tta=tta, seed=seed, progress=status.update)
-    result = {"run": str(run), **result, "tta": tta, "seed": seed}
+        result = measure(trained, found, names, wanted, tta=tta, seed=seed or 0, progress=status.update)
+    result = {"run": str(run), **result, "tta": tta, "seed": seed or 0}
     print_json(result) if json_ else show(result)
 
 
@@ -87,15 +93,13 @@ def show(result: dict[str, Any]) -> None:
     """Print the table for people: the images as they are, then a row per corruption with a column per level."""
     from rich.table import Table
 
-    from fastcifar.console import err
+    from fastcifar.console import answer, answers
 
     clean = result["clean"]
     low, high = clean["interval"]
-    err.print(
+    answer(
         f"{result['data']}: {clean['accuracy']:.2f}% of {clean['images']:,} images (95% interval {low:.2f} to "
-        f"{high:.2f}), loss {clean['loss']:.4f}, calibration error {clean['calibration_error']:.2f} points",
-        soft_wrap=True,
-        markup=False,
+        f"{high:.2f}), loss {clean['loss']:.4f}, calibration error {clean['calibration_error']:.2f} points"
     )
     if not result["corrupted"]:
         return
@@ -110,5 +114,5 @@ def show(result: dict[str, Any]) -> None:
     for name, found in accuracies.items():
         mean = sum(found.values()) / len(found)
         table.add_row(name, *(f"{found[level]:.2f}" for level in levels), f"{mean:.2f}")
-    err.print(table)
-    err.print(f"mean over corruptions and levels {result['mean_corrupted']:.2f}%")
+    answers().print(table)
+    answer(f"mean over corruptions and levels {result['mean_corrupted']:.2f}%")

@@ -15,7 +15,7 @@ OptionalRecipeName = Annotated[str | None, _RECIPE]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key, such as train.epochs=2. Repeatable.")
 ]
-Data = Annotated[Path | None, typer.Option(help="The data: a store, or a CIFAR-10 release.")]
+Data = Annotated[Path | None, typer.Option(help="The data: a store, a CIFAR release, or folders named as classes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 Out = Annotated[Path | None, typer.Option(help="The run directory. Default: a new one under runs/.")]

@@ -21,7 +21,7 @@ def plan(
     ladder: Annotated[bool, typer.Option(help="Every row of the ladder, with its predicted time.")] = False,
     gpu: Annotated[
         str | None,
-        typer.Option(help="Predict for this hardware, such as h200: from its results; h100 and h200 without any, too."),
+        typer.Option(help="Predict for this hardware, from its benchmark results; for h100 and h200 also without any."),
     ] = None,
     set_: Settings = None,
     data: Data = None,
@@ -35,7 +35,7 @@ def plan(
     FLOPs, and data-sheet peaks at an assumed efficiency: predicted, never measured.
     """
     from fastcifar.config import load_recipe
-    from fastcifar.console import err, out
+    from fastcifar.console import answers, out
     from fastcifar.errors import UserError
 
     if ladder == (recipe is not None):
@@ -43,7 +43,7 @@ def plan(
     hardware, times = measured(gpu)
     if recipe is None:
         table = ladder_table(hardware, times)
-        out(table) if json_ else err.print(ladder_view(table))
+        out(table) if json_ else answers().print(ladder_view(table))
         return
     loaded = load_recipe(recipe, set_ or [])
     told = combination(loaded) if hasattr(loaded, "combine") else describe(loaded, data, hardware, times, devices)
@@ -153,13 +153,15 @@ def predicted(recipe: "Recipe", hardware: str) -> dict[str, Any] | None:
 
 def find_data(recipe: "Recipe", data: Path | None) -> tuple[dict[str, Any], "Store | None", int]:
     """Return where the recipe's data is (or how to get it), the store if it is one, and its training images."""
-    from fastcifar.data.store import Store, kind_of, locate
+    from fastcifar.data.sources import SYNTHETIC_COUNTS
+    from fastcifar.data.store import Store, converted, kind_of, locate
     from fastcifar.errors import UserError
     from fastcifar.models.budget import CIFAR_TRAIN
 
     source = kind_of(recipe.data.source, data)
     if source == "synthetic":
-        return {"source": source, "found": True, "where": "made by fastcifar, nothing to get"}, None, CIFAR_TRAIN
+        made = {"source": source, "found": True, "where": "made by fastcifar, nothing to get"}
+        return made, None, SYNTHETIC_COUNTS["train"]
     try:
         found = locate(source, data)
     except UserError as error:
@@ -167,7 +169,12 @@ def find_data(recipe: "Recipe", data: Path | None) -> tuple[dict[str, Any], "Sto
     if isinstance(found, Store):
         place = f"{found.root} ({found.format} store)"
         return {"source": source, "found": True, "where": place}, found, found.count("train")
-    return {"source": source, "found": True, "where": f"{found.path} (converted at first use)"}, None, CIFAR_TRAIN
+    store = converted(found)
+    if store is not None:
+        place = f"{found.path} (converted: {store.root})"
+        return {"source": source, "found": True, "where": place}, store, store.count("train")
+    told = "converted at first use" + ("" if found.release else f"; taken for {CIFAR_TRAIN:,} images until then")
+    return {"source": source, "found": True, "where": f"{found.path} ({told})"}, None, CIFAR_TRAIN
 
 
 def backend(recipe: "Recipe", store: "Store | None", images: int, device: Any) -> str:
@@ -189,11 +196,11 @@ def combination(recipe: "CombineRecipe | Recipe") -> dict[str, Any]:
 
 
 def show(told: dict[str, Any]) -> None:
-    """Print a plan for people, to stderr."""
-    from fastcifar.console import err
+    """Print a plan for people."""
+    from fastcifar.console import answer
 
     for line in lines(told):
-        err.print(line, soft_wrap=True, markup=False)
+        answer(line)
 
 
 def lines(told: dict[str, Any]) -> list[str]:

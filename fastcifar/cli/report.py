@@ -9,7 +9,7 @@ import typer
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run directories.")],
     out: Annotated[Path | None, typer.Option(help="The page. Default: report.html in the (first) run.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The data of the pictures: a store, or a CIFAR-10 release.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The data of the pictures, as `fastcifar run` takes it.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print what the page shows as one JSON object.")] = False,
 ) -> None:
     """Explain runs on one self-contained page: metrics, curves, confusion, calibration, hardest images, label errors.
@@ -19,10 +19,13 @@ def report(
     Reads run directories alone; the pictures come from --data or wherever `fastcifar run` finds the data, and are left
     out where there is none.
     """
+    from fastcifar.console import answer
     from fastcifar.console import out as print_json
-    from fastcifar.console import say
+    from fastcifar.errors import UserError
     from fastcifar.run_directory import RunDirectory, write_atomic
 
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"{out}: there is no folder {out.parent}")
     opened = [RunDirectory.open(folder) for folder in runs]
     # After the directories are known to be there: it imports torch, and a mistyped path is answered without it.
     from fastcifar.analysis.html import build_report
@@ -33,4 +36,4 @@ def report(
     if json_:
         print_json({"report": str(target), "runs": contents, "comparison": compared})
     else:
-        say((str(target), "bold"))
+        answer((str(target), "bold"))

@@ -27,7 +27,7 @@ def stack(
     meta: Annotated[Meta, typer.Option(help="The meta-model.")] = Meta.MLP,
     protocol: Annotated[
         Protocol,
-        typer.Option(help="honest: fitted on the holdout, test scored once. published: see below."),
+        typer.Option(help="honest: fitted on the holdout, test scored once. published: see above."),
     ] = Protocol.HONEST,
     seed: Annotated[int, typer.Option(min=0, help="The meta-model's seed.")] = 250,
     tta: Annotated[bool, typer.Option("--tta", help="Use the test logits under test-time augmentation.")] = False,

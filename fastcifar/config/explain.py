@@ -35,7 +35,10 @@ def _explain_extra(kind: type[BaseModel], where: list[str], error: Any) -> tuple
 
 def _explain_missing(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
     names = [arg for arg in getattr(_at(kind, where), "__args__", ()) if isinstance(arg, str)]
-    return where, f"is missing; allowed: {', '.join(names)}" if names else "is missing"
+    allowed = f"; allowed: {', '.join(names)}" if names else ""
+    if where[1:2] and where[1] in _tags(kind, where[:1]):  # a surprise to who has changed the name alone
+        return where, f"is missing{allowed}; where a table gets another name, it keeps none of the keys that it had"
+    return where, f"is missing{allowed}"
 
 
 def _explain_no_tag(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
@@ -57,8 +60,12 @@ def _explain_literal(kind: type[BaseModel], where: list[str], error: Any) -> tup
 
 
 def _explain_table(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
-    allowed = _allowed_keys(kind, where)
-    return where, f"{shown(error['input'])} is not a table; its keys: {', '.join(allowed) or 'name, ...'}"
+    allowed, given = _allowed_keys(kind, where), error["input"]
+    if where == ["augment"]:
+        return where, f'{shown(given)} is not a list of operations, such as ["crop(4)", "flip"]'
+    if isinstance(given, str) and (not allowed or "name" in allowed):
+        return where, f"{shown(given)} is not a table; its name is {'.'.join(where)}.name"
+    return where, f"{shown(given)} is not a table; its keys: {', '.join(allowed) or 'name, ...'}"
 
 
 def _explain_other(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:

@@ -248,7 +248,8 @@ def _parse_value(text: str, value: str) -> Any:
         parsed = parse_toml(f"value = {value}")
     except ValueError:
         if value[0] in "[{'\"":
-            raise UserError(f"--set {plain(text)}: {plain(value)} is not a valid TOML value") from None
+            quoted = "; a shell takes quotes away: --set 'augment=[\"crop(4)\"]'" if value[0] in "[{" else ""
+            raise UserError(f"--set {plain(text)}: {plain(value)} is not a valid TOML value{quoted}") from None
         return value
     except UserError as error:
         raise UserError(f"--set {plain(text)}: {error}") from None

@@ -378,7 +378,17 @@ def store_as(source: Source | Store, to: str, progress: Progress = no_progress) 
         name, key = source.manifest.source.kind, source.manifest.content
     else:
         name, key = source.kind, source.fingerprint
-    return convert(source, to, cache_folder() / f"{name}-{to}-v{manifest.VERSION}-{key[:16]}", progress)[0]
+    return convert(source, to, _cached(name, to, key), progress)[0]
+
+
+def converted(source: Source) -> Store | None:
+    """Return a source as the store that an earlier run made of it in the cache, or None."""
+    folders = (_cached(source.kind, to, source.fingerprint) for to in FORMATS)
+    return next((open_store(folder) for folder in folders if is_store(folder)), None)
+
+
+def _cached(name: str, to: str, key: str) -> Path:
+    return cache_folder() / f"{name}-{to}-v{manifest.VERSION}-{key[:16]}"
 
 
 def resolve_store(

@@ -13,17 +13,28 @@ def build(config: UserModelConfig, num_classes: int, image_px: int) -> nn.Module
     """Build the module that ``config`` names and make sure that it maps images to logits.
 
     Raises:
-        UserError: it cannot be found or made, is no `torch.nn.Module`, or gives something else than one logit a class.
+        UserError: it cannot be found or made, is no `torch.nn.Module`, gives something else than one logit a class, or
+            has a parameter or a buffer of another floating-point type than float32.
     """
     builder = user_code.model_builder(config.name)
     options = user_code.offered(builder, config.name, num_classes, image_px) | config.options
     model = user_code.call(builder, f'model.name: "{config.name}"', **options)
     if not isinstance(model, nn.Module):
         raise UserError(f'model.name: "{config.name}" made a {type(model).__name__}, not a torch.nn.Module')
+    _check_types(model, config.name)
     _check_logits(model, config.name, num_classes, image_px)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f'model.name: "{config.name}" has no parameter that learns')
     return model
+
+
+def _check_types(model: nn.Module, name: str) -> None:
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f'model.name: "{name}": {key} is {kind}; make it float32, engine.precision does the rest'
+            )
 
 
 @torch.no_grad()

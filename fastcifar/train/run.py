@@ -108,7 +108,8 @@ def training(
     evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode, ranks)
     # Takes up the newest checkpoint, so that all after it is the same for a new run and a resumed one.
     results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, evaluator))
-    done, end = results.progress.epochs_done, min(stop_after or recipe.train.epochs, recipe.train.epochs)
+    done, epochs = results.progress.epochs_done, recipe.train.epochs
+    end = epochs if stop_after is None else min(stop_after, epochs)
     clock = Clock(device, results.progress.clocks)
     label = f"seed {recipe.seed}" if together > 1 else None
     with Display(recipe.name, recipe.train.epochs, len(loader), recipe.train.batch_size, quiet, label=label) as display:

@@ -147,7 +147,7 @@ def test_corruptions_make_a_table(run, tmp_path):
         ("contrast", 1), ("contrast", 5), ("gaussian_noise", 1), ("gaussian_noise", 5)
     ]  # fmt: skip
     assert found["mean_corrupted"] == pytest.approx(np.mean([row["accuracy"] for row in found["corrupted"]]))
-    table = fastcifar("evaluate", "run", *words, cwd=tmp_path).stderr
+    table = fastcifar("evaluate", "run", *words, cwd=tmp_path).stdout
     assert "gaussian_noise" in table
     assert "level 5" in table
 
@@ -175,7 +175,9 @@ def test_a_folder_of_classes_is_matched_by_name(run, tmp_path, synthetic_store):
         (["nowhere"], "nowhere"),
         (["run", "--data", "nothing"], "nothing (--data)"),
         (["run", "--corruptions", "gausian_noise"], "gaussian_noise"),
-        (["run", "--levels", "0"], "levels of 1 to 5"),
+        (["run", "--corruptions", "all", "--levels", "0"], "levels of 1 to 5"),
+        (["run", "--levels", "3"], "add --corruptions"),
+        (["run", "--seed", "0"], "add --corruptions"),
         (["run", "--split", "tset"], "test, train"),
         (["run", "--weights", "bset"], "bset"),
     ],

@@ -104,9 +104,19 @@ def test_the_augmentation_alone(rng):
     torch.testing.assert_close(augment.plain(pixels), pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
 
 
+@pytest.mark.parametrize("images", [torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)])
+def test_normalized_images_or_another_layout_are_refused(images):
+    augment = fastcifar.augment.Augmentation(OPS)
+    for use in (augment, augment.plain):
+        with pytest.raises(UserError, match=r"\(4, 3, 32, 32\): give uint8 pixels \(B, H, W, 3\)"):
+            use(images)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"batch_size": 0}, "batch_size: 0 is below 1"),
+        ({"augment": "flip"}, r'augment: "flip" is one text; give a list of them: \["flip"\]'),
         ({"split": "valid"}, 'split: "valid"; allowed: train, test'),
         ({"backend": "tensorflow"}, "backend: 'tensorflow'.*resident, ffcv"),
         ({"order": "sorted"}, "order: 'sorted'.*allowed: plan, random, block, native"),

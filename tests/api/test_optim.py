@@ -78,3 +78,16 @@ def test_averages_are_lent_to_the_model_and_given_back_after_an_error(seed):
     other = fastcifar.optim.EMA(make_net(seed + 1))
     other.load_state_dict(ema.state_dict())
     assert all(torch.equal(t, ema.state_dict()[name]) for name, t in other.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", [{"rho": 0.0}, {"rho": -1.0}, {"rho": float("nan")}, {"eta": -0.1}])
+def test_what_is_no_radius_is_refused(wrong):
+    net = torch.nn.Linear(2, 2)
+    with pytest.raises(fastcifar.UserError, match=next(iter(wrong))):
+        fastcifar.optim.ASAM(net, torch.optim.SGD(net.parameters()), **wrong)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_what_is_no_decay_is_refused(decay):
+    with pytest.raises(fastcifar.UserError, match="decay"):
+        fastcifar.optim.EMA(torch.nn.Linear(2, 2), decay)

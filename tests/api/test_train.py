@@ -88,4 +88,6 @@ def test_bad_input_makes_no_directory(tmp_path):
     table = TABLE | {"data": {"source": "cifar10"}}
     with pytest.raises(fastcifar.UserError, match="nowhere"):
         fastcifar.train(fastcifar.Recipe.model_validate(table), data="nowhere", out=tmp_path / "x")
+    with pytest.raises(fastcifar.UserError, match="stop_after: 0 is below 1"):
+        fastcifar.train(fastcifar.Recipe.model_validate(TABLE), out=tmp_path / "x", stop_after=0)
     assert not (tmp_path / "x").exists()

@@ -42,8 +42,8 @@ def runs(tmp_path):
 
 def test_report_writes_its_page_into_the_run(call, runs):
     code, out, err = call("report", "m0")
-    assert (code, out) == (0, "")
-    assert "m0/report.html" in err
+    assert (code, err) == (0, "")
+    assert out == "m0/report.html\n"
     assert "<html" in (runs["m0"].folder / "report.html").read_text()
 
 
@@ -55,9 +55,9 @@ def test_report_as_json_names_the_page_and_the_runs(call, runs):
 
 def test_compare_shows_metrics_and_the_test(call, runs):
     code, out, err = call("compare", "m0", "m2")
-    assert (code, out) == (0, "")
-    assert f"{runs['m2'].summary['last']['accuracy']:.2f}" in err
-    assert "p = " in err
+    assert (code, err) == (0, "")
+    assert f"{runs['m2'].summary['last']['accuracy']:.2f}" in out
+    assert "p = " in out
     _, out, _ = call("compare", "m0", "m2", "--json")
     assert json.loads(out)["mcnemar"][0]["p_value"] < 1e-3
 
@@ -75,8 +75,8 @@ def test_ensemble_tells_the_accuracy_of_the_mean_softmax(call, runs):
 @pytest.mark.parametrize("options", [["--fit-weights"], ["--vote", "hard"], ["--weights", "0.2,0.3,0.5"]])
 def test_ensemble_votes_as_it_is_told(call, runs, options):
     code, out, err = call("ensemble", "m0", "m1", "m2", *options)
-    assert (code, out) == (0, "")
-    assert runs["m0"].recipe.name in err
+    assert (code, err) == (0, "")
+    assert runs["m0"].recipe.name in out
 
 
 @pytest.mark.parametrize("protocol", ["honest", "published"])
@@ -108,9 +108,9 @@ def labels(runs):
 def test_predict_lists_classes_of_an_image(call, runs):
     Image.new("RGB", (50, 40), "red").save("red.png")
     code, out, err = call("predict", "m0", "red.png", "--top", "2")
-    assert (code, out) == (0, "")
-    assert err.startswith("red.png: ")
-    assert err.count("%") == 2
+    assert (code, err) == (0, "")
+    assert out.startswith("red.png: ")
+    assert out.count("%") == 2
     _, out, _ = call("predict", "m0", "red.png", "--json", "--weights", "best")
     assert sum(c["probability"] for c in json.loads(out)["predictions"][0]["classes"]) <= 1
 
@@ -126,6 +126,7 @@ def test_export_writes_the_state_dict(call, runs):
     ("words", "message"),
     [
         (["report", "nowhere"], "nowhere"),
+        (["report", "m0", "--out", "no/folder/page.html"], "there is no folder no/folder"),
         (["compare", "m0"], "at least two"),
         (["ensemble", "m0", "m0"], "twice"),
         (["ensemble", "m0", "m1", "--weights", "1"], "weight"),

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from PIL import Image
 
 from fastcifar.cli import plan
 from fastcifar.config import load_recipe
+from fastcifar.data.store import resolve_store
 from fastcifar.errors import UserError
 from fastcifar.models import build_model
 from tests.command import fastcifar
@@ -32,7 +34,24 @@ def test_missing_data_says_how_to_get_it(monkeypatch, tmp_path):
 
 
 def test_smoke_needs_no_data():
-    assert told("smoke")["data"]["found"] is True
+    found = told("smoke")
+    assert found["data"]["found"] is True
+    assert found["training"]["steps_per_epoch"] == 2000 // load_recipe("smoke").train.batch_size
+
+
+def test_data_of_an_earlier_run_are_found_converted(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path / "cache"))
+    for k in range(20):
+        path = tmp_path / "images" / ("train", "test")[k % 2] / "ab"[k % 4 // 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(path)
+    recipe = load_recipe("lenet5", ["data.source=folder"])
+    before = plan.describe(recipe, tmp_path / "images", "x", {})
+    assert "converted at first use; taken for 50,000 images" in before["data"]["where"]
+    store = resolve_store(recipe.data, tmp_path / "images")
+    after = plan.describe(recipe, tmp_path / "images", "x", {})
+    assert f"(converted: {store.root})" in after["data"]["where"]
+    assert after["training"]["steps_per_epoch"] == 1
 
 
 def test_nothing_is_predicted_that_was_not_measured():

@@ -181,6 +181,10 @@ OVERRIDES = {
     "train..epochs=3": ["--set train..epochs=3", "key=value"],
     "train.epochs=": ["--set train.epochs=", "no value"],
     "train.epochs=[1": ["--set train.epochs=[1", "not a valid TOML value"],
+    "augment=[crop(4)]": ["not a valid TOML value", """--set 'augment=["crop(4)"]'"""],  # as a shell hands it on
+    "augment=flip": ["augment:", "'flip' is not a list of operations"],
+    "optimizer=sgd": ["optimizer:", "'sgd' is not a table; its name is optimizer.name"],
+    "optimizer.name=sgd": ["optimizer.lr:", "is missing", "another name", "none of the keys"],
     "seed.x=1": ["--set seed.x=1", "seed is a value (42)"],
     "train.epochs=many": ["train.epochs:", "'many'", "integer"],
     "train.epoch=3": ["train.epoch:", 'did you mean "epochs"'],

@@ -34,18 +34,13 @@ def folder(tmp_path, monkeypatch):
 def execute(block: str, folder: Path) -> None:
     """Run the commands of a console block; the lines after each are among what it prints."""
     for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
-        program, *words = split(command.partition(" #")[0])
+        program, *words = shlex.split(command.partition(" #")[0])
         assert program == "fastcifar"
         done = fastcifar(*words, cwd=folder)
         lines = [line.rstrip() for line in (done.stdout + done.stderr).splitlines()]
         for line in expected.splitlines():
             assert line in lines, (command, done)
         assert done.returncode == (2 if "fastcifar: " in expected else 0), (command, done)
-
-
-def split(command: str) -> list[str]:
-    """Split as a shell does, but keep the quotes within a word such as ``augment=["flip"]``."""
-    return [word if "=[" in word else shlex.split(word)[0] for word in command.split()]
 
 
 @pytest.mark.parametrize("guide", GUIDES)

@@ -69,6 +69,7 @@ def test_the_command_says_so_and_makes_nothing(workplace):
         ("theirs.nets:broken", ["RuntimeError: no such thing", "nets.py, line"]),
         ("collections:OrderedDict", ["made a OrderedDict, not a torch.nn.Module"]),
         ("torch.nn:Flatten", ["(2, 3072)"]),
+        ("theirs.nets:double", ["conv.weight is float64", "float32"]),
     ],
 )
 def test_what_is_no_classifier_is_refused_before_training(workplace, name, parts):
