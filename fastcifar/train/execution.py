@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastcifar.train.step import Step
 
 WARM_UP_RUNS = 3  # cuDNN chooses its algorithms, and Triton compiles, in the first; the allocator settles in the next
+MOST_MODELS = 200
 Forward = Callable[[Tensor], Tensor]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -193,6 +194,10 @@ def compile_model(forward: Function) -> Function:
     # Whether fp32 may be rounded to tf32 is the recipe's decision, not something to be reminded of.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     batch_norm.allow_in_graph()
+    # One process may train many models, whose working copies share one function: from the ninth on, torch would go on
+    # without compilation, and say so in a log only.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_MODELS)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     # Static shapes: there are two or three in a run, and kernels for a known size are faster.
     return cast(Function, torch.compile(forward, dynamic=False))
 

@@ -1,6 +1,7 @@
 """Compiled and captured steps give the eager step's losses; on a GPU nothing in a step waits for the host."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastcifar.models import build_model
 from fastcifar.train import execution
 from fastcifar.train.cursor import DeviceCursor
 from fastcifar.train.execution import preserved
+from fastcifar.train.flat_parameters import FlatParameters
 from fastcifar.train.step import build_step
 from tests.train.step_parts import batches, make_step, recipe, same, state, train
 
@@ -61,6 +63,25 @@ def test_compiled_equals_eager_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> No
     eager, reference = run("eager", "cpu", 16, **tables)
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state(step)["flat.ema"], state(reference)["flat.ema"], rtol=1e-3, atol=1e-4)
+
+
+def test_each_of_many_models_in_a_process_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All working copies share one function, of which torch compiles eight versions unless it is told otherwise."""
+    torch.compiler.reset()
+    compiled: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for width in range(1, 13):
+        model = torch.nn.Linear(width, 2)
+        forward = execution.WorkingCopyModel(model, FlatParameters(model), torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            execution.compile_model(forward)(torch.ones(1, width))
+    assert len(compiled) == 12
+    assert torch._dynamo.config.fail_on_recompile_limit_hit
 
 
 def test_what_is_compiled_is_kept_in_our_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
