@@ -100,8 +100,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("real") and not REAL:
             item.add_marker(pytest.mark.skip(reason="real CIFAR-10: FASTCIFAR_DATA is not set"))
-        if item.get_closest_marker("gpu") and not _has_cuda():
-            item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device"))
+        if item.get_closest_marker("gpu"):
+            # torch's compiler and its search for waits warn about themselves, where they are imported or begun first.
+            item.add_marker(pytest.mark.filterwarnings("default"))
+            if not _has_cuda():
+                item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device"))
         if "null_device" in getattr(item, "fixturenames", ()) and (why := missing()):
             item.add_marker(pytest.mark.skip(reason=f"null device: {why}"))
 

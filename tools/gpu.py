@@ -38,7 +38,7 @@ TRIES = 20
 
 @dataclass(frozen=True)
 class Piece:
-    """One part of the work; ``benchmarks`` with ``options`` (and then ``tests``), or ``rows`` (with ``seeds``)."""
+    """One part of the work; ``benchmarks`` with ``options`` (after ``tests``), or ``rows`` (with ``seeds``)."""
 
     name: str
     tests: bool = False
@@ -50,7 +50,7 @@ class Piece:
 
 
 PIECES = (
-    Piece("tests", benchmarks=("launches",), tests=True),  # first: are the launches those of the ledger?
+    Piece("tests", benchmarks=("launches",), tests=True),
     Piece("suite-quick", benchmarks=("all",), quick=True),
     Piece("ladder-cheap", rows=("lenet5", "lenet5-kaiming", "deep", "deep-*"), seeds=3),
     Piece("suite-step", benchmarks=("ceilings", "optimizer", "kernels", "augment", "step")),
@@ -161,9 +161,16 @@ def commands(piece: Piece, minutes: float) -> list[list[str]]:
         quick = ["--quick"] if piece.quick or REHEARSAL else []
         options = ["--contract"] * ("--contract" in piece.options) if REHEARSAL else piece.options
         to = ["--out", str(FOLDER / "results.json")] if REHEARSAL else []
-        tests = [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]] if piece.tests else []
-        return [*([*command, "bench", name, *options, *quick, *to] for name in every(piece.benchmarks)), *tests]
+        tests = [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *gpu_tests()]]
+        benchmarks = [[*command, "bench", name, *options, *quick, *to] for name in every(piece.benchmarks)]
+        return [*(tests if piece.tests else []), *benchmarks]
     return [[*command, "ladder", *ladder_options(piece), "--until", f"{60 * minutes - GRACE_S:.0f}s"]]
+
+
+def gpu_tests() -> list[str]:
+    """Return the files that hold tests for a GPU: the others' imports may need packages that such a machine lacks."""
+    found = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in found if "mark.gpu" in path.read_text(encoding="utf-8")]
 
 
 def every(names: tuple[str, ...]) -> tuple[str, ...]:

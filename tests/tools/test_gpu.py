@@ -1,6 +1,7 @@
 """`make gpu`: the first piece, and what becomes of a command that is interrupted."""
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -23,10 +24,21 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_the_first_command_compares_the_launches_with_the_ledger(gpu):
-    first, tests = gpu.commands(gpu.PIECES[0], 9.0)
-    assert first[-2:] == ["bench", "launches"]
+def test_the_first_commands_test_and_compare_the_launches_with_the_ledger(gpu):
+    tests, launches = gpu.commands(gpu.PIECES[0], 9.0)
     assert "pytest" in tests
+    assert launches[-2:] == ["bench", "launches"]
+
+
+def test_files_without_gpu_tests_are_not_imported_on_a_gpu_machine(gpu):
+    """Some import packages that it does not have, and one such file ends pytest before any test."""
+    found = gpu.gpu_tests()
+    assert "tests/kernels/test_sam.py" in found
+    assert "tests/config/test_json_schema.py" not in found
+    texts = [(gpu.ROOT / path).read_text(encoding="utf-8") for path in found]
+    names = {name for text in texts for name in re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)}
+    ours = {"fastcifar", "tests", "launches"}
+    assert names - ours - set(sys.stdlib_module_names) <= {"numpy", "pytest", "scipy", "torch", "triton"}
 
 
 @pytest.mark.parametrize(

@@ -85,4 +85,4 @@ def test_the_device_equals_the_cpu(ops, dtype):
     got = there(moved, torch.tensor([3], device="cuda"))
     assert torch.equal(got.cpu(), here(Batch(images, rows, index, index), 3))
     decisions = gpu.decide_on_device(index.cuda(), torch.tensor([3], device="cuda"), there._tables)
-    assert torch.equal(decisions.cpu(), torch.from_numpy(here.chosen(index.numpy(), 3)))
+    assert torch.equal(decisions.cpu(), torch.from_numpy(here.decisions(index.numpy(), 3)))
