@@ -3,42 +3,28 @@
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 import tomllib
 from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
+from fastcifar import environment, run_directory
 from fastcifar import open_run as opening
-from fastcifar import run_directory
 from fastcifar.errors import UserError
 from fastcifar.locks import locked
 from fastcifar.manifest import parse
 from fastcifar.open_run import open_run
 from fastcifar.run_directory import RunDirectory
+from tests.forked import CONTEXT
 from tests.run_directories import make_members, recipe
 from tests.storm import run_directories
 from tests.storm.tally import Tally
-
-STARTED_AT_ONCE = """
-import sys
-from pathlib import Path
-from fastcifar import environment
-from fastcifar.open_run import open_run
-from tests.run_directories import recipe
-environment.describe = lambda: {"hardware": "a test"}
-wanted = recipe("same", optimizer={"name": "adam", "lr": float(sys.argv[1])})
-print("ready", flush=True)
-sys.stdin.readline()
-with open_run(wanted, None, None) as run:
-    print(run.folder, flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -65,26 +51,35 @@ def read_everything(run: RunDirectory) -> None:
     run.read("README.md")
 
 
+def opened_at_once(rate: float, cwd: Path, start: Barrier, told: Connection) -> None:
+    """Open a new run when all others do, tell its folder, and hold it until the other end has heard of all."""
+    os.chdir(cwd)
+    environment.describe = lambda: {"hardware": "a test"}
+    wanted = recipe("same", optimizer={"name": "adam", "lr": rate})
+    start.wait(500)
+    with open_run(wanted, None, None) as run:
+        told.send(str(run.folder))
+        told.recv()
+
+
 def test_processes_started_at_once_each_have_their_own_folder_and_recipe(tmp_path):
-    rates = [f"{k}e-3" for k in range(1, 5)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    rates = [k * 1e-3 for k in range(1, 5)]
+    start, pipes = CONTEXT.Barrier(len(rates)), [CONTEXT.Pipe() for _ in rates]
     children = [
-        subprocess.Popen(
-            [sys.executable, "-c", STARTED_AT_ONCE, rate], cwd=tmp_path, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )
-        for rate in rates
-    ]  # fmt: skip
-    assert [child.stdout.readline() for child in children] == ["ready\n"] * len(children)
+        CONTEXT.Process(target=opened_at_once, args=(rate, tmp_path, start, there))
+        for rate, (_, there) in zip(rates, pipes, strict=True)
+    ]
     for child in children:
-        child.stdin.write("go\n")
-        child.stdin.flush()
-    folders = [child.stdout.readline().strip() for child in children]
-    for child in children:
-        child.communicate(timeout=500)
+        child.start()
+    assert all(here.poll(500) for here, _ in pipes)
+    folders = [here.recv() for here, _ in pipes]
+    for (here, _), child in zip(pipes, children, strict=True):
+        here.send("done")
+        child.join(500)
+        assert child.exitcode == 0
     assert len(set(folders)) == len(rates)
     recorded = [tomllib.loads((tmp_path / f / "recipe.toml").read_text())["optimizer"]["lr"] for f in folders]
-    assert recorded == [float(rate) for rate in rates]
+    assert recorded == rates
 
 
 def test_an_own_folder_is_not_taken_twice(tmp_path, monkeypatch):
