@@ -77,6 +77,7 @@ class Done:
 
     def summary(self) -> dict[str, Any]:
         """Return the content of ``summary.json``."""
+        first = next(iter(self.members.values()))
         recipe, clocks = self.recipe, {"total_s": self.seconds, "training_s": self.seconds, "compilation_s": 0.0}
         return {
             "name": recipe.name,
@@ -94,7 +95,8 @@ class Done:
             "clocks": clocks,
             "images_per_s": None,
             "seed": recipe.combine.meta_seed,
-            "source": source_of(next(iter(self.members.values()))),
+            "source": source_of(first),
+            **{key: first.summary[key] for key in ("classes", "image_px", "content") if key in first.summary},
             "loader": None,
             "environment": self.environment,
             "git": self.environment.get("git"),
@@ -210,13 +212,14 @@ def _stack(config: CombineConfig, members: Mapping[str, RunDirectory], tta: bool
     from fastcifar.analysis import stacking
 
     if config.protocol == "published":
-        which = "best" if "best" in available(members, "train") else "last"  # the same epoch in both splits
+        # The same epoch in both splits; the last one's logits alone are there with test-time augmentation.
+        which = "best" if "best" in available(members, "train") and not tta else "last"
         test, train = collect(members, "test", which, tta), collect(members, "train", which)
         stacked = stacking.stack_published(train, test, config.meta, config.meta_seed)
         counts = "best"
     else:
-        test = collect(members, "test", "selected", tta)
-        holdout = collect(members, "holdout", "selected")
+        which = "last" if tta else "selected"
+        test, holdout = collect(members, "test", which, tta), collect(members, "holdout", which)
         stacked = stacking.stack_honest(holdout, test, config.meta, config.meta_seed)
         counts = "selected"
     protocol = stacked.details["protocol"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcifar.analysis.members import WHICH, distinct_names
+from fastcifar.analysis.members import WHICH, distinct_names, same_test_images
 from fastcifar.analysis.statistics import mcnemar, mean_of
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
@@ -58,7 +58,7 @@ def pairs_against_first(runs: Sequence[RunDirectory], which: str = "last") -> li
     labels = first.logits("test/labels")
     rows = []
     for name, run in zip(names[1:], runs[1:], strict=True):
-        if not np.array_equal(run.logits("test/labels"), labels):
+        if not same_test_images(run, first):
             raise UserError(f"{run.folder}: was not evaluated on the test images of {first.folder}; compare such runs")
         found = mcnemar(_logits(first, which), _logits(run, which), labels)
         rows.append({"first": names[0], "second": name, "which": which, **found})

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastcifar.analysis.compare import group_by_recipe
-from fastcifar.analysis.members import distinct_names
+from fastcifar.analysis.members import distinct_names, same_test_images
 from fastcifar.analysis.statistics import binomial_error, mcnemar
 from fastcifar.config import CombineRecipe, load_recipe, shipped_by_name
 from fastcifar.run_directory import RunDirectory
@@ -52,7 +52,8 @@ def _published(run: RunDirectory) -> float | None:
 def _difference(group: dict[str, Any], first: dict[str, Any], run: RunDirectory) -> dict[str, Any] | None:
     """Return last minus the first recipe's last, in points, with the standard error of that difference.
 
-    A recipe with a single seed has no spread; its binomial error, which is smaller, stands in and ``of`` says so.
+    A recipe with a single seed has no spread; its binomial error, of the sampling of test images, stands in and ``of``
+    says so.
     """
     if not group["last"] or not first["last"]:
         return None
@@ -77,15 +78,15 @@ def _pairs(runs: Sequence[RunDirectory], names: list[str]) -> list[dict[str, Any
     ``points`` is the second's accuracy minus the first's; its standard error takes into account that both saw the same
     images: with b and c images that only one has right, sqrt(b + c - (b - c)**2 / N) / N.
     """
-    labels = [run.logits("test/labels") for run in runs]
     logits = [run.logits(f"test/last/{run.summary['weights']}") for run in runs]
     found = []
     for j in range(len(runs)):
         for i in range(j):
-            if np.array_equal(labels[i], labels[j]):
-                test = mcnemar(logits[i], logits[j], labels[i])
+            if same_test_images(runs[i], runs[j]):
+                labels = runs[i].logits("test/labels")
+                test = mcnemar(logits[i], logits[j], labels)
                 pair = {"first": i, "second": j, "names": [names[i], names[j]]}
-                found.append({**pair, **test, **paired(test, len(labels[i]))})
+                found.append({**pair, **test, **paired(test, len(labels))})
     return found
 
 

@@ -114,9 +114,10 @@ def _prune_by_noise_rate(probabilities: np.ndarray, labels: np.ndarray, joint: n
 
 
 def _whole_numbers(joint: np.ndarray) -> np.ndarray:
-    """Round each row to whole numbers with the row's sum kept (largest remainders), int64 (K, K)."""
+    """Round each row to whole numbers with the row's sum kept (largest remainders, the label's own first), (K, K)."""
     down = np.floor(joint + 1e-9).astype(np.int64)
-    for row, exact in zip(down, joint, strict=True):
+    for label, (row, exact) in enumerate(zip(down, joint, strict=True)):
         missing = round(float(exact.sum())) - int(row.sum())
-        row[np.argsort(-(exact - row), kind="stable")[:missing]] += 1
+        another = np.arange(len(row)) != label
+        row[np.lexsort((another, -np.round(exact - row, 9)))[:missing]] += 1
     return down

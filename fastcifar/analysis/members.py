@@ -73,6 +73,9 @@ def collect(members: Mapping[str, RunDirectory], split: str, which: str, tta: bo
     labels = [run.logits(f"{split}/labels") for run in members.values()]
     _agree(names, [array.shape[1:] for array in logits], "number of classes")
     _agree(names, [source_of(run) for run in members.values()], "data set")
+    known = {name: run.summary["content"] for name, run in members.items() if "content" in run.summary}
+    if known:
+        _agree(list(known), list(known.values()), "images")
     if split == "holdout":
         _agree(names, [run.logits("holdout/indices").tobytes() for run in members.values()], "holdout rows")
     _agree(names, [array.tobytes() for array in labels], f"{split} labels")
@@ -109,6 +112,15 @@ def _cure_of(which: str, tta: bool) -> str:
 
 def _key(run: RunDirectory, split: str, which: str, tta: bool) -> str:
     return f"{split}/{which}/{run.summary['weights']}{'/tta' if tta else ''}"
+
+
+def same_test_images(a: RunDirectory, b: RunDirectory) -> bool:
+    """Return whether two runs were evaluated on the same images.
+
+    Labels alone do not tell it of image folders, which are sorted by class; runs of older versions do not say more.
+    """
+    contents = [run.summary["content"] for run in (a, b) if "content" in run.summary]
+    return len({*contents}) < 2 and np.array_equal(a.logits("test/labels"), b.logits("test/labels"))
 
 
 def source_of(run: RunDirectory) -> str:

@@ -117,9 +117,9 @@ def _check(recipe: Recipe, data: Path | None) -> None:
     from fastcifar.models.memory import refuse_what_cannot_fit
     from fastcifar.train.checks import check_before
 
-    device = pick_device(recipe.engine)
-    refuse_what_cannot_fit(with_precision(recipe, device), device)
-    check_before(recipe, data)
+    device, store = pick_device(recipe.engine), check_before(recipe, data)
+    facts = {"num_classes": len(store.classes), "image_px": store.image_shape[0]}
+    refuse_what_cannot_fit(with_precision(recipe, device), device, **facts)
 
 
 def _execute(

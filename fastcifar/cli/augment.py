@@ -36,7 +36,10 @@ def preview(
     first_epoch: Annotated[int, typer.Option(min=0, help="The first of them, counted from 0.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print what was drawn as one JSON object.")] = False,
 ) -> None:
-    """Draw a contact sheet: a row per training image, the original at the left, then one column per epoch."""
+    """Draw a contact sheet: a row per training image, the original at the left, then one column per epoch.
+
+    Images of data.resize's first phases are drawn in their full size.
+    """
     from PIL import Image
 
     from fastcifar.config import CombineRecipe, load_recipe
@@ -72,7 +75,8 @@ def seen(recipe: "Recipe", data: Path | None, count: int, epochs: range) -> "lis
     """Return columns of images: the originals, then each epoch's, mixed as the recipe says.
 
     The rows are the first training images taken as one batch, so that the partners of CutMix and Mixup are among
-    them; everything else is, to the byte, what training sees before normalization.
+    them; everything else is, to the byte, what training sees before normalization, but for ``data.resize``: the images
+    have their full size.
 
     Args:
         recipe: what to preview.
@@ -102,16 +106,18 @@ def seen(recipe: "Recipe", data: Path | None, count: int, epochs: range) -> "lis
     # The loader's own transforms follow the same law, with numbers of their own.
     config = recipe.augment.model_copy(update={"where": "device"})
     augment = build_augment(
-        config, mean=[0.0] * 3, std=[1.0] * 3, image_shape=originals.shape[1:], seed=recipe.seed,
+        config, mean=recipe.data.mean, std=recipe.data.std, image_shape=originals.shape[1:], seed=recipe.seed,
         device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
+    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.data.mean, recipe.data.std))
     mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=1)
     columns = [list(originals)]
     for epoch in epochs:
         images: Any = augment(batch, epoch)
         if mix is not None:
             images, _ = mix(images, batch.labels, epoch, 0)
-        columns.append(list((images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()))
+        bytes_ = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        columns.append(list(bytes_.permute(0, 2, 3, 1).numpy()))
     return columns
 
 

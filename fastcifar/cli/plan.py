@@ -1,6 +1,5 @@
 """``fastcifar plan``: what a recipe would do, what it needs and how long it would take, without training."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
     from fastcifar.data.store import Store
 
 NOT_MEASURED = "not measured yet"
-RELEASE_BYTES = 3 * 32 * 32
 
 
 def plan(
@@ -72,12 +70,12 @@ def describe(
     here = with_precision(recipe, device)
     compiled, captured, why = choose_mode(recipe.engine, device, is_import_path(recipe.optimizer.name))
     mode = " + ".join(["compiled"] * compiled + ["CUDA graph"] * captured) or "eager"
-    cost = cost_of_config(recipe.model)
+    facts = {"num_classes": len(store.classes), "image_px": store.image_shape[0]} if store else {}
+    cost = cost_of_config(recipe.model, **facts)
     trained = budget.images_to_train(recipe, images)
     steps = budget.steps_per_epoch(recipe, trained)
     prediction = budget.predict(recipe, times, images)
-    image_bytes = math.prod(store.image_shape) if store else RELEASE_BYTES
-    memory = memory_mib(here, cost.parameters, trained, image_bytes)
+    memory = memory_mib(here, cost.parameters, trained, **facts)
     check_memory(recipe.name, memory, device)
     return {
         "recipe": recipe.name,

@@ -172,9 +172,9 @@ def refuse_early(recipe: Any, data: Path | None, verify: bool = False) -> None:
         from fastcifar.models.memory import refuse_what_cannot_fit
         from fastcifar.train.checks import check_before
 
-        device = pick_device(recipe.engine)
-        refuse_what_cannot_fit(with_precision(recipe, device), device)
-        check_before(recipe, data, verify)
+        device, store = pick_device(recipe.engine), check_before(recipe, data, verify)
+        facts = {"num_classes": len(store.classes), "image_px": store.image_shape[0]}
+        refuse_what_cannot_fit(with_precision(recipe, device), device, **facts)
 
 
 def execute(

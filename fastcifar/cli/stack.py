@@ -30,7 +30,9 @@ def stack(
         typer.Option(help="honest: fitted on the holdout, test scored once. published: see above."),
     ] = Protocol.HONEST,
     seed: Annotated[int, typer.Option(min=0, help="The meta-model's seed.")] = 250,
-    tta: Annotated[bool, typer.Option("--tta", help="Use the test logits under test-time augmentation.")] = False,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Use the last epoch's test logits under test-time augmentation.")
+    ] = False,
     out: Result = None,
     json_: Json = False,
 ) -> None:

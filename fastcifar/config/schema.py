@@ -182,6 +182,17 @@ class ModelBase(Section):
     init: Literal["default", "kaiming_normal_fan_out"] = "default"
 
 
+def check_depth(depth: int, period: int, rest: int) -> None:
+    """Refuse a depth that is not ``period`` times a whole number of 1 or more, plus ``rest``.
+
+    Raises:
+        ValueError: with the nearest one that is.
+    """
+    if (depth - rest) % period:
+        nearest_depth = max(1, round((depth - rest) / period)) * period + rest
+        raise ValueError(f"depth {depth} is not {period}n + {rest}; the nearest is {nearest_depth}")
+
+
 class LeNet5Config(ModelBase):
     """LeNet-5 with ReLU (LeCun et al., 1998)."""
 
@@ -221,8 +232,7 @@ class WideResNetConfig(ModelBase):
 
     @model_validator(mode="after")
     def _depth(self) -> "WideResNetConfig":
-        if (self.depth - 4) % 6:
-            raise ValueError(f"depth {self.depth} is not 6n + 4; the nearest is {(self.depth - 4) // 6 * 6 + 4}")
+        check_depth(self.depth, 6, 4)
         return self
 
 
@@ -242,10 +252,7 @@ class PyramidNetConfig(ModelBase):
 
     @model_validator(mode="after")
     def _depth(self) -> "PyramidNetConfig":
-        period = 6 if self.block == "basic" else 9
-        if (self.depth - 2) % period:
-            nearest_depth = (self.depth - 2) // period * period + 2
-            raise ValueError(f"depth {self.depth} is not {period}n + 2; the nearest is {nearest_depth}")
+        check_depth(self.depth, 6 if self.block == "basic" else 9, 2)
         return self
 
 
@@ -358,8 +365,7 @@ class ShakeShakeConfig(ModelBase):
 
     @model_validator(mode="after")
     def _depth(self) -> "ShakeShakeConfig":
-        if (self.depth - 2) % 6:
-            raise ValueError(f"depth {self.depth} is not 6n + 2; the nearest is {(self.depth - 2) // 6 * 6 + 2}")
+        check_depth(self.depth, 6, 2)
         return self
 
 
@@ -377,8 +383,7 @@ class ResidualAttentionConfig(ModelBase):
 
     @model_validator(mode="after")
     def _depth(self) -> "ResidualAttentionConfig":
-        if (self.depth - 20) % 36:
-            raise ValueError(f"depth {self.depth} is not 36m + 20; the nearest is {(self.depth - 20) // 36 * 36 + 20}")
+        check_depth(self.depth, 36, 20)
         return self
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcifar.config.schema import ModelBase, UserModelConfig
+from fastcifar.config.schema import ConvNeXtV2Config, ModelBase, UserModelConfig
 from fastcifar.errors import UserError
 from fastcifar.models import (
     convnext,
@@ -48,7 +48,12 @@ MODELS: dict[str, Builder] = {
 """A model's name in a recipe -> (config, num_classes, image_px) -> the network with torch's default weights."""
 
 SMALLEST_PX = {"lenet5": 16, "deep_baseline": 8, "deep_baseline_bn": 8, "residual5": 8, "speednet": 9, "convnextv2": 8}
-"""The smallest image of which something is left after a model's poolings; the others take any."""
+
+
+def smallest_px(config: ModelBase) -> int:
+    """Return the side of the smallest image of which a model's poolings leave something; 1 where any will do."""
+    least = SMALLEST_PX.get(config.name, 1)  # type: ignore[attr-defined]
+    return least * config.stem_stride if isinstance(config, ConvNeXtV2Config) else least
 
 
 def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32, seed: int) -> nn.Module:
@@ -66,8 +71,8 @@ def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32,
         UserError: the images are too small for this model, or a model of the user's own cannot be made.
     """
     name: str = config.name  # type: ignore[attr-defined]
-    if image_px < SMALLEST_PX.get(name, 1):
-        raise UserError(f"model.name = {name!r} needs images of {SMALLEST_PX[name]} px or more, these have {image_px}")
+    if image_px < (least := smallest_px(config)):
+        raise UserError(f"model.name = {name!r} needs images of {least} px or more, these have {image_px}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(config, UserModelConfig):

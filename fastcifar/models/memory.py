@@ -22,18 +22,25 @@ ACTIVATIONS_MARGIN = 2
 USUAL_BATCH, USUAL_WIDEN, USUAL_ALPHA, USUAL_WIDTH, USUAL_DEPTH = 8192, 20, 600, 1024, 300
 
 
-def refuse_what_cannot_fit(recipe: Recipe, device: torch.device) -> None:
-    """Refuse a recipe that is far beyond the device's memory, before a run directory, data or a model is made.
+def refuse_what_cannot_fit(recipe: Recipe, device: torch.device, *, num_classes: int = 10, image_px: int = 32) -> None:
+    """Refuse a recipe that is far beyond the device's memory, before a run directory or a model is made.
 
     The estimate costs seconds, so it is only made where a width, a depth or a batch is unusual.
+
+    Args:
+        recipe: what is to be trained.
+        device: where.
+        num_classes: of the data.
+        image_px: side of its images.
 
     Raises:
         UserError: it cannot fit; with the estimate.
     """
     if not is_large(recipe):
         return
-    parameters = count_parameters(_own(recipe.model) or meta_model(recipe.model))
-    check_memory(recipe.name, memory_mib(recipe, parameters, 0), device)
+    facts = {"num_classes": num_classes, "image_px": image_px}
+    parameters = count_parameters(_own(recipe.model, **facts) or meta_model(recipe.model, **facts))
+    check_memory(recipe.name, memory_mib(recipe, parameters, 0, **facts), device)
 
 
 def is_large(recipe: Recipe) -> bool:
@@ -86,35 +93,46 @@ def micro_batch(recipe: Recipe) -> int:
     return -(-recipe.train.batch_size // recipe.train.accumulate)
 
 
-def memory_mib(recipe: Recipe, parameters: int, images: int, image_bytes: int = 3 * 32 * 32) -> dict[str, float]:
-    """Return the expected memory on the training device in MiB, without what CUDA itself takes (about 500 MiB)."""
+def memory_mib(
+    recipe: Recipe, parameters: int, images: int, *, num_classes: int = 10, image_px: int = 32
+) -> dict[str, float]:
+    """Return the expected memory on the training device in MiB, without what CUDA itself takes (about 500 MiB).
+
+    Args:
+        recipe: what is to be trained.
+        parameters: trained values of its model.
+        images: how many of the training images lie on the device.
+        num_classes: of the data.
+        image_px: side of its images.
+    """
     # Weights, gradients, moments; of an optimizer by import path, as many as Adam has.
     buffers = 2 + (1 if recipe.optimizer.name in ("sgd", "muon") else 2)
     buffers += sum(1 for kept in (recipe.ema, recipe.asam, recipe.lookahead) if kept)  # one copy of the weights each
     parts = {
         "weights_and_state": 4 * parameters * buffers,
-        "activations": saved_bytes(recipe) * micro_batch(recipe),
-        "images": image_bytes * images,
+        "activations": saved_bytes(recipe, num_classes=num_classes, image_px=image_px) * micro_batch(recipe),
+        "images": 3 * image_px**2 * images,
     }
     return {name: round(size / 2**20, 1) for name, size in {**parts, "total": sum(parts.values())}.items()}
 
 
-def saved_bytes(recipe: Recipe) -> int:
+def saved_bytes(recipe: Recipe, *, num_classes: int = 10, image_px: int = 32) -> int:
     """Return the bytes that autograd keeps of one image's forward pass in eager mode, found on the meta device."""
     half = recipe.engine.gpu_precision in ("bf16", "fp16")
-    own_model = _own(recipe.model)
+    facts, shape = {"num_classes": num_classes, "image_px": image_px}, (2, 3, image_px, image_px)
+    own_model = _own(recipe.model, **facts)
     if own_model is not None:
-        return _saved_bytes(own_model, torch.zeros(2, 3, 32, 32), autocast=half)
+        return _saved_bytes(own_model, torch.zeros(shape), autocast=half)
     dtype = torch.bfloat16 if half else torch.float32
-    model = ready(meta_model(recipe.model).to(dtype))
-    return _saved_bytes(model, torch.zeros(2, 3, 32, 32, device="meta", dtype=dtype), autocast=False)
+    model = ready(meta_model(recipe.model, **facts).to(dtype))
+    return _saved_bytes(model, torch.zeros(shape, device="meta", dtype=dtype), autocast=False)
 
 
-def _own(config: ModelBase) -> nn.Module | None:
+def _own(config: ModelBase, *, num_classes: int, image_px: int) -> nn.Module | None:
     """Return a model of the user's own, on the CPU and ready for a pass; None for ours, which need no memory for it."""
     if not isinstance(config, UserModelConfig):
         return None
-    model = build_model(config, seed=0)
+    model = build_model(config, num_classes=num_classes, image_px=image_px, seed=0)
     bind_counter(model, torch.zeros(1, dtype=torch.int64), seed=0)
     return model.train()
 

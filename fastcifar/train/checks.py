@@ -11,15 +11,15 @@ from fastcifar.data.loaders.base import EpochOrder
 from fastcifar.data.store import Store, resolve_store
 from fastcifar.data.store import verify as verify_store
 from fastcifar.errors import UserError
-from fastcifar.models import SMALLEST_PX
+from fastcifar.models import smallest_px
 from fastcifar.track import check_trackers
 
 if TYPE_CHECKING:
     from fastcifar.train.run import Rows
 
 
-def check_before(recipe: Recipe, data: Path | None, verify: bool = False) -> None:
-    """Find a recipe's data and check that the two go together; for a run that has no directory yet.
+def check_before(recipe: Recipe, data: Path | None, verify: bool = False) -> Store:
+    """Find a recipe's data, check that the two go together, and return it; for a run that has no directory yet.
 
     Args:
         recipe: what is to be trained.
@@ -43,6 +43,7 @@ def check_before(recipe: Recipe, data: Path | None, verify: bool = False) -> Non
             f"train.batch_size = {recipe.train.batch_size:,} is larger than the {len(rows.train):,} training images "
             f"of {store.root}, after data.subset and data.holdout; set it to {len(rows.train):,} or less"
         )
+    return store
 
 
 def check_data(recipe: Recipe, store: Store, rows: "Rows", ranks: int = 1) -> None:
@@ -116,9 +117,7 @@ def _check_shape(recipe: Recipe, store: Store) -> None:
     if height != width and recipe.data.resize:
         raise UserError(f"{store.root}: images of {width}x{height} pixels; data.resize needs square ones")
     for wide, high in ((width, height), *((px, px) for _, px in recipe.data.resize)):
-        if min(wide, high) < SMALLEST_PX.get(name, 1):
+        if min(wide, high) < (least := smallest_px(recipe.model)):
             where = "data.resize" if (wide, high) != (width, height) else store.root
-            raise UserError(
-                f"{where}: images of {wide}x{high} pixels; model.name = {name!r} needs {SMALLEST_PX[name]} px or more"
-            )
+            raise UserError(f"{where}: images of {wide}x{high} pixels; model.name = {name!r} needs {least} px or more")
         check_size(recipe.augment.ops, min(wide, high))

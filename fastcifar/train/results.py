@@ -59,6 +59,7 @@ class RunSetting:
         fallback: why that is less than the recipe asks for; None where it is not.
         classes: their names, by number.
         image_px: side of the square images.
+        content: the hash of the data set that its manifest has.
         holdout: int64 (n,), the rows of the training split that were set aside; n may be 0.
         together: how many runs took turns in the process; on a GPU the clocks of each hold what it did for the others.
     """
@@ -68,6 +69,7 @@ class RunSetting:
     fallback: str | None
     classes: list[str]
     image_px: int
+    content: str
     holdout: np.ndarray
     together: int = 1
 
@@ -316,7 +318,7 @@ class Results:
             "clocks": {k: round(v, 3) for k, v in clocks.items()}, "images": progress.images,
             "images_per_s": progress.timed_images / clocks["training_s"] if clocks["training_s"] else None,
             "loader": setting.loader, "mode": setting.mode, "fallback": setting.fallback, "together": setting.together,
-            "classes": setting.classes, "image_px": setting.image_px,
+            "classes": setting.classes, "image_px": setting.image_px, "content": setting.content,
             "environment": self.run.environment, "git": self.run.environment.get("git"),
         }
         self._commit()

@@ -125,8 +125,9 @@ def training(
             with closing(profiled(loader, profile, run)) as source:
                 yield from train_epochs(range(done, end), source, step, clock, display, results, told)
             how = step.execution
-            px = store.image_shape[0]
-            setting = RunSetting(loader.name, how.mode, how.fallback, store.classes, px, rows.holdout, together)
+            px, content = store.image_shape[0], store.manifest.content
+            facts = (store.classes, px, content, rows.holdout)
+            setting = RunSetting(loader.name, how.mode, how.fallback, *facts, together)
             return told.summary(results.finish(clock.seconds(), setting))
 
 

@@ -141,7 +141,7 @@ def test_buffers_are_counted_as_the_step_makes_them(name):
     assert state == pytest.approx(4 * parameters * len(storages), rel=0.1)
 
 
-TOO_LARGE = ["model.widen=128"], ["model.depth=100", "model.widen=100"], ["model.widen=32", "train.batch_size=49000"]
+TOO_LARGE = ["model.widen=128"], ["model.depth=100", "model.widen=100"], ["model.widen=32", "train.batch_size=2000"]
 
 
 @pytest.mark.parametrize("overrides", TOO_LARGE, ids=str)

@@ -1,6 +1,7 @@
 """The way in: seeds, initializations, formats."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from fastcifar.config.schema import DeepBaselineConfig, LeNet5Config, ModelUnion, Residual15Config, WideResNetConfig
 from fastcifar.errors import UserError
-from fastcifar.models import MODELS, SMALLEST_PX, build_model
+from fastcifar.models import MODELS, SMALLEST_PX, build_model, smallest_px
 
 SMALL = WideResNetConfig(name="wide_resnet", widen=1)
 
@@ -77,13 +78,17 @@ def test_fp32_channels_last_in_training_mode():
             assert parameter.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name", SMALLEST_PX)
-def test_images_that_are_too_small_are_refused(name: str):
+@pytest.mark.parametrize(
+    "table", [*({"name": name} for name in SMALLEST_PX), *({"name": "convnextv2", "stem_stride": k} for k in (2, 4))],
+    ids=str,
+)  # fmt: skip
+def test_images_that_are_too_small_are_refused(table: dict[str, Any]):
     from pydantic import TypeAdapter
 
     from fastcifar.config.schema import ModelConfig
 
-    config, smallest = TypeAdapter(ModelConfig).validate_python({"name": name}), SMALLEST_PX[name]
+    config = TypeAdapter(ModelConfig).validate_python(table)
+    smallest = smallest_px(config)
     with pytest.raises(UserError, match=f"{smallest} px or more"):
         build_model(config, image_px=smallest - 1, seed=1)
     model = build_model(config, image_px=smallest, seed=1).eval()
