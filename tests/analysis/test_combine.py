@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from fastcifar.analysis.combine import combine_run, run_combine
+from fastcifar.analysis.combine import combine_run, results_of, run_combine
+from fastcifar.analysis.compare import pairs_against_first
 from fastcifar.analysis.members import collect, open_members
 from fastcifar.config.schema import CombineRecipe
 from fastcifar.errors import UserError
@@ -73,6 +74,34 @@ def test_honest_stacking_scores_once(tmp_path, meta):
     assert summary["best"] is None
     assert summary["last"]["accuracy"] == summary["selected"]["accuracy"]
     assert summary["selected"]["protocol"].startswith("honest")
+
+
+@pytest.mark.parametrize("protocol", ["honest", "published"])
+def test_stacking_takes_the_last_epoch_with_test_time_augmentation(tmp_path, protocol):
+    """Runs keep no other epoch's logits of it."""
+    members = make_members(tmp_path, holdout=300, train=300, classes=4)
+    for member in members.values():
+        arrays = {key: member.logits(key) for key in member.logits_keys()}
+        member.write_logits({**arrays, "test/last/raw/tta": arrays["test/last/raw"]})
+    done = results_of(combination("stacking", members, protocol=protocol, meta="logistic"), members, tta=True)
+    assert done.summary()["last"]["accuracy"] > 50
+
+
+def test_runs_on_other_images_with_equal_labels_are_told_apart(tmp_path):
+    """An image folder's labels are sorted by class: those of two sets may be the same."""
+    members = make_members(tmp_path, test=30)
+    runs = list(members.values())
+    for number, run in enumerate(runs):
+        run.write_summary(run.summary | {"content": "ab"[number % 2] * 64, "classes": list("abcdefghij")})
+    members = {name: RunDirectory.open(run.folder) for name, run in members.items()}
+    with pytest.raises(UserError, match=r"differs from .* in its images"):
+        run_combine(combination("soft", members), members, tmp_path / "out")
+    first, second, third = members.values()
+    with pytest.raises(UserError, match="was not evaluated on the test images"):
+        pairs_against_first([first, second])
+    assert len(pairs_against_first([first, third])) == 1
+    alike = {"m0": first, "m2": third}
+    assert run_combine(combination("soft", alike), alike, tmp_path / "same")["classes"] == list("abcdefghij")
 
 
 def test_published_stacking_is_labelled_as_what_it_is(tmp_path):

@@ -57,6 +57,15 @@ def test_injected_label_errors_are_found(rng):
     assert (np.diff(found.margins) >= 0).all()
 
 
+@pytest.mark.parametrize("lonely", [0, 2])
+def test_the_last_image_of_a_label_is_no_suspect_whatever_its_number(lonely):
+    others = [k for k in range(3) if k != lonely]
+    labels = np.array([others[0]] * 5 + [others[1]] * 5 + [lonely])
+    sure = np.full((11, 3), 0.05)
+    sure[np.arange(11), [others[0]] * 5 + [others[1]] * 5 + [others[0]]] = 0.9
+    assert len(find_label_errors(sure, labels).rows) == 0
+
+
 def test_mcnemar_is_the_two_sided_binomial_test():
     labels = np.zeros(20, int)
     right, wrong = [1.0, 0.0], [0.0, 1.0]

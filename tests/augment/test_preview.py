@@ -37,6 +37,15 @@ def test_the_first_column_is_the_originals(synthetic_store):
     assert not np.array_equal(columns[1], columns[2])
 
 
+def test_the_fill_is_the_mean_colour_as_in_training(synthetic_store):
+    words = ["data.source=synthetic", "augment=[\"cutout(16, fill='mean', inside=true)\"]"]
+    recipe = load_recipe("beyond/speed96", words)
+    fill = np.round(255 * np.array(recipe.data.mean)).astype(int)
+    _, shown = seen(recipe, None, 4, range(1))
+    for image in shown:
+        assert (np.abs(image.astype(int) - fill).max(2) <= 1).sum() >= 16 * 16
+
+
 def test_no_operations_show_the_originals(synthetic_store):
     columns = seen(load_recipe("lenet5", ["data.source=synthetic"]), None, 4, range(1))
     np.testing.assert_array_equal(columns[0], columns[1])

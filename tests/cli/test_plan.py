@@ -39,12 +39,27 @@ def test_smoke_needs_no_data():
     assert found["training"]["steps_per_epoch"] == 2000 // load_recipe("smoke").train.batch_size
 
 
+def test_models_are_counted_for_the_datas_own_images_and_classes(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path / "cache"))
+    for k in range(12):
+        path = tmp_path / "images" / ("train", "test")[k % 2] / "abc"[k % 6 // 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 48), (k, 0, 0)).save(path)
+    words = ["data.source=folder", "model={name='vit', patch=6}"]  # 6 does not divide 32
+    recipe = load_recipe("beyond/vit", words)
+    resolve_store(recipe.data, tmp_path / "images")
+    found = plan.describe(recipe, tmp_path / "images", "x", {})
+    model = build_model(recipe.model, num_classes=3, image_px=48, seed=0)
+    assert found["model"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["memory_mib"]["images"] == pytest.approx(6 * 3 * 48**2 / 2**20, abs=0.05)
+
+
 def test_data_of_an_earlier_run_are_found_converted(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path / "cache"))
     for k in range(20):
         path = tmp_path / "images" / ("train", "test")[k % 2] / "ab"[k % 4 // 2] / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (k, 0, 0)).save(path)
+        Image.new("RGB", (16, 16), (k, 0, 0)).save(path)
     recipe = load_recipe("lenet5", ["data.source=folder"])
     before = plan.describe(recipe, tmp_path / "images", "x", {})
     assert "converted at first use; taken for 50,000 images" in before["data"]["where"]

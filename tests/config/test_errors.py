@@ -79,6 +79,7 @@ BAD_VALUES = {
     "a missing key": (GOOD.replace("lr = 0.1", ""), ["optimizer.lr:", "is missing"]),
     "a missing name": (GOOD.replace('name = "sgd"', ""), ["optimizer.name:", "is missing", "sgd, adam"]),
     "a depth that cannot be": (GOOD.replace('"lenet5"', '"wrn16_8"\ndepth = 17'), ["model.depth:", "17", "16"]),
+    "a depth below a right one": (GOOD.replace('"lenet5"', '"wrn16_8"\ndepth = 27'), ["model.depth:", "nearest is 28"]),
     "a pyramid's depth": (GOOD.replace('"lenet5"', '"pyramidnet"\ndepth = 111'), ["model.depth:", "111", "110"]),
     "an alignment that cannot be": (
         GOOD.replace('"lenet5"', '"pyramidnet"\nalign = 7'),
