@@ -28,7 +28,7 @@ from fastcifar.ladder.rows import Job
 from fastcifar.ladder.runner import GRACE_S, combine, epochs_in_words, row_failures, train_here
 from fastcifar.locations import install_command
 from fastcifar.locks import LockedError, locked
-from fastcifar.run_directory import RunDirectory, refuse_disk
+from fastcifar.run_directory import RunDirectory, refuse_disk, write_atomic
 
 POLL_S = 1.0
 CONNECT_S = 30.0
@@ -290,7 +290,7 @@ class Mailbox:
             return {}
         with run.alone():
             manifest = run.manifest()
-            listed = [*(manifest.files if manifest else []), manifests.NAME]
+            listed = [*(manifest.files if manifest else []), manifests.NAME, *tracked(run.folder)]
             return {file: (run.folder / file).read_bytes() for file in listed if (run.folder / file).is_file()}
 
     def make(self, name: str, worker: Worker, recipe: Recipe, environment: dict[str, Any]) -> None:
@@ -298,15 +298,30 @@ class Mailbox:
         self._check(name, worker)
         RunDirectory.create(self.out / name, recipe, environment)
 
-    def commit(self, name: str, worker: Worker, files: Mapping[str, bytes | str], remove: list[str]) -> None:
-        """Write to a run directory, as `RunDirectory.commit` does."""
-        self._check(name, worker)
+    def commit(
+        self, name: str, worker: Worker, files: Mapping[str, bytes | str], remove: list[str], beside: dict[str, bytes]
+    ) -> None:
+        """Write to a run directory, as `RunDirectory.commit` does, and what its trackers keep beside the manifest."""
+        self.keep(name, worker, beside)
         RunDirectory(self.out / name).commit(files, remove)
+
+    def keep(self, name: str, worker: Worker, beside: dict[str, bytes]) -> None:
+        """Write what a run's trackers keep in its directory."""
+        self._check(name, worker)
+        for file, data in beside.items():
+            (self.out / name / file).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.out / name / file, data)
 
     def _check(self, name: str, worker: Worker) -> None:
         """Refuse a worker that was taken for lost, because it could not be reached, and is at work all the same."""
         if self.workers(name)[-1] != worker:
             raise RowFailed("another worker goes on with this run")
+
+
+def tracked(folder: Path) -> list[str]:
+    """Return the files that trackers have written into a run directory, by name; no manifest lists them."""
+    found = [path for name in ("track", "tensorboard") for path in (folder / name).rglob("*") if path.is_file()]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 # ------------------------------------------------------------------------------------------------- on the worker's side
@@ -328,6 +343,7 @@ class MirroredRun(RunDirectory):
         super().__init__(folder)
         self.mailbox, self.name, self.worker = mailbox, name, worker
         self._under_way: Any = None
+        self._there: dict[str, tuple[int, int]] = {}
 
     def fetch(self) -> None:
         """Begin with what the ladder's folder has of the run."""
@@ -347,7 +363,22 @@ class MirroredRun(RunDirectory):
         gone = list(remove)
         super().commit(files, gone)
         if "recipe.toml" not in files:
-            self._send(self.mailbox.commit.remote(self.name, self.worker, dict(files), gone))
+            self._send(self.mailbox.commit.remote(self.name, self.worker, dict(files), gone, self._tracked()))
+
+    def finish(self) -> None:
+        """Hand on what trackers wrote last, and wait until the ladder's folder has everything."""
+        self.flush()
+        if RunDirectory.exists(self.folder):
+            self._send(self.mailbox.keep.remote(self.name, self.worker, self._tracked()))
+        self.flush()
+
+    def _tracked(self) -> dict[str, bytes]:
+        """Return the trackers' files that have changed since the last call."""
+        stamps = {file: (self.folder / file).stat() for file in tracked(self.folder)}
+        now = {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stamps.items()}
+        changed = [file for file, stamp in now.items() if self._there.get(file) != stamp]
+        self._there = now
+        return {file: (self.folder / file).read_bytes() for file in changed}
 
     def _send(self, change: Any) -> None:
         self.flush()
@@ -415,7 +446,8 @@ def train_mirrored(order: Order, mailbox: Any, worker: Worker) -> None:
 
     assert isinstance(order.job.recipe, Recipe)
     with tempfile.TemporaryDirectory(prefix="fastcifar-") as folder:
-        run = MirroredRun(Path(folder) / "run", mailbox, order.name, worker)
+        # Its own name, for trackers show it.
+        run = MirroredRun(Path(folder) / order.name.replace("/", "-"), mailbox, order.name, worker)
         run.folder.mkdir()
         run.fetch()
         begun, environment = RunDirectory.exists(run.folder), environment_of(order.job.recipe)
@@ -425,4 +457,4 @@ def train_mirrored(order: Order, mailbox: Any, worker: Worker) -> None:
                     run.begin(order.job.recipe, environment)
                 train(order.job.recipe, run, data=order.data, quiet=True)
             finally:
-                run.flush()
+                run.finish()

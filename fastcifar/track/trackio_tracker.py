@@ -1,6 +1,7 @@
 """trackio: a run of the project ``fastcifar``, or of what TRACKIO_PROJECT says, in trackio's local folder."""
 
 import os
+import secrets
 from typing import Any
 
 from fastcifar.config import Recipe
@@ -18,9 +19,10 @@ class Trackio(Tracker):
         """Open the run, or go on with it."""
         import trackio
 
-        name = known or run.folder.name
+        # trackio finds runs by their names, and folders of two sweeps may have the same.
+        name = known or f"{run.folder.name}-{secrets.token_hex(3)}"
         self._run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", "fastcifar"), name=name, resume="allow",
+            project=os.environ.get("TRACKIO_PROJECT", "fastcifar"), name=name, resume="allow" if known else "never",
             config=recipe.model_dump(mode="json"), embed=False,
         )  # fmt: skip
         return name

@@ -4,13 +4,14 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from fastcifar.errors import UserError
 from fastcifar.ladder import ray_runner
 from fastcifar.ladder.execute import Deadline, LadderExecution, OutOfTime, RowFailed
-from fastcifar.ladder.ray_runner import Mailbox, RayRunner, cluster
+from fastcifar.ladder.ray_runner import Mailbox, MirroredRun, RayRunner, cluster
 from fastcifar.ladder.rows import jobs_for
 from fastcifar.ladder.runner import Runner
 from fastcifar.ladder.state import DONE, Ledger, stored_state
@@ -142,11 +143,45 @@ def test_a_worker_that_was_taken_for_lost_changes_nothing_any_more(tmp_path):
     mailbox.make(name, ("first", 1), job.recipe, {"hardware": "none", "git": "0000000000"})
     mailbox.begin(name, ("second", 1))
     with pytest.raises(RowFailed, match="another worker"):
-        mailbox.commit(name, ("first", 1), {"metrics.jsonl": "old"}, [])
-    mailbox.commit(name, ("second", 1), {"metrics.jsonl": "new"}, [])
+        mailbox.commit(name, ("first", 1), {"metrics.jsonl": "old"}, [], {})
+    mailbox.commit(name, ("second", 1), {"metrics.jsonl": "new"}, [], {"track/wandb.json": b"{}"})
     files = mailbox.files(name)
     assert files["metrics.jsonl"] == b"new"
-    assert set(files) == {"recipe.toml", "environment.json", "metrics.jsonl", "manifest.json"}
+    found = {"recipe.toml", "environment.json", "metrics.jsonl", "manifest.json", "track/wandb.json"}
+    assert set(files) == found
+
+
+class Here:
+    """Stands for an actor of Ray: calls in this process."""
+
+    def __init__(self, of):
+        self._of = of
+
+    def __getattr__(self, name):
+        return SimpleNamespace(remote=getattr(self._of, name))
+
+
+def test_what_trackers_keep_goes_where_the_run_goes(tmp_path, monkeypatch):
+    """A worker that does not see the ladder's folder trains in a temporary one."""
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda value: value))
+    mailbox, job, worker = Mailbox(tmp_path), small_jobs(tmp_path)[0], ("a", 1)
+    name = job.folder.relative_to(tmp_path).as_posix()
+    mailbox.begin(name, worker)
+    run = MirroredRun(tmp_path / "elsewhere", Here(mailbox), name, worker)
+    run.folder.mkdir()
+    with run.alone():
+        run.begin(job.recipe, {"hardware": "none", "git": "0000000000"})
+        (run.folder / "tensorboard").mkdir()
+        (run.folder / "tensorboard" / "events").write_bytes(b"one")
+        run.commit({"metrics.jsonl": "{}"})
+        assert (job.folder / "tensorboard" / "events").read_bytes() == b"one"
+        (run.folder / "tensorboard" / "events").write_bytes(b"one and two")
+        run.finish()
+    assert (job.folder / "tensorboard" / "events").read_bytes() == b"one and two"
+    again = MirroredRun(tmp_path / "third", Here(mailbox), name, worker)
+    again.folder.mkdir()
+    again.fetch()
+    assert (again.folder / "tensorboard" / "events").read_bytes() == b"one and two"
 
 
 # --------------------------------------------------------------------------------------------------- the command line

@@ -123,7 +123,8 @@ def test_trackio_in_a_local_folder(tmp_path, monkeypatch):
     run = run_twice(tmp_path / "run", "trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
-    logs = SQLiteStorage.get_logs("fastcifar", run.folder.name)
+    (kept,) = [json.loads((run.folder / "track" / "trackio.json").read_text())["id"]]
+    logs = SQLiteStorage.get_logs("fastcifar", kept)
     keys = expected(run)
     assert {key: {log["step"]: log[key] for log in logs} for key in keys} == keys
 
