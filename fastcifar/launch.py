@@ -118,7 +118,7 @@ def _end(failures: dict[int, Any], hint: Path) -> None:
     if status < 0:
         name = signal.Signals(-status).name
         raise UserError(f"rank {rank} was killed by {name}, and the run ended with it{_how_to_go_on(hint)}")
-    if status > 128:
+    if status - 128 in set(signal.Signals):
         name = signal.Signals(status - 128).name
         raise interrupt.Interrupted(f"{name}: stopped{_how_to_go_on(hint)}", status - 128)
     if status == LOST:

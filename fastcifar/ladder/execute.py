@@ -86,13 +86,14 @@ class LadderExecution:
 
     def execute(self) -> None:
         """Run every job that is not done. Whatever ends it, the table on disk is that of the run directories."""
-        try:
-            with alone_in(self.out), places_for(self.jobs) as places:
-                self._execute_all(places)
-        except OutOfTime:
-            self.view.say("the time is over; the same command goes on from here")
-        finally:
-            self._publish()
+        with alone_in(self.out):  # else another one's table would be written over
+            try:
+                with places_for(self.jobs) as places:
+                    self._execute_all(places)
+            except OutOfTime:
+                self.view.say("the time is over; the same command goes on from here")
+            finally:
+                self._publish()
 
     def _execute_all(self, places: Executor) -> None:
         """Start each job as soon as its members have ended and a place is free, the first of the ladder first.

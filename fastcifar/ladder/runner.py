@@ -69,6 +69,8 @@ class Runner:
                 watch(process, job, deadline, progress)
             finally:
                 stop(process)
+        if process.returncode < 0:  # whatever the log says last, it does not say that
+            raise RowFailed(f"was killed by {signal.Signals(-process.returncode).name}; see {log}")
         if process.returncode:
             raise RowFailed(last_line(log) or f"ended with status {process.returncode}; see {log}")
 

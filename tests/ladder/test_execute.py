@@ -229,8 +229,15 @@ def test_the_running_row_shows_how_far_it_is(tmp_path, view):
 def test_two_ladders_in_one_folder_are_refused(tmp_path, view):
     with alone_in(tmp_path), pytest.raises(UserError, match="another `fastcifar ladder`"):
         execute_ladder(jobs_for(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
+    assert not (tmp_path / "ladder.json").exists(), "the table is the other one's"
     execute_ladder(jobs_for(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
     assert table(tmp_path)["rows"][0]["state"] == "done"
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path, view):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written: .*choose another --out"):
+        execute_ladder(jobs_for(["lenet5"], 1, tmp_path), FakeRows(), tmp_path / "file" / "x", view)
 
 
 def test_a_combination_is_a_row_like_others(tmp_path, view):

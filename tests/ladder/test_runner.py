@@ -48,9 +48,15 @@ def test_the_last_line_of_a_failing_row_is_its_message(job):
         says(job, script)(job, Deadline(), lambda text: None)
 
 
-def test_a_row_that_crashes_silently_names_its_log(job):
-    with pytest.raises(RowFailed, match=r"status -9; see .*lenet5-seed-42\.log"):
-        says(job, "import os; os.kill(os.getpid(), 9)")(job, Deadline(), lambda text: None)
+def test_a_row_that_is_killed_names_the_signal_and_its_log(job):
+    script = "import os; print('a warning of long ago', flush=True); os.kill(os.getpid(), 9)"
+    with pytest.raises(RowFailed, match=r"^was killed by SIGKILL; see .*lenet5-seed-42\.log$"):
+        says(job, script)(job, Deadline(), lambda text: None)
+
+
+def test_a_row_that_fails_silently_names_its_log(job):
+    with pytest.raises(RowFailed, match=r"status 3; see .*lenet5-seed-42\.log"):
+        says(job, "raise SystemExit(3)")(job, Deadline(), lambda text: None)
 
 
 def test_the_deadline_stops_the_row_and_what_it_started(job, tmp_path, monkeypatch):

@@ -4,12 +4,13 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fastcifar.cli.run_command import refuse_devices, without_devices
 from fastcifar.errors import UserError
-from fastcifar.launch import Place, place
+from fastcifar.launch import Place, _end, place
 from fastcifar.run_directory import RunDirectory
 from tests.forked import Forked
 
@@ -90,6 +91,13 @@ def test_the_ranks_are_given_the_same_words():
     words = ["run", "--devices", "2", "lenet5", "--set", "seed=1", "--json"]
     assert without_devices(words) == ["run", "lenet5", "--set", "seed=1", "--json"]
     assert without_devices(["run", "lenet5", "--devices=2"]) == ["run", "lenet5"]
+
+
+def test_a_status_above_128_that_is_no_signals_is_handed_on(tmp_path):
+    failed = SimpleNamespace(exitcode=255, timestamp=0)  # of sys.exit(-1) somewhere
+    with pytest.raises(SystemExit) as end:
+        _end({0: failed}, tmp_path / "hint")
+    assert end.value.code == 255
 
 
 def test_the_place_is_read_from_torchruns_environment(monkeypatch):
