@@ -1,5 +1,6 @@
 """The published releases of CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): their files, and how to read them safely."""
 
+import errno
 import gzip
 import hashlib
 import pickle
@@ -168,7 +169,7 @@ def extracted(path: Path, release: Release, into: Path) -> Path:
     """Extract an archive with Python's ``data`` filter, which refuses what leaves the folder, links and devices.
 
     Raises:
-        UserError: a damaged or truncated archive, or one with a refused member.
+        UserError: a damaged or truncated archive, or one with a refused member; or there is no room for it.
     """
     try:
         _check_stream(path)
@@ -177,7 +178,12 @@ def extracted(path: Path, release: Release, into: Path) -> Path:
             archive.extractall(into, filter="data")
     except UserError:
         raise
-    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+        if full and str(error.filename) != str(path):
+            raise UserError(f"{path}: cannot be extracted into {into}: {error.strerror}; set TMPDIR") from None
+        raise UserError(f"{path}: damaged or unsafe archive ({error}); get it again") from None
+    except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{path}: damaged or unsafe archive ({error}); get it again") from None
     except Exception as error:
         # zlib.error, of a damaged compressed stream, is an Exception of its own and zlib may be missing.

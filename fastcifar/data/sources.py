@@ -89,7 +89,7 @@ def find_source(place: Path, kind: str, why: str = "--data") -> Source:
         UserError: nothing of the kind there; the message says how to get it.
     """
     for release, path in _candidates(place, kind):
-        return Source(kind, path, release, _fingerprint(path))
+        return Source(kind, path, release, _fingerprint(path, release))
     raise UserError(f"{place} ({why}): no {kind} there; {_cure(kind)}")
 
 
@@ -124,15 +124,34 @@ def _cure(kind: str) -> str:
     )
 
 
-def _fingerprint(path: Path) -> str:
-    """Hash the paths, sizes and times of all files at a path: quick, and changed by whatever changes a file."""
-    files = iter([str(path.resolve())]) if path.is_file() else _files_under(str(path.resolve()))
+def _fingerprint(path: Path, release: Release | None) -> str:
+    """Hash the paths, sizes and times of the files that are read: quick, and changed by whatever changes one of them.
+
+    Raises:
+        UserError: one of them cannot be looked at.
+    """
     digest, between = hashlib.sha256(), ""
-    for file in files:
-        found = os.stat(file)
-        digest.update(f"{between}{file} {found.st_size} {found.st_mtime_ns}".encode(errors="surrogateescape"))
-        between = "\n"
+    try:
+        for file in _files_read(path.resolve(), release):
+            found = os.stat(file)
+            digest.update(f"{between}{file} {found.st_size} {found.st_mtime_ns}".encode(errors="surrogateescape"))
+            between = "\n"
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()
+
+
+def _files_read(path: Path, release: Release | None) -> Iterator[str]:
+    """Yield the files of a data set, not others that lie beside them, such as runs."""
+    if path.is_file():
+        yield str(path)
+    elif release is None:
+        for split in ("test", "train"):
+            if (path / split).is_dir():
+                yield from _files_under(str((path / split).resolve()))
+    else:
+        names = sorted({file.name for file in release.all_files} | {release.names_file})
+        yield from (str((path / name).resolve()) for name in names if (path / name).is_file())
 
 
 def _files_under(folder: str) -> Iterator[str]:
@@ -172,7 +191,11 @@ def _release_folder(path: Path, release: Release, progress: Progress) -> Iterato
         yield path
         return
     progress(f"extract {path.name}", 0, 1)
-    with tempfile.TemporaryDirectory(prefix="fastcifar-") as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="fastcifar-")
+    except OSError as error:
+        raise UserError(f"{path}: there is no folder to extract it into ({error}); set TMPDIR") from None
+    with temporary as folder:
         try:
             yield extracted(path, release, Path(folder))
         except UserError as error:

@@ -1,5 +1,8 @@
+import errno
 import gzip
+import os
 import pickle
+import shutil
 import tarfile
 import tempfile
 from pathlib import Path
@@ -244,6 +247,35 @@ def test_image_folder_becomes_a_store(rng, tmp_path):
     assert train.labels.tolist() == [0] * 5 + [1] * 5
     for row, key in enumerate(f"train/{c}/{k}" for c in ("cat", "dog") for k in range(5)):
         assert np.array_equal(train.images[row], truth[key])
+
+
+def test_what_lies_beside_the_images_is_not_looked_at(rng, tmp_path):
+    """Else each new run there would convert the set again, and what cannot be read would end it."""
+    _image_folder(rng, tmp_path)
+    before = find_source(tmp_path, "folder")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "log").write_text("a line")
+    (tmp_path / "nothing").symlink_to(tmp_path / "nowhere")
+    assert find_source(tmp_path, "folder") == before
+    image = next((tmp_path / "train").rglob("*.png"))
+    os.utime(image, (1, 1))
+    assert find_source(tmp_path, "folder") != before
+
+
+def test_a_full_temporary_disk_is_not_called_damage(tmp_path, smalls, monkeypatch):
+    release = smalls["cifar10", "python"]
+    write_release(tmp_path, release, 0)
+    path = tmp_path / release.archive
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(tmp_path / release.folder, release.folder)
+    shutil.rmtree(tmp_path / release.folder)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    with pytest.raises(UserError, match=r"cannot be extracted into .*: No space left on device; set TMPDIR"):
+        resolve_store(DataConfig(source="cifar10"), tmp_path)
 
 
 def test_image_folder_is_checked(rng, tmp_path):

@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import get_all_start_methods
 from types import TracebackType
 from typing import Any
 
@@ -119,6 +120,8 @@ class TorchvisionLoader(StreamingLoader):
                 pin_memory=self._device.type == "cuda",
                 worker_init_fn=_quiet_worker,
                 generator=torch.Generator(),  # else it would draw from, and so disturb, torch's own
+                # Python 3.14's default would hand each worker all pixels by pickle, in every epoch.
+                multiprocessing_context="fork" if self._workers and "fork" in get_all_start_methods() else None,
             )
             # Workers are forked while other threads of ours only wait, and run nothing but numpy and PIL.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
