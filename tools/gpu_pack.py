@@ -42,6 +42,7 @@ def main() -> None:
     there = closure(["torch", "torchvision"]) | freeze(arguments.have)
     base = closure(["fastcifar", *TESTS]) - there
     if python and "wheels" in wanted:
+        fresh(staging / "0-wheels")  # an older version of a package must not be packed beside the newer one
         download(python, base, staging / "0-wheels")
     if python and "optional" in wanted:
         build_ffcv(python, staging / "2-optional")
@@ -180,7 +181,7 @@ def write_parts(files: list[Path], root: Path, limit: int) -> list[Path]:
     """Fill folders part-01, part-02, ... of at most ``limit`` bytes, cutting files where a part is full.
 
     Each part has a ``manifest.json``: for each of its pieces the file it belongs to, its offset there and the file's
-    length and SHA-256.
+    length and SHA-256; and a ``files.json``, the names of all files of all parts.
     """
     for old in PACK.glob("part-*"):
         shutil.rmtree(old)
@@ -203,6 +204,9 @@ def write_parts(files: list[Path], root: Path, limit: int) -> list[Path]:
             offset, room = offset + len(piece), room - len(piece)
             if offset == len(data):
                 break
+    names = json.dumps([path.relative_to(root).as_posix() for path in files], indent=1)
+    for part in parts:
+        (part / "files.json").write_text(names)
     return parts
 
 

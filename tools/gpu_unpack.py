@@ -31,7 +31,8 @@ def main() -> None:
 
 def join() -> list[str]:
     """Write each file whose pieces are all here, checked by its SHA-256; return the names of the others."""
-    pieces: dict[str, list[dict]] = {}
+    names = {name for listed in PACK.glob("part-*/files.json") for name in json.loads(listed.read_text())}
+    pieces: dict[str, list[dict]] = {name: [] for name in sorted(names)}
     for manifest in sorted(PACK.glob("part-*/manifest.json")):
         for piece in json.loads(manifest.read_text()):
             pieces.setdefault(piece["file"], []).append({**piece, "path": manifest.parent / piece["piece"]})
@@ -40,6 +41,8 @@ def join() -> list[str]:
 
 def write_file(target: Path, pieces: list[dict]) -> bool:
     """Put one file together; False when pieces are missing."""
+    if not pieces:  # all of it is in parts that were here before, or are still to come
+        return target.exists()
     if target.exists() and target.stat().st_size == pieces[0]["bytes"]:
         return True
     data = b"".join(piece["path"].read_bytes() for piece in sorted(pieces, key=lambda p: p["offset"]))
@@ -53,13 +56,14 @@ def write_file(target: Path, pieces: list[dict]) -> bool:
 
 
 def install(wheels: list[Path]) -> None:
-    """Install the wheels whose distribution is missing, and this clone itself."""
+    """Install the wheels whose distribution is missing, then this clone itself, once what builds it is there."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--break-system-packages"]
     wanted = [str(path) for path in wheels if not present(path)]
-    if not present(Path("fastcifar-0-.whl")):
-        wanted += ["--no-build-isolation", "--editable", str(ROOT)]
     if wanted:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--break-system-packages"]
         subprocess.run([*pip, *wanted], check=True)
+    # In a call of its own: pip asks the build's back end before it installs anything.
+    if not present(Path("fastcifar-0-.whl")) and present(Path("hatchling-0-.whl")):
+        subprocess.run([*pip, "--no-build-isolation", "--editable", str(ROOT)], check=True)
 
 
 def present(wheel: Path) -> bool:

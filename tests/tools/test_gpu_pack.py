@@ -60,10 +60,33 @@ def test_a_missing_part_is_waited_for(pack, files, tmp_path):
     assert unpacking.join() == []
 
 
+def test_a_part_that_holds_whole_files_alone_is_waited_for_too(pack, files, tmp_path):
+    """The pieces that are here do not mention its files."""
+    packing, unpacking = pack
+    small = [path for path in files if path.stat().st_size <= 2**20]
+    _, *others = packing.write_parts(small, tmp_path / "staging", 2**20 + 2**20 + 2000)
+    assert others
+    for part in others:
+        part.rename(tmp_path / part.name)
+    assert unpacking.join() == ["0-wheels/file-5"]
+
+
+def test_the_clone_is_installed_after_what_builds_it(pack, monkeypatch):
+    _, unpacking = pack
+    calls, there = [], set()
+    monkeypatch.setattr(unpacking, "present", lambda wheel: wheel.name.split("-")[0] in there)
+    monkeypatch.setattr(unpacking.subprocess, "run", lambda command, check: calls.append(command))
+    unpacking.install([Path("numba-1-py3.whl")])
+    there.add("hatchling")
+    unpacking.install([Path("hatchling-1-py3.whl")])
+    assert [command[-1].rpartition("/")[2] for command in calls[:1]] == ["numba-1-py3.whl"]
+    assert [command[-2] for command in calls[1:]] == ["--editable"]
+
+
 def test_a_damaged_part_is_refused(pack, files, tmp_path):
     packing, unpacking = pack
     part = packing.write_parts(files, tmp_path / "staging", LIMIT)[1]
-    piece = max((p for p in part.iterdir() if p.name != "manifest.json"), key=lambda p: p.stat().st_size)
+    piece = max((p for p in part.iterdir() if p.suffix != ".json"), key=lambda p: p.stat().st_size)
     piece.write_bytes(b"\0" * piece.stat().st_size)
     with pytest.raises(SystemExit, match="damaged"):
         unpacking.join()
@@ -132,4 +155,4 @@ def test_a_manifest_names_each_piece_once(pack, files, tmp_path):
     packing, _ = pack
     for part in packing.write_parts(files, tmp_path / "staging", LIMIT):
         pieces = json.loads((part / "manifest.json").read_text())
-        assert sorted(p["piece"] for p in pieces) == sorted(p.name for p in part.iterdir() if p.name != "manifest.json")
+        assert sorted(p["piece"] for p in pieces) == sorted(p.name for p in part.iterdir() if p.suffix != ".json")
