@@ -37,6 +37,8 @@ make_venv() {
     fi
     UV=$(command -v uv || true)
     [ -n "$UV" ] || UV=.venv/bin/uv
+    # An environment that uv has made has no pip.
+    [ -x "$UV" ] || .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
     [ -x "$UV" ] || .venv/bin/python -m pip install --quiet "$(grep '^uv==' requirements.lock)"
 }
 
