@@ -1,6 +1,7 @@
 """``fastcifar plan``: what it says is what the engine would do."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -39,12 +40,19 @@ def test_smoke_needs_no_data():
     assert found["training"]["steps_per_epoch"] == 2000 // load_recipe("smoke").train.batch_size
 
 
+def image_folder(root: Path, classes: int, px: int) -> None:
+    """Write two training and two test images of each class."""
+    for split in ("train", "test"):
+        for number in range(classes):
+            folder = root / split / f"class-{number}"
+            folder.mkdir(parents=True)
+            for k in range(2):
+                Image.new("RGB", (px, px), (number, k, 0)).save(folder / f"{k}.png")
+
+
 def test_models_are_counted_for_the_datas_own_images_and_classes(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path / "cache"))
-    for k in range(12):
-        path = tmp_path / "images" / ("train", "test")[k % 2] / "abc"[k % 6 // 2] / f"{k}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (48, 48), (k, 0, 0)).save(path)
+    image_folder(tmp_path / "images", 3, 48)
     words = ["data.source=folder", "model={name='vit', patch=6}"]  # 6 does not divide 32
     recipe = load_recipe("beyond/vit", words)
     resolve_store(recipe.data, tmp_path / "images")
@@ -56,10 +64,7 @@ def test_models_are_counted_for_the_datas_own_images_and_classes(tmp_path, monke
 
 def test_data_of_an_earlier_run_are_found_converted(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path / "cache"))
-    for k in range(20):
-        path = tmp_path / "images" / ("train", "test")[k % 2] / "ab"[k % 4 // 2] / f"{k}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (k, 0, 0)).save(path)
+    image_folder(tmp_path / "images", 2, 16)
     recipe = load_recipe("lenet5", ["data.source=folder"])
     before = plan.describe(recipe, tmp_path / "images", "x", {})
     assert "converted at first use; taken for 50,000 images" in before["data"]["where"]
