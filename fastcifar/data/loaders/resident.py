@@ -47,4 +47,5 @@ class ResidentLoader:
     def close(self) -> None:
         """Let go of the images; an epoch that has begun yields nothing more either."""
         self._epoch_order = EpochOrder(self._epoch_order.rows[:0], 0, self._epoch_order.batch_size, False)
-        self.images, self.labels = self.images[:0], self.labels[:0]
+        # Copies: a view of nothing would hold the whole memory.
+        self.images, self.labels = self.images[:0].clone(), self.labels[:0].clone()

@@ -67,7 +67,7 @@ class ResizedLoader:
     def close(self) -> None:
         """Let go of the images of all sizes."""
         self._loader.close()
-        self._sets = {px: images[:0] for px, images in self._sets.items()}
+        self._sets = {px: images[:0].clone() for px, images in self._sets.items()}
 
 
 def first_epochs(epochs: range, total: int, phases: Sequence[tuple[float, int]]) -> list[int]:
