@@ -154,8 +154,8 @@ def test_the_command_makes_a_run_for_each_seed(tiny):
     assert "seed 1: epoch 1/2" in done.stderr
     done = fastcifar("run", "tiny.toml", "--seeds", "2", "--out", "all", "--resume", "auto", cwd=tiny)
     assert done.returncode == 0, done.stderr
-    assert "seed 0  last" in done.stderr
-    assert "n = 2" in done.stderr
+    assert "seed 0  last" in done.stdout
+    assert "n = 2" in done.stdout
     assert fastcifar("run", "tiny.toml", "--set", "seed=1", "--out", "one", "--quiet", cwd=tiny).returncode == 0
     assert_same_run(tiny / "one", tiny / "all/seed-1")
 

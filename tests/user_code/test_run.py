@@ -50,8 +50,8 @@ def test_a_resumed_run_comes_to_the_same_bits(trained):
 
 def test_the_plan_says_what_is_not_ours(trained):
     done = fastcifar("plan", "theirs.toml", cwd=trained)
-    assert "theirs.nets:Net: 538 parameters" in done.stderr
-    assert "theirs.opt:Lion, without the fused update" in done.stderr
+    assert "theirs.nets:Net: 538 parameters" in done.stdout
+    assert "theirs.opt:Lion, without the fused update" in done.stdout
     told = json.loads(fastcifar("plan", "theirs.toml", "--json", cwd=trained).stdout)
     assert told["optimizer"] == {"name": "theirs.opt:Lion", "fused": False}
     assert told["model"]["gmacs"] == pytest.approx((6 * 75 * 49 + 60) / 1e9)
