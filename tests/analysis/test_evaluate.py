@@ -139,6 +139,17 @@ def test_the_runs_own_test_set_as_scikit_learn_sees_it(run, tmp_path):
     assert clean["images"] == len(test.labels)
 
 
+@pytest.mark.parametrize(("level", "views"), [(1, 7), (2, 12), (3, 16), (4, 21), (5, 26)])
+def test_zoom_blur_has_the_views_of_the_papers_files(level, views, rng, monkeypatch):
+    """scipy enlarges 26 px by a little more than 1.25 to 33, by 1.25 itself to 32: the very factors count."""
+    x, factors = rng.random((1, 32, 32, 3)), []
+    monkeypatch.setattr(corruptions, "zoomed", lambda images, factor: factors.append(factor) or images)
+    np.testing.assert_allclose(corruptions.zoom_blur(x, level, rng), x)
+    assert len(factors) == views
+    np.testing.assert_allclose(factors, 1 + 0.01 * np.arange(views), rtol=1e-12)
+    assert level < 5 or factors[25] > 1.25
+
+
 def test_corruptions_make_a_table(run, tmp_path):
     words = ("--limit", "50", "--corruptions", "contrast,gaussian_noise", "--levels", "1,5")
     done = fastcifar("evaluate", "run", *words, "--json", cwd=tmp_path)
