@@ -107,14 +107,16 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def execute(name: str, arguments: argparse.Namespace, run: Callable[[bool], list[Row]]) -> None:
-    """Run a benchmark with parsed options; see `main`."""
+def execute(
+    name: str, arguments: argparse.Namespace, run: Callable[[bool], list[Row]], recipes: list[str] | None = None
+) -> None:
+    """Run a benchmark with parsed options; see `main`. ``recipes`` are those that it was told to measure."""
     be_strict()
     try:
         rows = run(arguments.quick)
     except UserError as error:
         sys.exit(f"fastcifar: bench {name.replace('_', '-')}: {error}")
-    report = report_of(name, arguments.quick, rows)
+    report = report_of(name, arguments.quick, rows) | ({"recipes": recipes} if recipes else {})
     show(report)
     if arguments.json:
         json.dump(report, sys.stdout, indent=1)

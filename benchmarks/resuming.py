@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Row, report_of
-from fastcifar.cli.bench import hardware, merge, read_results, results_name
+from fastcifar.cli.bench import hardware, merge, read_results, recipes_of, results_name
 from fastcifar.locations import new_results_folder
 from fastcifar.models.budget import results_of
 
@@ -16,12 +16,26 @@ def unfinished(benchmark: str) -> tuple[Path, dict[str, Any] | None]:
         benchmark: the name that its reports have.
     """
     now = report_of(benchmark, False, [])
-    fresh = new_results_folder() / results_name(now["environment"])
-    paths = results_of(new_results_folder(), hardware(now["environment"]))
-    found = [(path, r) for path in paths for r in read_results(path)["benchmarks"] if r["benchmark"] == benchmark]
+    found = reports(benchmark)
     if not found or found[-1][1].get("complete", True) or sources(found[-1][1]) != sources(now):
-        return fresh, None
+        return new_results_folder() / results_name(now["environment"]), None
     return found[-1]
+
+
+def reports(benchmark: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Return a benchmark's reports on this hardware with the files that they are in, oldest first."""
+    environment = report_of(benchmark, False, [])["environment"]
+    paths = results_of(new_results_folder(), hardware(environment))
+    return [(path, r) for path in paths for r in read_results(path)["benchmarks"] if r["benchmark"] == benchmark]
+
+
+def kept_runs(benchmark: str) -> dict[str, Any]:
+    """Return the runs that these sources made and that unfinished reports hold; a finished one takes its own along."""
+    now, pending = report_of(benchmark, False, []), {}
+    for _, report in reports(benchmark):
+        unfinished_here = not report.get("complete", True) and sources(report) == sources(now)
+        pending[recipes_of(report)] = report.get("runs", {}) if unfinished_here else {}
+    return {key: run for runs in pending.values() for key, run in runs.items()}
 
 
 def sources(report: dict[str, Any]) -> tuple[Any, ...]:
@@ -31,6 +45,7 @@ def sources(report: dict[str, Any]) -> tuple[Any, ...]:
     return environment["git"], packages.get("torch"), packages.get("triton"), environment["hardware"]
 
 
-def keep(path: Path, benchmark: str, rows: list[Row], **more: Any) -> None:
-    """Write the rows so far, and what the next start needs beside them, into the results file."""
-    merge(path, report_of(benchmark, False, rows) | {"complete": False} | more)
+def keep(path: Path | None, benchmark: str, rows: list[Row], **more: Any) -> None:
+    """Write the rows so far, and what the next start needs beside them, into a results file; None for today's."""
+    report = report_of(benchmark, False, rows) | {"complete": False} | more
+    merge(path or new_results_folder() / results_name(report["environment"]), report)

@@ -230,7 +230,7 @@ def _main() -> None:
     parser = parser_of("step")
     parser.add_argument("--recipe", action="append", help="this one's step; more than once for several")
     arguments = parser.parse_args()
-    execute("step", arguments, lambda quick: run(quick, arguments.recipe))
+    execute("step", arguments, lambda quick: run(quick, arguments.recipe), arguments.recipe)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from fastcifar.errors import UserError
 from fastcifar.open_run import open_run
 from fastcifar.train.contract import ContractResult, ContractRun
 from fastcifar.train.run import train
-from resuming import keep, unfinished
+from resuming import keep, kept_runs
 
 CONTRACT = "time_to_accuracy_contract"
 RUNS = {"beyond/speed94": 20, "beyond/speed96": 10}
@@ -70,14 +70,13 @@ def measure(name: str, n: int) -> list[Row]:
 
 
 def contract(given: dict[str, int], quick: bool) -> list[Row]:
-    """Return the rows of recipes under the records' contract, after the runs of an unfinished report.
+    """Return the rows of recipes under the records' contract; runs that unfinished reports hold are not made again.
 
     Args:
         given: recipe -> how many seeds.
         quick: whether nothing is kept.
     """
-    path, report = (Path(), None) if quick else unfinished(CONTRACT)
-    kept = {key: ContractResult(*values) for key, values in (report or {}).get("runs", {}).items()}
+    kept = {} if quick else {key: ContractResult(*values) for key, values in kept_runs(CONTRACT).items()}
     rows: list[Row] = []
     for name, n in given.items():
         wanted, warm = recipes(name, n), device().type != "cuda"
@@ -91,7 +90,7 @@ def contract(given: dict[str, int], quick: bool) -> list[Row]:
             found = f"{done.seconds:.3f} s, {done.accuracy:.2f}%"
             print(f"{name}: seed {recipe.seed}: {found}", file=sys.stderr, flush=True)
             if not quick:
-                keep(path, CONTRACT, [*rows, *rows_of(name, wanted, kept)], runs=kept)
+                keep(None, CONTRACT, [*rows, *rows_of(name, wanted, kept)], recipes=list(given), runs=kept)
         rows += rows_of(name, wanted, kept)
     return rows
 
@@ -140,9 +139,10 @@ def main() -> None:
     arguments = parser.parse_args()
     given = asked(arguments)
     if arguments.contract:
-        execute(CONTRACT, arguments, lambda quick: contract(given, quick))
+        execute(CONTRACT, arguments, lambda quick: contract(given, quick), list(given))
     else:
-        execute("time_to_accuracy", arguments, lambda _: [row for name, n in given.items() for row in measure(name, n)])
+        rows = lambda _: [row for name, n in given.items() for row in measure(name, n)]  # noqa: E731
+        execute("time_to_accuracy", arguments, rows, list(given))
 
 
 if __name__ == "__main__":

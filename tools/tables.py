@@ -251,18 +251,25 @@ def _reports(folder: Path) -> Iterator[dict[str, Any]]:
 def _benchmark(name: str, reports: list[dict[str, Any]]) -> str:
     if not reports:
         return f"{NOT_MEASURED}: `fastcifar bench {name}`"
-    newest = {report["environment"]["hardware"]: report for report in sorted(reports, key=_date)}
+    newest = {_what(report): report for report in sorted(reports, key=_date)}
     return "\n\n".join(_benchmark_table(report) for report in newest.values())
+
+
+def _what(report: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """Return what a newer report has to share with an older one to stand in its place: hardware, recipes asked for."""
+    from fastcifar.cli.bench import recipes_of
+
+    return report["environment"]["hardware"], recipes_of(report)
 
 
 def speed_table(root: Path) -> str:
     """Return the table of the `HEADLINES`: a line for each and for each hardware that measured it."""
     reports, cells = sorted(_reports(root / "benchmarks" / "results"), key=_date), []
     for file, name, baseline, words in HEADLINES:
-        newest = {r["environment"]["hardware"]: r for r in reports if r["benchmark"] == file}
+        newest = {_what(r): r for r in reports if r["benchmark"] == file}
         found = [
             [words, baseline.split(": ")[-1], f"{_number(row['value'])} {row['unit']}", _times(row), on]
-            for on, report in newest.items()
+            for (on, _), report in newest.items()
             for row in report["results"]
             if (row["name"], row["baseline"]) == (name, baseline)
         ]

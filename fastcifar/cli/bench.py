@@ -119,7 +119,7 @@ def hardware(environment: dict[str, Any]) -> str:
 
 
 def merge(path: Path, report: dict[str, Any]) -> None:
-    """Put a report into a results file, in place of an older one of the same benchmark.
+    """Put a report into a results file, in place of an older one of the same benchmark and the same recipes.
 
     Raises:
         UserError: the file is there and is not a results file.
@@ -127,13 +127,19 @@ def merge(path: Path, report: dict[str, Any]) -> None:
     from fastcifar.run_directory import write_json
 
     held = read_results(path) if path.exists() else {"benchmarks": []}
-    older = next((b for b in held["benchmarks"] if b["benchmark"] == report["benchmark"]), None)
+    same = [b for b in held["benchmarks"] if b["benchmark"] == report["benchmark"]]
+    older = next((b for b in same if recipes_of(b) == recipes_of(report)), None)
     if older and report.get("quick") and not older.get("quick"):
         return
     others = [b for b in held["benchmarks"] if b is not older]
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = sorted([*others, report], key=lambda b: b["benchmark"])
+    merged = sorted([*others, report], key=lambda b: (b["benchmark"], recipes_of(b)))
     write_json(path, {"environment": report["environment"], "benchmarks": merged})
+
+
+def recipes_of(report: dict[str, Any]) -> tuple[str, ...]:
+    """Return the recipes that a benchmark was told to measure, sorted; none where it measures the same ones always."""
+    return tuple(sorted(report.get("recipes") or ()))
 
 
 def read_results(path: Path) -> dict[str, Any]:

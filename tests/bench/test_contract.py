@@ -145,10 +145,19 @@ def test_runs_are_kept_at_once_and_gone_on_with(
     (report,) = bench.read_results(path)["benchmarks"]
     assert not report["complete"]
     assert next(row["value"] for row in report["results"] if "accuracy, mean" in row["name"]) == 42.5
+    # A finished report of another recipe leaves those runs where they are.
+    other = {"complete": True, "recipes": ["beyond/speed97"], "results": [{"name": "seconds", "value": 3.0}]}
+    bench.merge(path, report | other)
+    assert sorted(each["complete"] for each in bench.read_results(path)["benchmarks"]) == [False, True]
     interrupted_before(0)
     rows = time_to_accuracy.contract({"beyond/speed94": 3, "beyond/speed96": 1}, quick=False)
     assert trained == [42, 43, 44, 42]
     assert next(row for row in rows if row["name"] == "beyond/speed94: accuracy, mean")["value"] == 43
+    # One of its own takes them along: the next start trains anew.
+    assert set(resuming.kept_runs(time_to_accuracy.CONTRACT))
+    for recipes in (["beyond/speed94"], ["beyond/speed96", "beyond/speed94"]):
+        bench.merge(path, report | {"complete": True, "recipes": recipes})
+    assert resuming.kept_runs(time_to_accuracy.CONTRACT) == {}
 
 
 def test_from_its_own_command_line(
