@@ -29,6 +29,7 @@ from fastcifar.ladder.runner import GRACE_S, combine, epochs_in_words, row_failu
 from fastcifar.locations import install_command
 from fastcifar.locks import LockedError, locked
 from fastcifar.run_directory import RunDirectory, refuse_disk, write_atomic
+from fastcifar.track import Callback
 
 POLL_S = 1.0
 CONNECT_S = 30.0
@@ -369,8 +370,13 @@ class MirroredRun(RunDirectory):
         """Hand on what trackers wrote last, and wait until the ladder's folder has everything."""
         self.flush()
         if RunDirectory.exists(self.folder):
-            self._send(self.mailbox.keep.remote(self.name, self.worker, self._tracked()))
+            self.hand_on_tracked()
         self.flush()
+
+    def hand_on_tracked(self) -> None:
+        """Hand on what trackers have written since the last time, such as which epoch a program has got."""
+        if changed := self._tracked():
+            self._send(self.mailbox.keep.remote(self.name, self.worker, changed))
 
     def _tracked(self) -> dict[str, bytes]:
         """Return the trackers' files that have changed since the last call."""
@@ -435,6 +441,15 @@ def wait_for_lock(folder: Path) -> None:
             time.sleep(POLL_S)
 
 
+class HandsOn(Callback):
+    """Comes after a run's trackers: a worker that takes over is not to tell a program of an epoch that it has got."""
+
+    def on_epoch_end(self, run: RunDirectory, row: dict[str, Any]) -> None:
+        """Hand on what the trackers have written about this epoch, which `MirroredRun.commit` came too early for."""
+        if isinstance(run, MirroredRun):
+            run.hand_on_tracked()
+
+
 def train_mirrored(order: Order, mailbox: Any, worker: Worker) -> None:
     """Train in a temporary folder.
 
@@ -455,6 +470,6 @@ def train_mirrored(order: Order, mailbox: Any, worker: Worker) -> None:
             try:
                 if not begun:
                     run.begin(order.job.recipe, environment)
-                train(order.job.recipe, run, data=order.data, quiet=True)
+                train(order.job.recipe, run, data=order.data, quiet=True, callbacks=[HandsOn()])
             finally:
                 run.finish()

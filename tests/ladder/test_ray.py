@@ -11,7 +11,7 @@ import pytest
 from fastcifar.errors import UserError
 from fastcifar.ladder import ray_runner
 from fastcifar.ladder.execute import Deadline, LadderExecution, OutOfTime, RowFailed
-from fastcifar.ladder.ray_runner import Mailbox, MirroredRun, RayRunner, cluster
+from fastcifar.ladder.ray_runner import HandsOn, Mailbox, MirroredRun, RayRunner, cluster
 from fastcifar.ladder.rows import jobs_for
 from fastcifar.ladder.runner import Runner
 from fastcifar.ladder.state import DONE, Ledger, stored_state
@@ -176,12 +176,15 @@ def test_what_trackers_keep_goes_where_the_run_goes(tmp_path, monkeypatch):
         run.commit({"metrics.jsonl": "{}"})
         assert (job.folder / "tensorboard" / "events").read_bytes() == b"one"
         (run.folder / "tensorboard" / "events").write_bytes(b"one and two")
+        HandsOn().on_epoch_end(run, {})  # the trackers have got the epoch; the next one may never end
+        assert (job.folder / "tensorboard" / "events").read_bytes() == b"one and two"
+        (run.folder / "tensorboard" / "events").write_bytes(b"one and two, closed")
         run.finish()
-    assert (job.folder / "tensorboard" / "events").read_bytes() == b"one and two"
+    assert (job.folder / "tensorboard" / "events").read_bytes() == b"one and two, closed"
     again = MirroredRun(tmp_path / "third", Here(mailbox), name, worker)
     again.folder.mkdir()
     again.fetch()
-    assert (again.folder / "tensorboard" / "events").read_bytes() == b"one and two"
+    assert (again.folder / "tensorboard" / "events").read_bytes() == b"one and two, closed"
 
 
 # --------------------------------------------------------------------------------------------------- the command line
