@@ -41,7 +41,8 @@ class Tracker(Callback):
     """Hands a run's metrics to a program elsewhere, each epoch once, also over resumed and killed runs.
 
     ``track/NAME.json`` in the run directory says under which id the program knows the run and which epoch it has got
-    last; a process that is killed between handing an epoch over and writing this hands the same one over again. A failure of the program, such as a lost connection, is said once and does not end the training.
+    last; a process that is killed between handing an epoch over and writing this hands the same one over again. A
+    failure of the program, such as a lost connection, is said once and does not end the training.
 
     Attributes:
         name: as a recipe writes it.
