@@ -174,7 +174,7 @@ class RunDirectory:
                 time.sleep(LOOK_AGAIN_S)
             manifest = self.manifest()
             if not path.is_file():
-                raise UserError(f"{path}: is missing; finish the run with `fastcifar run --resume {self.folder}`")
+                raise UserError(f"{path}: is missing; {self._cure(name, manifest)}")
             data = self._bytes(path, largest)
             if manifest is None or sha256(data) in manifest.files.get(name, []):
                 return data
@@ -184,6 +184,12 @@ class RunDirectory:
             f"{path}: is damaged: it is not what the run wrote (its SHA-256 is another than in {manifests.NAME}); "
             "restore it from a copy, or train the run again"
         )
+
+    def _cure(self, name: str, manifest: Manifest | None) -> str:
+        """Return what helps where a file is missing: what a run had written does not come back by resuming it."""
+        if manifest is not None and name in manifest.files:
+            return "restore it from a copy, or train the run again"
+        return f"finish the run with `fastcifar run --resume {self.folder}`"
 
     @staticmethod
     def _bytes(path: Path, largest: int | None) -> bytes:

@@ -98,6 +98,12 @@ def test_every_file_is_in_the_manifest(run):
     assert all(len(hashes) == 1 for hashes in run.manifest().files.values())
 
 
+def test_a_file_that_a_finished_run_has_lost_does_not_come_back_by_resuming_it(run):
+    (run.folder / "logits.npz").unlink()
+    with pytest.raises(UserError, match=r"logits\.npz: is missing; restore it from a copy, or train the run again"):
+        RunDirectory.open(run.folder).logits("test/last/raw")
+
+
 def test_a_flipped_bit_in_any_file_is_named(run, seed):
     chance = random.Random(seed)
     for path in sorted(p for p in run.folder.rglob("*") if p.is_file() and p.name != ".lock"):

@@ -90,11 +90,11 @@ def _splits(run: RunDirectory, config: DataConfig, store: Store) -> dict[str, pi
     if "holdout/labels" in have:
         held = run.logits("holdout/indices")
         if held.max(initial=-1) >= len(train.labels):
-            raise UserError(f"{store.root}: has fewer training images than the run in {run.folder} was trained on")
+            raise UserError(f"{store.name}: has fewer training images than the run in {run.folder} was trained on")
         found["holdout"] = (pixels.choose(train.images, held), train.labels[held])
     for split, (_, labels) in found.items():
         if not np.array_equal(labels, run.logits(f"{split}/labels")):
-            raise UserError(f"{store.root}: its {split} labels are not those of {run.folder}; give its own --data")
+            raise UserError(f"{store.name}: its {split} labels are not those of {run.folder}; give its own --data")
     return {split: images for split, (images, _) in found.items()}
 
 

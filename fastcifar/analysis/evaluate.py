@@ -49,7 +49,7 @@ def read_labelled(
         run: the trained run.
         trained: its model.
         data: a store, a release, ``train/<class>/*`` with ``test/<class>/*``, or ``<class>/*`` alone; None for the
-            run's own data.
+            kind that the run's recipe names, where ``FASTCIFAR_DATA`` or ``./data`` has it.
         split: ``test`` or ``train`` where there are both.
         limit: take so many images, each class in proportion; 0 for all.
 
@@ -98,17 +98,19 @@ def _from_class_folders(folder: Path, trained: Trained) -> LabelledImages:
 def _from_store(store: Store, trained: Trained, split: str) -> LabelledImages:
     if split not in SPLITS:
         raise UserError(f'--split {split}: unknown{nearest(split, SPLITS)}; allowed: {", ".join(SPLITS)}')
-    _refuse_unknown([name for name in store.classes if name not in trained.classes], store.root, trained)
+    _refuse_unknown([name for name in store.classes if name not in trained.classes], store.name, trained)
     size = trained.image_px
     if store.image_shape[:2] != (size, size):
         height, width, _ = store.image_shape
-        raise UserError(f"{store.root}: has {width}x{height} pixels, the model takes {size}x{size}; scale the images")
+        raise UserError(f"{store.name}: has {width}x{height} pixels, the model takes {size}x{size}; scale the images")
     found = store.split(split)
     own = np.array([trained.classes.index(name) for name in store.classes], np.int64)
-    return LabelledImages(f"{store.root.name} ({split})", found.images, own[np.asarray(found.labels)])
+    kind = store.manifest.source.kind
+    named = store.name if kind == "folder" else kind
+    return LabelledImages(f"{named} ({split})", found.images, own[np.asarray(found.labels)])
 
 
-def _refuse_unknown(names: Sequence[str], where: Path, trained: Trained) -> None:
+def _refuse_unknown(names: Sequence[str], where: Path | str, trained: Trained) -> None:
     if names:
         known = ", ".join(trained.classes[:20])
         raise UserError(

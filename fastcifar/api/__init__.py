@@ -33,6 +33,8 @@ def load_recipe(name: str | Path, set: Iterable[str] | dict[str, Any] = ()) -> R
     """
     if isinstance(set, str):
         raise UserError(f'set: "{set}" is a text; give a list of them, or a dict such as {{"train.epochs": 2}}')
+    if not isinstance(name, str | Path):
+        raise UserError(f"load_recipe: {name!r}: give a file, or the name of a shipped recipe such as \"lenet5\"")
     texts = [f"{key}={as_toml(value)}" for key, value in set.items()] if isinstance(set, dict) else list(set)
     return read_recipe(name, texts)
 
@@ -92,6 +94,8 @@ def train(
     from fastcifar.interrupt import Interrupted, handled
     from fastcifar.open_run import open_run
 
+    if recipe is None and resume in (None, "auto"):
+        raise UserError('train: which recipe? Give recipe="lenet5", or resume=RUN_DIR to go on with a run')
     if stop_after is not None and stop_after < 1:
         raise UserError(f"stop_after: {stop_after} is below 1")
     if profile is not None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fastcifar.augment.augment import build_augment
-from fastcifar.augment.standalone import HALF, read_ops
+from fastcifar.augment.standalone import HALF, check_arguments, find_device, read_ops
 from fastcifar.config.schema import DataConfig, LoaderConfig
 from fastcifar.data.batch import Batch
 from fastcifar.data.loaders import build_loader
@@ -51,7 +51,7 @@ class Loader:
         mean: per channel, of pixels in 0..1.
         std: per channel, above 0.
         seed: of the order and the augmentations, 0..2**63-1.
-        drop_last: leave out the last batch of an epoch where it is smaller.
+        drop_last: leave out the last batch of an epoch where it is smaller; for training images.
         subset: keep only so many images, each class in proportion; 0 keeps all.
 
     Attributes:
@@ -84,16 +84,17 @@ class Loader:
         drop_last: bool = False,
         subset: int = 0,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} is below 1")
+        check_arguments(dtype, mean=mean, std=std, seed=seed, batch_size=batch_size)
         if split not in SPLITS:
             raise UserError(f'split: "{split}"; allowed: {", ".join(SPLITS)}')
+        if drop_last and split == "test":
+            raise UserError("drop_last: a test set is read whole; leave drop_last away")
         loader = {"name": backend, "workers": workers, "order": order}
         config = _read({"source": source, "subset": subset, "loader": loader})
         if order == "native" and (backend != "dali" or where == "loader"):
             raise UserError('order: "native" is DALI\'s own order: it needs backend="dali" and where="device"')
         store = resolve_store(config, None if data is None else Path(data))
-        where_to, ops = _device(device), read_ops(augment, where)
+        where_to, ops = find_device(device), read_ops(augment, where)
         rows = subset_rows(store.labels(split), subset)
         self.epoch, self.classes = 0, list(store.classes)
         self._augment = build_augment(
@@ -150,15 +151,6 @@ class _InOrder:
     def close(self) -> None:
         self._images = self._images[:0]
         self._labels = self._labels[:0]
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = torch.device(device)
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f'device: "{device}": no CUDA GPU is available here; use device="auto"')
-    return found
 
 
 def _read(table: dict[str, Any]) -> DataConfig:

@@ -1,9 +1,10 @@
 """The augmentations of a recipe without a recipe, for any training loop."""
 
 from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, ValidationError
 from torch import Tensor
 
 from fastcifar.augment.augment import build_augment
@@ -12,6 +13,52 @@ from fastcifar.data.batch import Batch
 from fastcifar.errors import UserError
 
 HALF = (0.5, 0.5, 0.5)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Arguments(BaseModel):
+    """What is given from Python, and no recipe has checked."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    mean: list[FiniteFloat] = Field(min_length=3, max_length=3)
+    std: list[Annotated[FiniteFloat, Field(gt=0)]] = Field(min_length=3, max_length=3)
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)]
+    batch_size: Annotated[StrictInt, Field(ge=1)] = 1
+
+
+def check_arguments(dtype: torch.dtype, **values: Any) -> None:
+    """Check a normalization, a seed and a batch size.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: {dtype!r}: give one of {', '.join(map(str, DTYPES))}")
+    try:
+        Arguments.model_validate({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{first['loc'][0]}: {first['input']!r}: {first['msg']}") from None
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """Return a device by its name; ``auto`` takes a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UserError(f'device: {device!r}: give "auto", "cpu", "cuda" or "cuda:1"')
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f'device: "{device}": no CUDA GPU is available here; use device="auto"')
+    return found
 
 
 class Augmentation:
@@ -26,12 +73,12 @@ class Augmentation:
         mean: per channel, of pixels in 0..1.
         std: per channel, above 0.
         image_shape: (H, W, 3).
-        seed: keys every random decision, 0..2**64-1.
-        device: where the images lie; ``cpu`` or ``cuda``.
+        seed: keys every random decision, 0..2**63-1.
+        device: where the images lie: ``cpu`` or ``cuda``; ``auto`` takes a GPU where there is one.
         dtype: of the result: float32, bfloat16 or float16.
 
     Raises:
-        UserError: an unknown operation, or one that needs larger images.
+        UserError: an unknown operation, or one that needs larger images; another argument that is wrong.
     """
 
     def __init__(
@@ -46,8 +93,9 @@ class Augmentation:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._calls = 0
+        check_arguments(dtype, mean=mean, std=std, seed=seed)
         self._augment = build_augment(
-            read_ops(ops), mean=mean, std=std, image_shape=image_shape, seed=seed, device=torch.device(device),
+            read_ops(ops), mean=mean, std=std, image_shape=image_shape, seed=seed, device=find_device(device),
             dtype=dtype,
         )  # fmt: skip
 
@@ -73,6 +121,8 @@ class Augmentation:
 
 
 def _check_pixels(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise UserError(f"images are a {type(images).__name__}: give a tensor, such as torch.from_numpy(images)")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         kind, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape)
         raise UserError(f"images are {kind} {shape}: give uint8 pixels (B, H, W, 3), which are normalized here")

@@ -12,7 +12,10 @@ def evaluate(
     run: RunFolder,
     data: Annotated[
         Path | None,
-        typer.Option(help="A store, a CIFAR release, or folders named as classes. Default: the run's own data."),
+        typer.Option(
+            help="A store, a CIFAR release, or an image folder: train/CLASS/* with test/CLASS/*, or CLASS/* alone. "
+            "Default: what the run's recipe names, in FASTCIFAR_DATA or ./data."
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="test or train, where the data has both.")] = "test",
     weights: Weights = None,

@@ -1,5 +1,6 @@
 """``fastcifar run``: train a recipe."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,16 +99,17 @@ def lead(
         resume = "auto"  # torchrun has started the ranks again after a failure: go on with the run that it began
     if loaded is not None:
         refuse_early(loaded, data, verify)
-    with open_run(loaded, out, resume) as found, handled(f"stopped; {go_on(found.folder)}"):
-        say_how_to_go_on(go_on(found.folder))
+    with open_run(loaded, out, resume) as found, handled(f"stopped; {go_on(found.folder, data)}"):
+        say_how_to_go_on(go_on(found.folder, data))
         if loaded is None and verify:
             refuse_early(found.recipe, data, verify)
         return execute(found, data, stop_after, quiet, check_nan, here, store, profile), found.folder
 
 
-def go_on(folder: Path) -> str:
-    """Return how to go on with a run."""
-    return f"go on with `fastcifar run --resume {folder}`"
+def go_on(folder: Path, data: Path | None) -> str:
+    """Return how to go on with a run, whose directory does not say where its images are."""
+    words = ["fastcifar", "run", "--resume", str(folder), *([] if data is None else ["--data", str(data)])]
+    return f"go on with `{shlex.join(words)}`"
 
 
 def follow(here: "Place", store: Any, data: Path | None, stop_after: int | None, check_nan: bool) -> None:

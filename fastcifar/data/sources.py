@@ -57,6 +57,11 @@ class Source:
     release: Release | None
     fingerprint: str
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.kind if self.kind == "synthetic" else str(self.path)
+
     @classmethod
     def synthetic(cls) -> "Source":
         """Return the source of synthetic images."""
@@ -90,7 +95,8 @@ def find_source(place: Path, kind: str, why: str = "--data") -> Source:
     """
     for release, path in _candidates(place, kind):
         return Source(kind, path, release, _fingerprint(path, release))
-    raise UserError(f"{place} ({why}): no {kind} there; {_cure(kind)}")
+    missing = f"no {kind} there" if kind != "folder" else f"is not a folder with a {place / 'train'} in it"
+    raise UserError(f"{place} ({why}): {missing}; {_cure(kind)}")
 
 
 def _candidates(place: Path, kind: str) -> Iterator[tuple[Release | None, Path]]:

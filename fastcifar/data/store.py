@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,17 @@ class Store:
     Attributes:
         root: its folder.
         manifest: what it holds.
+        made_from: what somebody named, of which the cache holds this store; empty for one that was named itself.
     """
 
     root: Path
     manifest: Manifest
+    made_from: str = ""
+
+    @property
+    def name(self) -> str:
+        """What messages call it: a path that the reader has given, not one in the cache."""
+        return self.made_from or str(self.root)
 
     @property
     def format(self) -> str:
@@ -375,10 +382,10 @@ def store_as(source: Source | Store, to: str, progress: Progress = no_progress) 
     if isinstance(source, Store):
         if source.format == to:
             return source
-        name, key = source.manifest.source.kind, source.manifest.content
+        name, key, given = source.manifest.source.kind, source.manifest.content, source.name
     else:
-        name, key = source.kind, source.fingerprint
-    return convert(source, to, _cached(name, to, key), progress)[0]
+        name, key, given = source.kind, source.fingerprint, source.name
+    return replace(convert(source, to, _cached(name, to, key), progress)[0], made_from=given)
 
 
 def converted(source: Source) -> Store | None:

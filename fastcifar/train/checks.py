@@ -41,7 +41,7 @@ def check_before(recipe: Recipe, data: Path | None, verify: bool = False) -> Sto
     if recipe.train.batch_size > len(rows.train):
         raise UserError(
             f"train.batch_size = {recipe.train.batch_size:,} is larger than the {len(rows.train):,} training images "
-            f"of {store.root}, after data.subset and data.holdout; set it to {len(rows.train):,} or less"
+            f"of {store.name}, after data.subset and data.holdout; set it to {len(rows.train):,} or less"
         )
     return store
 
@@ -63,7 +63,7 @@ def check_data(recipe: Recipe, store: Store, rows: "Rows", ranks: int = 1) -> No
     _check_shape(recipe, store)
     weights, classes = recipe.loss.class_weights, len(store.classes)
     if weights is not None and len(weights) != classes:
-        raise UserError(f"loss.class_weights: {len(weights)} weights for the {classes} classes of {store.root}")
+        raise UserError(f"loss.class_weights: {len(weights)} weights for the {classes} classes of {store.name}")
 
 
 def _check_counts(recipe: Recipe, rows: "Rows", ranks: int) -> None:
@@ -111,13 +111,13 @@ def _check_shape(recipe: Recipe, store: Store) -> None:
     name = recipe.model.name
     if height != width and name in FIXED_SIZE:
         raise UserError(
-            f"{store.root}: images of {width}x{height} pixels; model.name = {name!r} needs square ones. Cut or pad "
+            f"{store.name}: images of {width}x{height} pixels; model.name = {name!r} needs square ones. Cut or pad "
             "them, or choose residual15, wide_resnet, pyramidnet or speednet, which take any shape"
         )
     if height != width and recipe.data.resize:
-        raise UserError(f"{store.root}: images of {width}x{height} pixels; data.resize needs square ones")
+        raise UserError(f"{store.name}: images of {width}x{height} pixels; data.resize needs square ones")
     for wide, high in ((width, height), *((px, px) for _, px in recipe.data.resize)):
         if min(wide, high) < (least := smallest_px(recipe.model)):
-            where = "data.resize" if (wide, high) != (width, height) else store.root
+            where = "data.resize" if (wide, high) != (width, height) else store.name
             raise UserError(f"{where}: images of {wide}x{high} pixels; model.name = {name!r} needs {least} px or more")
         check_size(recipe.augment.ops, min(wide, high))

@@ -112,10 +112,26 @@ def test_normalized_images_or_another_layout_are_refused(images):
             use(images)
 
 
+def test_what_is_no_tensor_is_called_so(rng):
+    with pytest.raises(UserError, match=r"images are a ndarray: give a tensor, such as torch.from_numpy\(images\)"):
+        fastcifar.augment.Augmentation(OPS)(rng.integers(0, 256, (4, 32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match=r"std: 0\.0: Input should be greater than 0"):
+        fastcifar.augment.Augmentation(OPS, std=(0.2, 0.0, 0.2))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"batch_size": 0}, "batch_size: 0 is below 1"),
+        ({"batch_size": 0}, "batch_size: 0: Input should be greater than or equal to 1"),
+        ({"batch_size": "64"}, "batch_size: '64': Input should be a valid integer"),
+        ({"batch_size": 500.0}, "batch_size: 500.0: Input should be a valid integer"),
+        ({"seed": -1}, "seed: -1: Input should be greater than or equal to 0"),
+        ({"std": [0, 0, 0]}, "std: 0: Input should be greater than 0"),
+        ({"mean": [0.5]}, "mean: .*at least 3"),
+        ({"dtype": "float16"}, "dtype: 'float16': give one of torch.float32"),
+        ({"dtype": torch.int64}, "dtype: torch.int64: give one of torch.float32"),
+        ({"device": "gpu"}, "device: 'gpu': give \"auto\", \"cpu\""),
+        ({"split": "test", "drop_last": True}, "drop_last: a test set is read whole"),
         ({"augment": "flip"}, r'augment: "flip" is one text; give a list of them: \["flip"\]'),
         ({"split": "valid"}, 'split: "valid"; allowed: train, test'),
         ({"backend": "tensorflow"}, "backend: 'tensorflow'.*resident, ffcv"),

@@ -90,4 +90,8 @@ def test_bad_input_makes_no_directory(tmp_path):
         fastcifar.train(fastcifar.Recipe.model_validate(table), data="nowhere", out=tmp_path / "x")
     with pytest.raises(fastcifar.UserError, match="stop_after: 0 is below 1"):
         fastcifar.train(fastcifar.Recipe.model_validate(TABLE), out=tmp_path / "x", stop_after=0)
+    with pytest.raises(fastcifar.UserError, match=r'which recipe\? Give recipe="lenet5"'):
+        fastcifar.train(out=tmp_path / "x")
+    with pytest.raises(fastcifar.UserError, match="load_recipe: 3: give a file"):
+        fastcifar.load_recipe(3)
     assert not (tmp_path / "x").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastcifar.cli.run_command import go_on
 from tests.command import fastcifar
 from tests.forked import Forked
 
@@ -133,6 +134,11 @@ def test_a_signal_stops_with_a_checkpoint_and_the_way_to_go_on(tiny, start, numb
     assert "go on with `fastcifar run --resume here`" in child.printed()
     assert "Traceback" not in child.printed()
     assert not list((tiny / "here").rglob("*.tmp"))
+
+
+def test_the_way_to_go_on_names_the_data_and_works_in_a_shell():
+    assert go_on(Path("here"), None) == "go on with `fastcifar run --resume here`"
+    assert go_on(Path("my run"), Path("d")) == "go on with `fastcifar run --resume 'my run' --data d`"
 
 
 def test_ctrl_c_with_worker_processes_is_no_error_of_theirs(start):

@@ -242,11 +242,18 @@ def test_image_folder_becomes_a_store(rng, tmp_path):
     truth = _image_folder(rng, tmp_path / "set")
     store = resolve_store(DataConfig(source="folder"), tmp_path / "set")
     assert store.classes == ["cat", "dog"]
+    assert store.name == str(tmp_path / "set"), "messages name what was given, not the store in the cache"
     assert store.image_shape == (20, 24, 3)
     train = store.split("train")
     assert train.labels.tolist() == [0] * 5 + [1] * 5
     for row, key in enumerate(f"train/{c}/{k}" for c in ("cat", "dog") for k in range(5)):
         assert np.array_equal(train.images[row], truth[key])
+
+
+def test_a_folder_without_train_is_told_what_one_has(rng, tmp_path):
+    _image_folder(rng, tmp_path / "set")
+    with pytest.raises(UserError, match=r"train \(--data\): is not a folder with a .*train.train in it; an image"):
+        find_source(tmp_path / "set" / "train", "folder")
 
 
 def test_what_lies_beside_the_images_is_not_looked_at(rng, tmp_path):
