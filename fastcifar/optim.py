@@ -104,7 +104,7 @@ class SAM:
     def _scales(self, named: dict[str, nn.Parameter]) -> list[Tensor]:
         """Return T for each parameter: a tensor of its shape, or a one."""
         return [
-            p.detach().abs() + self.eta if self.adaptive and name in self._scaled else torch.ones_like(p[:0].sum())
+            p.detach().abs() + self.eta if self.adaptive and name in self._scaled else p.new_ones(())
             for name, p in named.items()
         ]
 

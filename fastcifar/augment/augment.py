@@ -154,6 +154,29 @@ def check_rows(rows: Tensor, count: int) -> None:
         raise IndexError(f"rows {low} to {high} of {count} images: the batch is not of these images (a closed loader?)")
 
 
+def check_shared_memory(wanted: int, image_shape: tuple[int, int, int], device: torch.device) -> None:
+    """Refuse images that are too large for the GPU's augmentation kernel.
+
+    Args:
+        wanted: bytes of shared memory that a launch takes.
+        image_shape: (H, W, 3).
+        device: the GPU; the interpreter's kernels have the CPU, which has no such limit.
+
+    Raises:
+        UserError: the device has less.
+    """
+    if device.type != "cuda":
+        return
+    properties: Any = torch.cuda.get_device_properties(device)
+    if wanted > (limit := properties.shared_memory_per_block_optin):
+        height, width, _ = image_shape
+        raise UserError(
+            f"augment: images of {width}x{height} pixels take {wanted:,} bytes of the GPU's shared memory, which has "
+            f"{limit:,}: scale the images down, leave only mirrors, one crop and one rotation, or set "
+            'augment.where = "loader" with data.loader.name = "torchvision"'
+        )
+
+
 class GpuAugment(Augment):
     """A recipe's augmentations on the GPU; `build_augment` makes it.
 
@@ -163,11 +186,12 @@ class GpuAugment(Augment):
     def __init__(
         self, program: Program, normal: Tensor, image_shape: tuple[int, int, int], seed: int, device: torch.device
     ) -> None:
-        from fastcifar.kernels.augment.triton import Tables, launch  # not imported where there is no GPU
+        from fastcifar.kernels.augment.triton import Tables, launch, shared_bytes  # not imported without a GPU
 
         self.program, self.seed, self._launch_kernel = program, seed, launch
         self._normal, self._shape = normal.to(device), image_shape
         self._tables = Tables(program, seed, device)
+        check_shared_memory(shared_bytes(self._tables, *image_shape[:2]), image_shape, device)
         self._plain_tables = Tables(build_program([], *image_shape[:2]), seed, device)
         self._epoch = torch.zeros(1, dtype=torch.int64, device=device)
 

@@ -791,6 +791,9 @@ class Recipe(Section):
             raise ValueError(f'asam works with optimizer.name = "sgd", not "{self.optimizer.name}"')
         if self.lookahead and self.ema:
             raise ValueError("lookahead and ema are two averages of the same weights; remove one (ema = false)")
+        if self.lookahead and getattr(self.model, "whiten_bias_rate", "run") == "fade":
+            # Frozen parameters take a share of the whole step, Lookahead's way back included.
+            raise ValueError('model.whiten_bias_rate = "fade" works without lookahead; say "run", or lookahead = false')
         if self.engine.working_copy is True and self.engine.gpu_precision not in ("bf16", "fp16"):
             raise ValueError('engine.working_copy needs engine.precision = "bf16" or "fp16"')
         if self.engine.working_copy is True and self.train.accumulate > 1:

@@ -96,10 +96,15 @@ class Ranks:
         return whole
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Copy rank 0's tensors over those of the others, in place."""
+        """Copy rank 0's tensors over those of the others, in place.
+
+        A padded weight is a view with holes: NCCL refuses these, and gloo copies other memory than the tensor's.
+        """
         for tensor in tensors if self.world > 1 else ():
+            dense = tensor.detach().clone()  # dense in the tensor's own order of dimensions, which all ranks share
             with lost_rank_named():
-                dist.broadcast(tensor, 0, group=self.data)
+                dist.broadcast(dense, 0, group=self.data)
+            tensor.detach().copy_(dense)
 
     def require_same(self, tensor: Tensor, what: str) -> None:
         """Make sure that a float32 tensor has the same bits on all ranks. Waits for the device.

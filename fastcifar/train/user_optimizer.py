@@ -84,7 +84,8 @@ class UserOptimizer:
         for tensor, state in self.inner.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
-                    found[f"state/{names[id(tensor)]}/{key}"] = value
+                    kind = "state" if value.ndim or value.device.type == "cpu" else "device"
+                    found[f"{kind}/{names[id(tensor)]}/{key}"] = value
                 elif value is not None:
                     found[f"number/{names[id(tensor)]}/{key}"] = self._encoded(value, key)
         for number, group in enumerate(self.inner.param_groups):
@@ -108,7 +109,8 @@ class UserOptimizer:
         self.inner.state.clear()
         for path, value in tensors.items():
             kind, where, key = _split(path)
-            self._target(kind, where)[key] = self._copy(value) if kind == "state" else value.item()
+            kept = self._copy(value, kind, where) if kind in ("state", "device") else value.item()
+            self._target(kind, where)[key] = kept
 
     def _target(self, kind: str, where: str) -> Any:
         """Return the group of this number, or the state of the parameter of this name."""
@@ -117,9 +119,19 @@ class UserOptimizer:
             raise ValueError(f"the optimizer has no {kind} {where!r}")
         return groups[where] if kind == "group" else self.inner.state[self._tensors[where]]
 
-    def _copy(self, value: Tensor) -> Tensor:
-        """Return a copy on the training device; torch's own optimizers keep their step counts, (), on the CPU."""
-        return value.clone() if value.ndim == 0 else value.to(self._flat.weights.device, copy=True)
+    def _copy(self, value: Tensor, kind: str, where: str) -> Tensor:
+        """Return a copy as the optimizer keeps it.
+
+        What has a parameter's shape gets its strides too: a checkpoint is written without them, and fused kernels go
+        through both as they lie in memory. Torch's own optimizers keep their step counts, (), on the CPU, but for
+        fused and capturable ones.
+        """
+        parameter = self._tensors.get(where)
+        if parameter is not None and value.shape == parameter.shape:
+            return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        if value.ndim == 0 and kind == "state":
+            return value.clone()
+        return value.to(self._flat.weights.device, copy=True)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

@@ -47,6 +47,15 @@ def test_adam_is_as_good_as_any_optimizer(seed):
     assert error(net.state_dict(), expected) < 1e-3
 
 
+@pytest.mark.parametrize(("kind", "radius"), [(fastcifar.optim.SAM, 0.5), (fastcifar.optim.ASAM, 0.5 * 3.0)])
+def test_a_scalar_parameter_takes_part(kind, radius):
+    """As a learned temperature is: the loss s^2 at s = 3 is climbed by the radius, times s for ASAM."""
+    net = torch.nn.Module()
+    net.s = torch.nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
+    kind(net, torch.optim.SGD(net.parameters(), lr=0.1), rho=0.5).step(lambda: net.s**2)
+    assert net.s.item() == pytest.approx(3.0 - 0.1 * 2 * (3.0 + radius))
+
+
 def test_frozen_statistics_move_once_and_the_loss_is_that_of_the_first_pass(seed):
     net, ((x, y),) = make_net(seed), make_data(seed, 1)
     plain = copy.deepcopy(net)

@@ -64,6 +64,10 @@ BAD_VALUES = {
         GOOD + '[loss]\nreduction = "sum"\nclass_weights = [1.0]\n',
         ["loss.reduction:", "works without class_weights"],
     ),
+    "a share of Lookahead's way back": (
+        GOOD.replace('name = "lenet5"', 'name = "speednet"\nwhiten_bias_rate = "fade"') + "[lookahead]\n",
+        ["whiten_bias_rate", "works without lookahead"],
+    ),
     "two averages": (GOOD + "[ema]\n[lookahead]\n", ["lookahead", "ema = false"]),
     "augmentation that is not one": ('augment = ["crop(4"]\n' + GOOD, ["augment.ops:", '"crop(4"', "name(value"]),
     "augmentation of a wrong type": ("augment = [4]\n" + GOOD, ["augment.ops:", "4 is not a text"]),

@@ -94,6 +94,14 @@ def check_sync_batch_norm(ranks: Ranks) -> None:
             torch.testing.assert_close(ours, theirs)
 
 
+def check_broadcast(ranks: Ranks) -> None:
+    """A view with holes, as padded weights are, gets rank 0's values, and what lies in the holes stays."""
+    memory = torch.full((2, 8, 3, 3), float(ranks.first)).contiguous(memory_format=torch.channels_last)
+    ranks.on(torch.device("cpu")).broadcast([memory[:, :5]])
+    assert bool((memory[:, :5] == 1).all())
+    assert bool((memory[:, 5:] == float(ranks.first)).all())
+
+
 class Recorder:
     """Keeps the weights after each epoch of each case, and can send a signal's number after a step."""
 
@@ -126,6 +134,7 @@ def check(folder: Path) -> None:
     ranks, recorder = join(here, store), Recorder()
     recorder.install()
     check_sync_batch_norm(ranks)
+    check_broadcast(ranks)
     for case, wanted in CASES.items():
         recorder.case = case
         run_in(folder / case, wanted, ranks)

@@ -48,6 +48,29 @@ def test_the_state_goes_through_a_checkpoint(workplace):
     assert same(state(again), state(whole))
 
 
+@pytest.mark.parametrize("parameters", ["each", "flat"])
+def test_a_fused_optimizer_goes_through_a_checkpoint_to_the_same_bits(parameters, rng):
+    """Torch's fused kernels go through weights and state as they lie in memory, and a file knows no strides."""
+    table = {"name": "torch.optim:AdamW", "lr": 1e-2, "options": {"fused": True}, "parameters": parameters}
+    whole, first, again = (make_step(recipe(optimizer=table)) for _ in range(3))
+    train(whole, 0, 3)
+    train(first, 0, 2)
+    again.load_state_dict({name: tensor.contiguous() for name, tensor in state(first).items()})
+    train(again, 2, 3)
+    assert same(state(again), state(whole))
+
+
+def test_a_count_that_was_on_the_device_goes_back_there():
+    """Capturable and fused optimizers keep theirs on the GPU, all others on the CPU."""
+    step = make_step(recipe(optimizer={"name": "torch.optim:Adam", "lr": 1e-3}))
+    train(step, 0, 1)
+    tensors = step.user_optimizer.tensors()
+    moved = {name.replace("state/", "device/") if name.endswith("/step") else name: t for name, t in tensors.items()}
+    assert moved.keys() != tensors.keys()
+    step.user_optimizer.load_tensors(moved)
+    assert same(step.user_optimizer.tensors(), tensors)
+
+
 def test_a_warm_up_leaves_no_state_behind(workplace):
     step = lion(workplace)
     before = state(step)

@@ -315,6 +315,11 @@ class Tables:
         self.stretch = torch.from_numpy(255.0 / spans).to(device)
 
 
+def shared_bytes(tables: Tables, height: int, width: int) -> int:
+    """Return the shared memory that a launch takes: what is not folded into the reading keeps whole images there."""
+    return 4 * triton.next_power_of_2(height * width) if tables.count > tables.lead else 0
+
+
 def launch(
     images: Tensor, rows: Tensor, indices: Tensor, epoch: Tensor, tables: Tables, normal: Tensor, out: Tensor
 ) -> None:

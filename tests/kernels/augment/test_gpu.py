@@ -3,6 +3,7 @@
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastcifar.augment.augment import build_augment
+from fastcifar.augment.augment import build_augment, check_shared_memory
 from fastcifar.config.operations import parse_op
 from fastcifar.config.schema import AugmentConfig
 from fastcifar.data.batch import Batch
+from fastcifar.errors import UserError
 from fastcifar.kernels.augment import triton as gpu
 from fastcifar.kernels.augment.decisions import build_program
 
@@ -36,6 +38,22 @@ def test_what_is_folded_into_the_reading(ops, lead):
     assert gpu.leading_slots(build_program([parse_op(op) for op in ops], 32, 32)) == lead
 
 
+def test_images_that_shared_memory_cannot_hold_are_refused(monkeypatch):
+    """Only where something is left to do after the reading: a GPU's launch would fail in the first step."""
+    device, h100 = torch.device("cuda"), SimpleNamespace(shared_memory_per_block_optin=232_448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
+
+    def wanted(ops, side_px):
+        tables = gpu.Tables(build_program([parse_op(op) for op in ops], side_px, side_px), 0, torch.device("cpu"))
+        return gpu.shared_bytes(tables, side_px, side_px)
+
+    for ops, side_px in ((AUTOAUGMENT, 181), (["crop(4)", "flip"], 224)):
+        check_shared_memory(wanted(ops, side_px), (side_px, side_px, 3), device)
+    with pytest.raises(UserError, match=r"augment: images of 182x182 pixels take 262,144 bytes .*, which has 232,448"):
+        check_shared_memory(wanted(AUTOAUGMENT, 182), (182, 182, 3), device)
+    check_shared_memory(wanted(AUTOAUGMENT, 182), (182, 182, 3), torch.device("cpu"))
+
+
 def compiled():
     """Compile the AutoAugment kernel for sm_90, with no device."""
     types = ["*u8", "*i64", "*i64", "*i64", "*i64", "*i32", "*i32", "*fp64", "*bf16", "*bf16"]
@@ -50,6 +68,8 @@ def compiled():
 
 def test_the_sm_90_kernel_spills_nothing_and_rounds_as_written(tmp_path, capsys):
     kernel = compiled()
+    program = build_program([parse_op(op) for op in AUTOAUGMENT], 32, 32)
+    assert kernel.metadata.shared == gpu.shared_bytes(gpu.Tables(program, 0, torch.device("cpu")), 32, 32)
     assert not re.search(r"\bfma\.", kernel.asm["ptx"])  # it would round a blend once instead of twice
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
