@@ -1,6 +1,8 @@
 """Metrics and names as people read them."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 
 def duration(seconds: float) -> str:
@@ -11,6 +13,17 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def stopped_at(summary: Mapping[str, Any]) -> str:
+    """Return how far a run has come that is not finished (``stopped at epoch 1 of 2``); nothing where it is.
+
+    Args:
+        summary: of a run, or a combination's entry of a member: ``status``, ``epochs_done`` and ``epochs``.
+    """
+    if summary.get("status", "finished") == "finished":
+        return ""
+    return f"stopped at epoch {summary['epochs_done']} of {summary['epochs']}"
 
 
 def slug(hardware: str) -> str:

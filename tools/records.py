@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastcifar.config import CombineRecipe, Recipe
+from fastcifar.config import Recipe
+from fastcifar.config.shipped import differences
 from fastcifar.errors import UserError, nearest
 from fastcifar.ladder.records import FILES, NAME, Record, SeedResult, read_records, record_of
 from fastcifar.ladder.rows import catalogue
@@ -20,9 +21,6 @@ from fastcifar.ladder.state import result_row
 from fastcifar.locations import records_folder
 from fastcifar.run_directory import RunDirectory, write_json
 from tools import tables
-
-# What may differ from the shipped recipe without making a run one of other settings: how it is executed, not what.
-EXECUTION = {"name", "title", "stage", "published", "target", "seed", "engine", "eval", "checkpoint"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,24 +100,9 @@ def checked_row(run: RunDirectory) -> str:
     name = run.recipe.name
     if name not in shipped:
         raise UserError(f'{run.folder}: is a run of "{name}", which is no row{nearest(name, shipped)}')
-    # The loader decides how images arrive, not which.
-    changed = [key for key in differences(run.recipe, shipped[name]) if key != "data.loader"]
-    if changed:
+    if changed := differences(run.recipe, shipped[name]):
         raise UserError(f"{run.folder}: is no result of {name}, for it differs from the recipe in {', '.join(changed)}")
     return name
-
-
-def differences(one: Recipe | CombineRecipe, other: Recipe | CombineRecipe) -> list[str]:
-    """Return the key paths in which two recipes differ in what is trained, two levels deep."""
-    a, b = one.model_dump(exclude=EXECUTION), other.model_dump(exclude=EXECUTION)
-    found = []
-    for key in {**a, **b}:
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            found += [f"{key}.{inner}" for inner in {**x, **y} if x.get(inner) != y.get(inner)]
-        elif x != y:
-            found.append(key)
-    return found
 
 
 def hardware_of(run: RunDirectory) -> str:

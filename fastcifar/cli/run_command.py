@@ -129,14 +129,20 @@ def follow(here: "Place", store: Any, data: Path | None, stop_after: int | None,
 
 def tell(summary: dict[str, Any], folder: Path, json_: bool, quiet: bool) -> None:
     """Print a run's summary, for programs or for people."""
-    from fastcifar.console import answer
+    from fastcifar.analysis.published import differs
+    from fastcifar.console import answer, say
     from fastcifar.console import out as print_json
+    from fastcifar.run_directory import RunDirectory
+    from fastcifar.text import stopped_at
 
+    keys = differs(RunDirectory.open(folder))
     if json_:
-        print_json({**summary, "run": str(folder)})
+        print_json({**summary, "recipe_differs": keys, "run": str(folder)})
     elif not quiet:
-        answer(describe(summary))
+        answer(describe(summary, keys))
         answer((str(folder), "bold"))
+    if (stopped := stopped_at(summary)) and not quiet:
+        say(f"{stopped}; {go_on(folder)}")
 
 
 def refuse_devices(recipe: str | None, set_: list[str], devices: int) -> None:
@@ -215,8 +221,15 @@ def execute(
     return summary
 
 
-def describe(summary: dict[str, Any]) -> str:
-    """Return a summary in a few lines for people, each metric with how its epoch was chosen."""
+def describe(summary: dict[str, Any], differs: list[str] | None = None) -> str:
+    """Return a summary in a few lines for people, each metric with how its epoch was chosen.
+
+    Args:
+        summary: of the run.
+        differs: the keys in which its recipe is not the one whose accuracies were published.
+    """
+    from fastcifar.config.shipped import in_words
+
     lines = []
     last, best, selected, published = (summary.get(k) for k in ("last", "best", "selected", "published"))
     trained = bool(summary["epochs"])  # a combination has no epochs of its own
@@ -233,7 +246,7 @@ def describe(summary: dict[str, Any]) -> str:
         lines.append(f"tta       {summary['tta']['accuracy']:.2f}%  last epoch, {summary['tta']['kind']}")
     if published:
         known = f", last {published['last']:.2f}%" if published.get("last") is not None else ""
-        lines.append(f"published {published['best']:.2f}% best{known}")
+        lines.append(f"published {published['best']:.2f}% best{known}{in_words(differs)}")
     if summary.get("clocks"):
         from fastcifar.text import duration
 

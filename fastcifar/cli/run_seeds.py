@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 ONE_RUN_TRACKERS = ("wandb", "trackio")
 """They know one run of a process at a time."""
+GO_ON = "the same command with `--resume auto` goes on with every seed"
 
 
 def run_seeds(
@@ -48,7 +49,7 @@ def run_seeds(
         for seed in range(first.seed, first.seed + seeds):
             folder = None if out is None else out / f"seed-{seed}"
             runs.append(stack.enter_context(open_run(first.model_copy(update={"seed": seed}), folder, resume)))
-        stack.enter_context(handled("stopped; the same command with `--resume auto` goes on with every seed"))
+        stack.enter_context(handled(f"stopped; {GO_ON}"))
         train_unfinished(runs, data, stop_after, quiet)
     return runs
 
@@ -117,8 +118,9 @@ def checked(recipe: "Recipe | CombineRecipe") -> "Recipe":
 def tell_of_all(runs: "Sequence[RunDirectory]", json_: bool, quiet: bool) -> None:
     """Print the runs' summaries, for programs; or for people, a line each and the mean."""
     from fastcifar.analysis.statistics import mean_of
-    from fastcifar.console import answer
+    from fastcifar.console import answer, say
     from fastcifar.console import out as print_json
+    from fastcifar.text import stopped_at
 
     if json_:
         print_json({"runs": [{**run.summary, "run": str(run.folder)} for run in runs]})
@@ -129,3 +131,5 @@ def tell_of_all(runs: "Sequence[RunDirectory]", json_: bool, quiet: bool) -> Non
             answer(before, (str(run.folder), "bold"))
         accuracies = [run.summary["last"]["accuracy"] for run in runs if run.summary["last"]]
         answer(f"mean    last {mean_of(accuracies)}%, n = {len(accuracies)}" if accuracies else "not evaluated yet")
+    if (stopped := [found for run in runs if (found := stopped_at(run.summary))]) and not quiet:
+        say(f"{stopped[0]}; {GO_ON}")

@@ -56,12 +56,25 @@ def test_run_prints_its_summary_as_json_on_stdout_alone(tiny):
 
 
 def test_resume_auto_takes_up_the_unfinished_run(tiny):
-    first = json.loads(fastcifar("run", "tiny.toml", "--stop-after", "1", "--json", cwd=tiny).stdout)
+    done = fastcifar("run", "tiny.toml", "--stop-after", "1", "--json", cwd=tiny)
+    first = json.loads(done.stdout)
+    assert f"stopped at epoch 1 of 2; go on with `fastcifar run --resume {first['run']}`" in done.stderr
     second = json.loads(fastcifar("run", "tiny.toml", "--resume", "auto", "--json", cwd=tiny).stdout)
     third = json.loads(fastcifar("run", "--resume", second["run"], "--json", cwd=tiny).stdout)
     assert first["status"] == "stopped"
     assert first["run"] == second["run"] == third["run"]
     assert second["status"] == third["status"] == "finished"
+
+
+def test_a_published_accuracy_is_not_shown_as_that_of_a_changed_recipe(tmp_path):
+    changes = ["data.source=synthetic", "data.subset=200", "data.test_subset=100", "train.epochs=1", "seed=1"]
+    settings = [word for text in (*changes, "engine.device=cpu", "data.loader.workers=1") for word in ("--set", text)]
+    done = fastcifar("run", "lenet5", *settings, "--out", "run", cwd=tmp_path)
+    keys = ["data.source", "data.subset", "data.test_subset", "train.epochs"]
+    assert f"published 59.48% best (this recipe differs: {', '.join(keys)})\n" in done.stdout, done.stderr
+    assert "go on with" not in done.stderr
+    again = fastcifar("run", "--resume", "run", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["recipe_differs"] == keys
 
 
 @pytest.mark.parametrize(

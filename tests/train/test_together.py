@@ -152,6 +152,7 @@ def test_the_command_makes_a_run_for_each_seed(tiny):
     first = json.loads(done.stdout)["runs"]
     assert [(run["run"], run["status"]) for run in first] == [("all/seed-0", "stopped"), ("all/seed-1", "stopped")]
     assert "seed 1: epoch 1/2" in done.stderr
+    assert "stopped at epoch 1 of 2; the same command with `--resume auto` goes on with every seed" in done.stderr
     done = fastcifar("run", "tiny.toml", "--seeds", "2", "--out", "all", "--resume", "auto", cwd=tiny)
     assert done.returncode == 0, done.stderr
     assert "seed 0  last" in done.stdout
