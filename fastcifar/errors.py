@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -14,9 +14,12 @@ class UserError(Exception):
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """Return a value as Python writes it, in at most ``limit`` characters of one printable line."""
+    """Return a value in at most ``limit`` characters of one printable line, as Python writes it.
+
+    But truth values as recipes and JSON write them, ``true`` and ``false``.
+    """
     try:
-        text = repr(value)
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
     except (ValueError, RecursionError):  # an integer of too many digits, too deep a list
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else f"{text[:limit]}..."
@@ -29,10 +32,21 @@ def plain(text: str, limit: int = 60) -> str:
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return `` (did you mean "x"?)`` for the closest allowed spelling, or nothing when none is close."""
+    return did_you_mean(closest(word, allowed))
+
+
+def closest(word: str, allowed: Iterable[str]) -> list[str]:
+    """Return the closest allowed spelling, alone in a list, or an empty list where none is close."""
     if len(word) > 100:  # nobody's misspelling, and the search is quadratic
-        return ""
-    close = difflib.get_close_matches(word, list(allowed), n=1)
-    return f' (did you mean "{close[0]}"?)' if close else ""
+        return []
+    return difflib.get_close_matches(word, list(allowed), n=1)
+
+
+def did_you_mean(words: Sequence[str]) -> str:
+    """Return `` (did you mean "x", "y" or "z"?)``, or nothing without any words."""
+    quoted = [f'"{word}"' for word in words]
+    listed = " or ".join([", ".join(quoted[:-1]), quoted[-1]] if quoted[1:] else quoted)
+    return f" (did you mean {listed}?)" if quoted else ""
 
 
 def root_cause(error: BaseException) -> str:

@@ -70,7 +70,7 @@ def _kind(field: FieldInfo) -> str:
 def _type(annotation: Any) -> str:
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
-        return " or ".join(f'"{part}"' if isinstance(part, str) else str(part) for part in parts)
+        return " or ".join(json.dumps(part) for part in parts)
     if origin is typing.Annotated:
         bounds = [words for item in parts[1:] for words in _bounds_of(item)]
         return " ".join([_type(parts[0]), *(f"({', '.join(bounds)})" for _ in bounds[:1])])

@@ -1,14 +1,16 @@
 """Turn pydantic's errors into messages that say which key is wrong and what to write instead."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from fastcifar.config.schema import BY_IMPORT_PATH, OURS, PRESETS
-from fastcifar.errors import nearest, plain, shown
+from fastcifar.errors import closest, did_you_mean, nearest, plain, shown
 
 MOST_PROBLEMS = 10
+MOST_PLACES = 3
 
 
 def explain_all(path: Path, kind: type[BaseModel], errors: list[Any]) -> str:
@@ -30,7 +32,20 @@ def explain(path: Path, kind: type[BaseModel], error: Any) -> str:
 
 def _explain_extra(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
     allowed = _allowed_keys(kind, where[:-1])
-    return where, f"unknown key{nearest(where[-1], allowed)}; allowed: {', '.join(allowed)}"
+    return where, f"unknown key{_meant(kind, where, allowed)}; allowed: {', '.join(allowed)}"
+
+
+def _meant(kind: type[BaseModel], where: list[str], allowed: list[str]) -> str:
+    """Return which key may have been meant: of that name in another table, else of a close name, in this one first."""
+    word, own = where[-1], ".".join(_without_tags(kind, where))
+    places = sorted(dict.fromkeys(_every_key(kind)), key=lambda place: place.count("."))
+    if own in places:  # a key of another model or optimizer, which is in its right place
+        return nearest(word, allowed)
+    named: dict[str, list[str]] = {}
+    for place in places:
+        named.setdefault(place.rpartition(".")[2], []).append(place)
+    found = named.get(word) or closest(word, allowed) or [p for name in closest(word, named) for p in named[name]]
+    return did_you_mean(found[:MOST_PLACES])
 
 
 def _explain_missing(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
@@ -55,8 +70,16 @@ def _explain_tag(kind: type[BaseModel], where: list[str], error: Any) -> tuple[l
 
 def _explain_literal(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
     names = [t.strip(" '") for t in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
+    names = [name.lower() if name in ("True", "False") else name for name in names]
     value = error["input"]
-    return where, f"{shown(value)} is not allowed{nearest(shown(value), names)}; allowed: {', '.join(names)}"
+    meant = (_truth_value(value) if "true" in names else "") or nearest(shown(value), names)
+    return where, f"{shown(value)} is not allowed{meant}; allowed: {', '.join(names)}"
+
+
+def _truth_value(value: object) -> str:
+    """Return a hint for who wrote ``True`` or ``"true"``, which are texts, where a truth value is wanted."""
+    word = value.lower() if isinstance(value, str) else ""
+    return f" (did you mean {word}, in lower case and without quotes?)" if word in ("true", "false") else ""
 
 
 def _explain_table(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
@@ -71,6 +94,8 @@ def _explain_table(kind: type[BaseModel], where: list[str], error: Any) -> tuple
 def _explain_other(kind: type[BaseModel], where: list[str], error: Any) -> tuple[list[str], str]:
     """Name the value where that helps; a whole table's error names the key that its message starts with."""
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if error["type"] in ("bool_type", "bool_parsing"):
+        return where, f"{shown(error['input'])} should be true or false{_truth_value(error['input'])}"
     if error["type"] != "value_error":
         return where, f"{shown(error['input'])} {message}"
     word, _, rest = message.partition(" ")
@@ -97,9 +122,22 @@ def _tags(kind: type[BaseModel], where: list[str]) -> list[str]:
 
 
 def _key_path(kind: type[BaseModel], where: list[str]) -> str:
-    """Join a location, leaving out the tags that pydantic adds for discriminated unions."""
-    kept = [p for i, p in enumerate(where) if not (i == 1 and p in (*_tags(kind, where[:1]), BY_IMPORT_PATH))]
+    """Join a location for the start of a message."""
+    kept = _without_tags(kind, where)
     return f"{'.'.join(plain(part) for part in kept)}: " if kept else ""
+
+
+def _without_tags(kind: type[BaseModel], where: list[str]) -> list[str]:
+    """Return a location without the tags that pydantic adds for discriminated unions."""
+    return [p for i, p in enumerate(where) if not (i == 1 and p in (*_tags(kind, where[:1]), BY_IMPORT_PATH))]
+
+
+def _every_key(annotation: Any, prefix: str = "") -> Iterator[str]:
+    """Yield every key of a recipe and of its tables, such as ``train`` and ``train.epochs``; some more than once."""
+    for model in _members(annotation):
+        for key, field in model.model_fields.items():
+            yield f"{prefix}{key}"
+            yield from _every_key(field.annotation, f"{prefix}{key}.")
 
 
 def _at(kind: type[BaseModel], where: list[str]) -> Any:

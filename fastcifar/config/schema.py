@@ -85,8 +85,9 @@ class LoaderConfig(Section):
     ``order = "random"`` visits the samples in any order, ``"block"`` in a quasi-random one that reads a disk in long
     runs: blocks of consecutive samples (1 MiB of pixels) in random order, and the samples of every 128 such blocks in
     random order; sets of up to 128 MiB are one window, and their order is that of ``"random"``. ``"plan"`` is one of
-    the two: ``block`` where the set is streamed and larger than the memory that the run may use, else ``random``; a run
-    that goes on elsewhere keeps what it began with. ``"native"`` lets a backend shuffle in its own way (DALI).
+    the two: ``block`` where the set is streamed and larger than 80% of the memory that the run may use, else
+    ``random``; a run that goes on elsewhere keeps what it began with. ``"native"`` lets a backend shuffle in its own
+    way (DALI).
     """
 
     name: Literal["auto", "resident", "ffcv", "dali", "torchvision"] = "auto"

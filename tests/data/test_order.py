@@ -145,6 +145,10 @@ def test_the_plan_is_blocks_where_memory_is_short(synthetic_store, wanted, backe
     assert why.endswith(said) if said else why == ""
 
 
+def test_the_text_of_the_plan_names_the_share_of_memory_that_the_code_takes():
+    assert f"larger than {loaders.HELD:.0%} of the memory" in " ".join((LoaderConfig.__doc__ or "").split())
+
+
 def test_files_are_read_ahead(tmp_path, synthetic_store, monkeypatch):
     """The ranges that the kernel is asked for are those of the samples, in every format."""
     for to in ("raw", "ffcv", "dali"):
