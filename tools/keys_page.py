@@ -1,4 +1,4 @@
-"""docs/keys.md: every key that a recipe may hold, from the models that check recipes."""
+"""docs/keys.md: every key of a recipe and every argument of an augmentation, from the models that check recipes."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from fastcifar.config.operations import OPS, Op
 from fastcifar.config.schema import CombineRecipe, Recipe
 
 
@@ -19,10 +20,36 @@ def keys_page() -> str:
     intro = (
         "# Every key of a recipe\n\nGenerated from `fastcifar/config/schema.py` by `make tables`. A key that is not "
         "here is an error, answered with the nearest right one. `fastcifar show RECIPE` prints a recipe with every "
-        "default written out."
+        "default written out. The entries of `augment` have [a section of their own](#operations-of-augment)."
     )
     parts = [intro, "## A training", *_table_of(Recipe, ""), "## A combination", *_table_of(CombineRecipe, "")]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *_operations()]) + "\n"
+
+
+def _operations() -> Iterator[str]:
+    """Yield the section of what may stand in ``augment``."""
+    yield "## Operations of `augment`"
+    yield (
+        "An entry of `augment` is the name of an operation; arguments follow in parentheses, by position or by name, "
+        "as in a call in Python, and the others have their defaults. Text values take single quotes: "
+        "`augment = [\"crop(4, pad='reflect')\", \"flip\", \"cutout(8, holes=2, inside=true)\"]`. "
+        "`fastcifar augment preview RECIPE --out sheet.png` shows the result on images. "
+        "Operations of your own are named by [import path](own-augmentation.md)."
+    )
+    for name, kind in OPS.items():
+        yield from _operation(name, kind)
+
+
+def _operation(name: str, kind: type[Op]) -> Iterator[str]:
+    """Yield an operation's docstring and its arguments."""
+    fields = {key: field for key, field in kind.model_fields.items() if key != "name"}
+    yield f"### `{name}({', '.join(fields)})`"
+    yield _doc(kind).strip()
+    rows = ["| argument | values | default | what |", "| --- | --- | --- | --- |"]
+    for key, field in fields.items():
+        values, default = (cell(text).replace('"', "'") for text in (_kind(field), _default(field)))
+        rows.append(f"| `{key}` | {values} | {default} | {cell(field.description or '')} |")
+    yield "\n".join(rows) if fields else "It takes no arguments."
 
 
 def _table_of(model: type[BaseModel], prefix: str) -> Iterator[str]:

@@ -34,8 +34,8 @@ class Crop(Op):
     """
 
     name: Literal["crop"] = "crop"
-    padding_px: int = Field(4, ge=0, le=64)
-    pad: Literal["zero", "reflect"] = "zero"
+    padding_px: int = Field(4, ge=0, le=64, description="Pixels added to every side; fewer than the image has.")
+    pad: Literal["zero", "reflect"] = Field("zero", description="What they hold: black, or the image's mirror image.")
 
 
 class Flip(Op):
@@ -46,15 +46,15 @@ class Flip(Op):
     """
 
     name: Literal["flip"] = "flip"
-    p: float = Field(0.5, ge=0, le=1)
-    alternate: bool = False
+    p: float = Field(0.5, ge=0, le=1, description="Probability that a sample is mirrored.")
+    alternate: bool = Field(False, description="Mirror each sample in every second epoch instead.")
 
 
 class Rotate(Op):
     """Turn by a uniform angle in +-``degrees`` (nearest neighbour, zero fill)."""
 
     name: Literal["rotate"] = "rotate"
-    degrees: float = Field(15.0, ge=0, le=180)
+    degrees: float = Field(15.0, ge=0, le=180, description="Largest angle, to either side.")
 
 
 class Cutout(Op):
@@ -66,11 +66,11 @@ class Cutout(Op):
     """
 
     name: Literal["cutout"] = "cutout"
-    size_px: int = Field(16, ge=1, le=256)
-    p: float = Field(1.0, ge=0, le=1)
-    holes: int = Field(1, ge=1, le=4)
-    fill: Literal["black", "mean"] = "black"
-    inside: bool = False
+    size_px: int = Field(16, ge=1, le=256, description="Side of a square in pixels; at most that of the image.")
+    p: float = Field(1.0, ge=0, le=1, description="Probability that a sample gets any.")
+    holes: int = Field(1, ge=1, le=4, description="How many squares; they may overlap.")
+    fill: Literal["black", "mean"] = Field("black", description="Color of the squares: black, or `data.mean`.")
+    inside: bool = Field(False, description="Only squares that lie whole in the image, instead of clipped ones.")
 
 
 class Erase(Op):
@@ -82,10 +82,10 @@ class Erase(Op):
     """
 
     name: Literal["erase"] = "erase"
-    p: float = Field(0.5, ge=0, le=1)
-    min_area: float = Field(0.02, gt=0, le=0.5)
-    max_area: float = Field(0.33, gt=0, le=0.5)
-    fill: Literal["black", "mean"] = "mean"
+    p: float = Field(0.5, ge=0, le=1, description="Probability that a sample gets a rectangle.")
+    min_area: float = Field(0.02, gt=0, le=0.5, description="Smallest area, as a share of the image.")
+    max_area: float = Field(0.33, gt=0, le=0.5, description="Largest area; not below `min_area`.")
+    fill: Literal["black", "mean"] = Field("mean", description="Color of the rectangle: black, or `data.mean`.")
 
     @model_validator(mode="after")
     def _areas(self) -> "Erase":
@@ -104,8 +104,8 @@ class RandAugment(Op):
     """``num_ops`` operations of one common magnitude (Cubuk et al., 2020)."""
 
     name: Literal["randaugment"] = "randaugment"
-    num_ops: int = Field(2, ge=1, le=4)
-    magnitude: int = Field(9, ge=0, le=30)
+    num_ops: int = Field(2, ge=1, le=4, description="How many operations a sample gets, one after the other.")
+    magnitude: int = Field(9, ge=0, le=30, description="Their strength; 30 is the most.")
 
 
 class TrivialAugmentWide(Op):
