@@ -81,7 +81,7 @@ def run(
             data=data, out=out, resume=resume, verify=verify, stop_after=stop_after, quiet=quiet, check_nan=check_nan,
             profile=profile,
         )
-    tell(summary, folder, json_, quiet)
+    tell(summary, folder, json_, quiet, data)
 
 
 def lead(
@@ -127,7 +127,7 @@ def follow(here: "Place", store: Any, data: Path | None, stop_after: int | None,
         leave()
 
 
-def tell(summary: dict[str, Any], folder: Path, json_: bool, quiet: bool) -> None:
+def tell(summary: dict[str, Any], folder: Path, json_: bool, quiet: bool, data: Path | None = None) -> None:
     """Print a run's summary, for programs or for people."""
     from fastcifar.analysis.published import differs
     from fastcifar.console import answer, say
@@ -142,7 +142,7 @@ def tell(summary: dict[str, Any], folder: Path, json_: bool, quiet: bool) -> Non
         answer(describe(summary, keys))
         answer((str(folder), "bold"))
     if (stopped := stopped_at(summary)) and not quiet:
-        say(f"{stopped}; {go_on(folder)}")
+        say(f"{stopped}; {go_on(folder, data)}")
 
 
 def refuse_devices(recipe: str | None, set_: list[str], devices: int) -> None:
