@@ -22,6 +22,9 @@ from fastcifar.locations import records_folder
 from fastcifar.run_directory import RunDirectory, write_json
 from tools import tables
 
+Results = dict[int, tuple[RunDirectory, SeedResult]]
+"""Runs of one row on one kind of hardware, and what they came to, by seed."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Execute the command line and return the exit status."""
@@ -42,33 +45,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def add(folders: Sequence[Path], root: Path | None = None) -> list[Path]:
     """Take runs into records, one per row and hardware, and return the records' folders.
 
-    A run joins the record that its row has on its hardware, in the place of an older run of the same seed; the record's
-    folder then bears the date of its newest run. Nothing is written unless every run is accepted.
+    A run joins the record that its row has on its hardware, in the place of a run of the same seed that got no further
+    and is no newer; the record's folder then bears the date of its newest run. Nothing is written unless every run is
+    accepted.
 
     Args:
         folders: run directories.
         root: where the records are; None for the repository's own.
 
     Raises:
-        UserError: not an ended run, not of a shipped recipe, of other settings than that recipe has, or of a revision
-            that is dirty or unknown.
+        UserError: not an ended run, not of a shipped recipe, of other settings than that recipe has, of a revision
+            that is dirty or unknown, the second of its row, hardware and seed, or of less worth than the recorded one.
     """
-    runs = [RunDirectory.open(folder) for folder in folders]
-    groups: dict[tuple[str, str], list[tuple[RunDirectory, SeedResult]]] = {}
-    for run in runs:
-        row = checked_row(run)
-        groups.setdefault((row, hardware_of(run)), []).append((run, seed_result(run)))
     root = root or records_folder()
+    groups = grouped([RunDirectory.open(folder) for folder in folders])
     held = {(record.row, record.hardware): record for record in read_records(root)}
+    for key in groups.keys() & held.keys():
+        refuse_lesser(groups[key], held[key])
     return [_write(root, key, group, held.get(key)) for key, group in groups.items()]
 
 
-def _write(
-    root: Path, key: tuple[str, str], group: list[tuple[RunDirectory, SeedResult]], old: Record | None
-) -> Path:
+def grouped(runs: Sequence[RunDirectory]) -> dict[tuple[str, str], Results]:
+    """Return the runs and what they came to, by row and hardware.
+
+    Raises:
+        UserError: as `add`.
+    """
+    groups: dict[tuple[str, str], Results] = {}
+    for run in runs:
+        row, hardware, result = checked_row(run), hardware_of(run), seed_result(run)
+        group = groups.setdefault((row, hardware), {})
+        if result.seed in group:
+            raise UserError(
+                f"{run.folder}: is a run of {row} with seed {result.seed} on {hardware}, as "
+                f"{group[result.seed][0].folder} is; add only one of them"
+            )
+        group[result.seed] = run, result
+    return groups
+
+
+def refuse_lesser(group: Results, old: Record) -> None:
+    """Refuse to put a run in the place of one that got further, or as far at a later date.
+
+    Raises:
+        UserError: one would be.
+    """
+    for held in old.seeds:
+        run, result = group.get(held.seed, (None, held))
+        if run and result.rank < held.rank:
+            raise UserError(
+                f"{run.folder}: ended {_progress(result)}, but the record {old.folder_name} has a run of seed "
+                f"{held.seed} that ended {_progress(held)}; leave this one away"
+            )
+
+
+def _progress(seed: SeedResult) -> str:
+    return f"after {seed.epochs_done} of {seed.epochs} epochs on {seed.date}"
+
+
+def _write(root: Path, key: tuple[str, str], group: Results, old: Record | None) -> Path:
     row, hardware = key
     seeds = {seed.seed: seed for seed in old.seeds} if old else {}
-    seeds |= {seed.seed: seed for _, seed in group}
+    seeds |= {number: seed for number, (_, seed) in group.items()}
     recipe = next(recipe for recipe in catalogue().values() if recipe.name == row)
     published = recipe.published.model_dump() if recipe.published else None
     record = record_of(row, hardware, published, seeds.values())
@@ -76,7 +114,7 @@ def _write(
     if old and old.folder_name != record.folder_name:
         (root / old.folder_name).rename(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for run, seed in group:
+    for run, seed in group.values():
         _copy(run, folder / f"seed-{seed.seed}", [name for name in FILES if name not in seed.absent])
     write_json(folder / NAME, record.model_dump())
     return folder

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ class Combined:
 
 
 def run_combine(
-    recipe: CombineRecipe, members: Mapping[str, RunDirectory], folder: Path | None = None, *, tta: bool = False
+    recipe: CombineRecipe, members: Mapping[str, RunDirectory], folder: Path | None = None, *, tta: bool = False,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """Combine runs as a recipe says, write the result as a run directory and return its summary.
 
@@ -49,11 +50,12 @@ def run_combine(
         members: finished runs by recipe name.
         folder: where to write; None writes beside the first member, under the recipe's name.
         tta: combine the logits under test-time augmentation.
+        seed: of the members, where they share one, for the summary; None names that of the meta-model.
 
     Raises:
         UserError: a member is missing, lacks the logits that the protocol needs, or does not match the others.
     """
-    done = results_of(recipe, members, tta=tta)
+    done = replace(results_of(recipe, members, tta=tta), seed=seed)
     return record(done, folder or next(iter(done.members.values())).folder.parent / recipe.name).summary
 
 
@@ -67,6 +69,7 @@ class Done:
         results: by ``last``, ``best`` and ``selected``, as far as there are such.
         seconds: how long it took.
         environment: hardware and versions.
+        seed: for the summary; None names that of the meta-model.
     """
 
     recipe: CombineRecipe
@@ -74,6 +77,7 @@ class Done:
     results: dict[str, Combined]
     seconds: float
     environment: dict[str, Any]
+    seed: int | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return the content of ``summary.json``."""
@@ -94,7 +98,7 @@ class Done:
             "combined": {which: result.details for which, result in self.results.items()},
             "clocks": clocks,
             "images_per_s": None,
-            "seed": recipe.combine.meta_seed,
+            "seed": recipe.combine.meta_seed if self.seed is None else self.seed,
             "source": source_of(first),
             **{key: first.summary[key] for key in ("classes", "image_px", "content") if key in first.summary},
             "loader": None,

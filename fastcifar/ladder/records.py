@@ -62,6 +62,14 @@ class SeedResult(Strict):
     precision: str | None = None
     absent: list[str] = []
 
+    @property
+    def rank(self) -> tuple[bool, int, str]:
+        """What decides which of two results of one seed counts: how far it got, then its date.
+
+        Complete ones differ by their dates alone, for a recipe may have been given fewer epochs.
+        """
+        return self.complete, 0 if self.complete else self.epochs_done, self.date
+
 
 class MeanRow(Strict):
     """A mean over seeds, in percent."""
@@ -101,10 +109,9 @@ class Record(Strict):
         """The name of its folder."""
         return f"{self.date}-{self.row}-{slug(self.hardware)}"
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return its seeds as `fastcifar.ladder.metrics.metrics_of` takes them."""
-        own = {"id": self.row, "hardware": self.hardware}
-        return [{**own, **seed.model_dump(exclude={"absent"})} for seed in self.seeds]
+    def seed_row(self, seed: SeedResult) -> dict[str, Any]:
+        """Return one of its seeds as `fastcifar.ladder.metrics.metrics_of` takes them."""
+        return {"id": self.row, "hardware": self.hardware, **seed.model_dump(exclude={"absent"})}
 
 
 def record_of(row: str, hardware: str, published: dict[str, Any] | None, seeds: Iterable[SeedResult]) -> Record:
@@ -165,6 +172,11 @@ def read_record(path: Path) -> Record:
 
 
 def result_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return one object per row and seed; a newer record of the same seed replaces an older one."""
-    rows = {(row["id"], row["seed"]): row for record in records for row in record.rows()}
-    return list(rows.values())
+    """Return one object per row and seed: of several records of a seed, on any hardware, that of the highest rank."""
+    best: dict[tuple[str, int], tuple[Record, SeedResult]] = {}
+    for record in records:
+        for seed in record.seeds:
+            _, held = best.get((record.row, seed.seed), (record, seed))
+            if seed.rank >= held.rank:
+                best[record.row, seed.seed] = record, seed
+    return [record.seed_row(seed) for record, seed in best.values()]

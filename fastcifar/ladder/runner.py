@@ -165,7 +165,7 @@ _COMBINING = threading.Lock()
 
 
 def combine(job: Job) -> None:
-    """Combine the members' saved logits.
+    """Combine the members' saved logits; the summary names the ladder's seed, which the members have.
 
     Raises:
         UserError: as `fastcifar.analysis.combine.run_combine` does.
@@ -175,4 +175,4 @@ def combine(job: Job) -> None:
     assert isinstance(job.recipe, CombineRecipe)
     members = {name: RunDirectory.open(folder) for name, folder in job.members.items()}
     with _COMBINING:
-        run_combine(job.recipe, members, job.folder)
+        run_combine(job.recipe, members, job.folder, seed=job.seed)

@@ -2,18 +2,23 @@
 
 import json
 import math
+import os
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import pytest
 from scipy.stats import t
 
 from fastcifar.errors import UserError
+from fastcifar.ladder import rows
 from fastcifar.ladder.records import FILES, NAME, read_records, record_of, result_rows
 from fastcifar.ladder.rows import jobs_for
+from fastcifar.ladder.runner import combine
 from fastcifar.locations import records_folder
 from fastcifar.run_directory import RunDirectory
 from tests.ladder.fakes import FakeRows
-from tests.run_directories import change_recipe
+from tests.run_directories import change_recipe, make_members
+from tools import records
 from tools.records import add, main
 
 COMMITTED = read_records()
@@ -80,6 +85,38 @@ def test_a_later_run_of_a_seed_replaces_it_and_dates_the_record(tmp_path, run_di
     assert (folder / "seed-43" / "metrics.jsonl").is_file()
 
 
+def test_a_run_that_got_less_far_is_refused_and_the_record_stays(tmp_path, run_dirs, capsys, monkeypatch):
+    (folder,) = add(run_dirs, tmp_path / "records")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    change_summary(run_dirs[0], status="stopped", epochs_done=1)
+    os.utime(run_dirs[0] / "summary.json", (0, 0))
+    monkeypatch.setattr(records, "records_folder", lambda: tmp_path / "records")
+    assert main(["add", *map(str, reversed(run_dirs))]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{run_dirs[0]}: ended after 1 of 3 epochs on 1970-01-01, but the record {folder.name}" in said
+    assert {path: path.read_bytes() for path in (tmp_path / "records").rglob("*") if path.is_file()} == before
+
+
+def test_two_runs_of_a_seed_at_once_are_refused(tmp_path, run_dirs):
+    with pytest.raises(UserError, match=f"^{run_dirs[0]}: is a run of lenet5 with seed 42 on none, as {run_dirs[0]}"):
+        add([*run_dirs, run_dirs[0]], tmp_path / "records")
+    assert not (tmp_path / "records").exists()
+
+
+def test_seeds_of_a_combination_are_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "cost", lambda recipe: 0)  # it orders rows, and takes seconds
+    jobs = jobs_for(["ensemble-soft"], 2, tmp_path)[-2:]
+    members = make_members(tmp_path / "members", (1.0,) * len(jobs[0].members))
+    folders = dict(zip(jobs[0].members, [run.folder for run in members.values()], strict=True))
+    for job in jobs:
+        combine(replace(job, members=folders))
+        change_summary(job.folder, git="0123456789")
+    (folder,) = add([job.folder for job in jobs], tmp_path / "records")
+    (record,) = read_records(tmp_path / "records")
+    assert [seed.seed for seed in record.seeds] == [42, 43]
+    assert sorted(path.name for path in folder.glob("seed-*")) == ["seed-42", "seed-43"]
+
+
 @pytest.mark.parametrize(("git", "said"), [("0123456789+", "files differed"), (None, "is unknown"), ("main", "none")])
 def test_a_dirty_or_unknown_revision_is_refused_and_nothing_written(tmp_path, run_dirs, git, said):
     change_summary(run_dirs[1], git=git)
@@ -121,7 +158,31 @@ def test_a_committed_record_follows_from_its_seeds(record):
 def test_a_newer_record_of_a_seed_replaces_an_older_one():
     old, *_ = COMMITTED
     newer = old.model_copy(update={"seeds": [old.seeds[0].model_copy(update={"last": 99.0})]})
-    rows = result_rows([old, newer])
-    assert len(rows) == len(old.seeds)
-    assert rows[0]["last"] == 99.0
-    assert rows[0]["hardware"] == old.hardware
+    found = result_rows([old, newer])
+    assert len(found) == len(old.seeds)
+    assert found[0]["last"] == 99.0
+    assert found[0]["hardware"] == old.hardware
+
+
+CHANGES = {
+    "complete": {"complete": True, "epochs_done": 20, "epochs": 20, "date": "2026-11-20"},
+    "of fewer epochs": {"complete": True, "epochs_done": 10, "epochs": 10, "date": "2026-11-21"},
+    "cut": {"complete": False, "epochs_done": 5, "epochs": 20, "date": "2026-11-22"},
+    "cut sooner": {"complete": False, "epochs_done": 2, "epochs": 20, "date": "2026-11-23"},
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "counts"),
+    [
+        (["complete", "cut"], "complete"),
+        (["cut sooner", "cut"], "cut"),
+        (["cut", "complete"], "complete"),
+        (["complete", "of fewer epochs"], "of fewer epochs"),
+    ],
+)
+def test_the_result_that_got_further_counts_on_whatever_hardware(names, counts):
+    old, *_ = COMMITTED
+    seeds = {name: old.seeds[0].model_copy(update=CHANGES[name]) for name in names}
+    kept = [old.model_copy(update={"hardware": name, "seeds": [seed]}) for name, seed in seeds.items()]
+    assert [row["hardware"] for row in result_rows(kept)] == [counts]
