@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastcifar.cli.options import Data, OptionalRecipeName, Settings
+from fastcifar.errors import UserError, nearest, plain
 
 if TYPE_CHECKING:
     from fastcifar.config import CombineRecipe, Recipe
@@ -34,7 +35,6 @@ def plan(
     """
     from fastcifar.config import load_recipe
     from fastcifar.console import answers, out
-    from fastcifar.errors import UserError
 
     if ladder == (recipe is not None):
         raise UserError("plan: name a recipe (`fastcifar plan lenet5`), or say --ladder, not both")
@@ -153,7 +153,6 @@ def find_data(recipe: "Recipe", data: Path | None) -> tuple[dict[str, Any], "Sto
     """Return where the recipe's data is (or how to get it), the store if it is one, and its training images."""
     from fastcifar.data.sources import SYNTHETIC_COUNTS
     from fastcifar.data.store import Store, converted, kind_of, locate
-    from fastcifar.errors import UserError
     from fastcifar.models.budget import CIFAR_TRAIN
 
     source = kind_of(recipe.data.source, data)
@@ -263,17 +262,40 @@ def predicted_lines(told: dict[str, Any] | None) -> list[str]:
 
 
 def measured(gpu: str | None) -> tuple[str, dict[str, float]]:
-    """Return the hardware to predict for and its measured times; none where nothing was measured on it."""
+    """Return the hardware to predict for and its measured times; none where nothing was measured on this machine's.
+
+    Raises:
+        UserError: nothing is known of the hardware that ``gpu`` names: neither a result nor a data sheet.
+    """
     from fastcifar.cli.bench import hardware
     from fastcifar.locations import results_folders
     from fastcifar.models import budget
+    from fastcifar.models.gpu_prediction import card_of
 
     if gpu is None:
         from fastcifar.environment import describe as environment
 
-        gpu = hardware(environment())
-    files = [file for folder in results_folders() for file in budget.results_of(folder, gpu)]
-    return gpu, budget.measured_times(files)
+        name = hardware(environment())
+    else:
+        name = gpu
+    files = [file for folder in results_folders() for file in budget.results_of(folder, name)]
+    if gpu is not None and not files and card_of(gpu) is None:
+        raise UserError(unknown_hardware(gpu))
+    return name, budget.measured_times(files)
+
+
+def unknown_hardware(gpu: str) -> str:
+    """Return what to say of hardware of which nothing is known, with the names that would do."""
+    from fastcifar.locations import results_folders
+    from fastcifar.models import budget
+    from fastcifar.models.gpu_prediction import CARDS
+
+    names = sorted({name for folder in results_folders() for name in budget.measured_hardware(folder)})
+    return (
+        f"--gpu {plain(gpu)}: nothing is known of this hardware{nearest(gpu.lower(), [*CARDS, *names])}; "
+        f"predicted from data sheets: {', '.join(CARDS)}; measured: {', '.join(names) or 'none'}; "
+        "on the hardware itself, `fastcifar bench step-times` measures it"
+    )
 
 
 def ladder_table(hardware: str, times: dict[str, float]) -> dict[str, Any]:

@@ -110,7 +110,13 @@ def measured_times(files: Iterable[Path]) -> dict[str, float]:
 
 def results_of(folder: Path, hardware: str) -> list[Path]:
     """Return the results files whose hardware contains a word such as ``h200``, oldest first; maybe none."""
-    return [path for path in sorted(folder.glob("*.json")) if hardware.lower() in hardware_of(path)]
+    wanted = hardware.strip().lower()
+    return [path for path in sorted(folder.glob("*.json")) if wanted and wanted in hardware_of(path)]
+
+
+def measured_hardware(folder: Path) -> list[str]:
+    """Return the hardware that the folder has results files of, which are not all of its files."""
+    return sorted({hardware_of(path) for path in folder.glob("????-??-??-*.json")})
 
 
 def hardware_of(path: Path) -> str:

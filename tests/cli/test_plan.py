@@ -210,9 +210,35 @@ def test_recipe_and_ladder_exclude_each_other():
 
 
 def test_json_is_one_object(tmp_path):
-    done = fastcifar("plan", "--ladder", "--gpu", "nothing-like-it", "--json", cwd=tmp_path)
+    done = fastcifar("plan", "--ladder", "--gpu", "h200", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["hardware"] == "nothing-like-it"
+    assert json.loads(done.stdout)["hardware"] == "h200"
+
+
+def test_hardware_of_which_nothing_is_known_is_refused_with_what_there_is(tmp_path):
+    done = fastcifar("plan", "lenet5", "--gpu", "a100", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "--gpu a100: nothing is known of this hardware" in done.stderr
+    assert "data sheets: h100, h200; measured: amd-epyc-2-cores" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["", " ", "2026", "launches"])
+def test_names_that_only_files_bear_are_no_hardware(name):
+    with pytest.raises(UserError, match="nothing is known of this hardware"):
+        plan.measured(name)
+
+
+def test_hardware_with_results_or_a_data_sheet_is_known(tmp_path, monkeypatch):
+    from fastcifar import locations
+
+    (tmp_path / "2026-01-31-new-card.json").write_text('{"benchmarks": []}')
+    monkeypatch.setattr(locations, "results_folders", lambda: [tmp_path])
+    assert plan.measured("NEW") == ("NEW", {})
+    assert plan.measured("NVIDIA-H100-80GB") == ("NVIDIA-H100-80GB", {})
+    assert plan.measured(None)[1] == {}  # this machine's, measured or not
+    with pytest.raises(UserError, match=r'did you mean "new-card"\?.*measured: new-card;'):
+        plan.measured("new-cart")
 
 
 def test_a_card_with_a_data_sheet_gets_a_prediction_that_says_what_it_is(monkeypatch):
