@@ -143,7 +143,8 @@ def one_voice(here: Place) -> Iterator[Any]:
     that only lost the connection to it. A signal is spoken of by rank 0, or by `launch`.
 
     Raises:
-        UserError: what the block raised, with the number of the rank where that is not 0.
+        UserError: what the block raised, with the number of the rank where that is not 0; the environment does not say
+            where the ranks meet.
         SystemExit: another rank has spoken.
     """
     if here.world == 1:
@@ -153,6 +154,7 @@ def one_voice(here: Place) -> Iterator[Any]:
 
     if here.rank or HINT in os.environ:
         interrupt.be_silent()
+    refuse_port(os.environ.get("MASTER_PORT", ""))
     store, _, _ = next(rendezvous("env://", here.rank, here.world))
     try:
         yield store
@@ -169,6 +171,23 @@ def one_voice(here: Place) -> Iterator[Any]:
         if here.rank and isinstance(error, UserError):
             raise UserError(f"rank {here.rank}: {error}") from None
         raise
+
+
+def refuse_port(text: str) -> None:
+    """Make sure that ``MASTER_PORT`` says where the ranks meet.
+
+    Args:
+        text: its value; empty where it is not set.
+
+    Raises:
+        UserError: it is no port.
+    """
+    if not (text.isdecimal() and 0 < int(text) < 2**16):
+        raise UserError(
+            f"MASTER_PORT {f'is {text}' if text else 'is not set'}, though WORLD_SIZE and MASTER_ADDR say that this is "
+            "one rank of several: set it to a free port from 1 to 65535 for all of them, or start them with "
+            "`fastcifar run RECIPE --devices N`"
+        )
 
 
 def is_lost(error: BaseException) -> bool:

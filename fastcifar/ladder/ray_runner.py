@@ -147,6 +147,8 @@ class RayRunner:
         self.mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote(self.out)
 
     def __enter__(self) -> "RayRunner":
+        if self.gpus and self.gpus > 1 and self.gpus % 1:
+            raise UserError(f"--gpus {self.gpus:g}: Ray gives a part of one GPU, such as 0.5, or whole ones, such as 2")
         if not self.grows and not fits(self.cpus, self.gpus or 0):
             wanted = request(self.cpus, self.gpus or 0)
             raise UserError(f"{wanted}: no machine has so many; give smaller --cpus or --gpus")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from fastcifar.config import CombineRecipe, Recipe, to_toml
 from fastcifar.errors import UserError
@@ -17,7 +18,7 @@ from fastcifar.interrupt import stop_if_requested
 from fastcifar.ladder.execute import Deadline, OutOfTime, RowFailed
 from fastcifar.ladder.places import Places
 from fastcifar.ladder.rows import Job
-from fastcifar.run_directory import RunDirectory, write_atomic
+from fastcifar.run_directory import RunDirectory, refuse_disk, write_atomic
 
 POLL_S = 0.2
 # A stopped row finishes the checkpoint it is writing; one that does not end by then is killed and loses an epoch.
@@ -58,8 +59,7 @@ class Runner:
 
     def _train_apart(self, job: Job, deadline: Deadline, progress: Callable[[str], None]) -> None:
         log = self.out / "logs" / f"{job.row.replace('/', '-')}-seed-{job.seed}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with self.places.place() as share, log.open("w") as file:
+        with self.places.place() as share, new_log(log) as file:
             # In a session of its own: Ctrl-C in a terminal reaches this process alone, which then asks it to stop.
             process = subprocess.Popen(
                 self._command(job), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
@@ -124,6 +124,19 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def new_log(log: Path) -> TextIO:
+    """Return a new log, open for writing.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return log.open("w")
+    except OSError as error:
+        refuse_disk(log, error)
 
 
 def last_line(log: Path) -> str:

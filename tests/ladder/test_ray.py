@@ -136,6 +136,14 @@ def test_a_request_that_no_machine_can_meet_is_refused(tmp_path, ray):
         pass
 
 
+def test_parts_of_more_than_one_gpu_are_refused_for_ray_does_so_later(tmp_path, ray):
+    with pytest.raises(ValueError, match="whole number"):  # else ours is not needed any more
+        ray.remote(num_gpus=1.5)(small_jobs).remote(tmp_path)
+    runner = RayRunner(tmp_path, None, 1, 1.5, grows=True)
+    with pytest.raises(UserError, match=r"^--gpus 1\.5: .* such as 0\.5, or whole ones, such as 2$"), runner:
+        pass
+
+
 def test_a_worker_that_was_taken_for_lost_changes_nothing_any_more(tmp_path):
     mailbox, job = Mailbox(tmp_path), small_jobs(tmp_path)[0]
     name = job.folder.relative_to(tmp_path).as_posix()

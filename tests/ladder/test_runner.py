@@ -14,7 +14,7 @@ import pytest
 
 from fastcifar.config import Recipe
 from fastcifar.data import store
-from fastcifar.ladder import runner
+from fastcifar.ladder import rows, runner
 from fastcifar.ladder.execute import Deadline, LadderExecution, OutOfTime, RowFailed
 from fastcifar.ladder.rows import catalogue, choose, jobs_for
 from fastcifar.ladder.runner import Runner, epochs_in_words
@@ -57,6 +57,18 @@ def test_a_row_that_is_killed_names_the_signal_and_its_log(job):
 def test_a_row_that_fails_silently_names_its_log(job):
     with pytest.raises(RowFailed, match=r"status 3; see .*lenet5-seed-42\.log"):
         says(job, "raise SystemExit(3)")(job, Deadline(), lambda text: None)
+
+
+def test_a_log_that_cannot_be_written_fails_its_row_alone(tmp_path, view, monkeypatch):
+    monkeypatch.setattr(rows, "cost", lambda recipe: 0)  # it orders rows, and needs torch
+    jobs = jobs_for(["lenet5"], 2, tmp_path)
+    (tmp_path / "logs" / "lenet5-seed-42.log").mkdir(parents=True)  # such a file can nobody write, root neither
+    ledger = Ledger(jobs)
+    LadderExecution(ledger, says(jobs[0], "raise SystemExit('went on')"), tmp_path, view).execute()
+    (row,) = ledger.table()
+    blocked, other = (seed["message"] for seed in row.seeds)
+    assert blocked.startswith(f"{tmp_path}/logs/lenet5-seed-42.log: cannot be written: Is a directory")
+    assert other == "went on"
 
 
 def test_the_deadline_stops_the_row_and_what_it_started(job, tmp_path, monkeypatch):

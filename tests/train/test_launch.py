@@ -12,6 +12,7 @@ from fastcifar.cli.run_command import refuse_devices, without_devices
 from fastcifar.errors import UserError
 from fastcifar.launch import Place, _end, place
 from fastcifar.run_directory import RunDirectory
+from tests.command import fastcifar
 from tests.forked import Forked
 
 DEADLINE_S = 300
@@ -98,6 +99,18 @@ def test_a_status_above_128_that_is_no_signals_is_handed_on(tmp_path):
     with pytest.raises(SystemExit) as end:
         _end({0: failed}, tmp_path / "hint")
     assert end.value.code == 255
+
+
+@pytest.mark.parametrize(("port", "said"), [(None, "is not set"), ("http", "is http"), ("65536", "is 65536")])
+def test_ranks_that_are_not_told_where_to_meet_are_refused(tmp_path, monkeypatch, port, said):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    done = fastcifar("run", "smoke/lenet5", "--out", "run", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"fastcifar: MASTER_PORT {said}")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_place_is_read_from_torchruns_environment(monkeypatch):
