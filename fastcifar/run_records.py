@@ -54,10 +54,14 @@ class Clocks(Record):
 
 
 class Member(Record):
-    """A run that a combination combined, with its own accuracies."""
+    """A run that a combination combined, with how far it had come, and its own accuracies."""
 
     name: str
     run: str
+    status: Literal["finished", "stopped"] = "finished"
+    epochs_done: Count = 0
+    epochs: Count = 0
+    recipe_differs: list[str] | None = None
     last: Percent | None = None
     best: Percent | None = None
     selected: Percent | None = None

@@ -1,7 +1,9 @@
 """Metrics and names as people read them."""
 
 import re
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -24,6 +26,12 @@ def stopped_at(summary: Mapping[str, Any]) -> str:
     if summary.get("status", "finished") == "finished":
         return ""
     return f"stopped at epoch {summary['epochs_done']} of {summary['epochs']}"
+
+
+def resume_command(folder: Path, data: Path | None = None) -> str:
+    """Return the command, as a shell takes it, that goes on with a run; the directory does not say where data is."""
+    words = ["fastcifar", "run", "--resume", str(folder), *([] if data is None else ["--data", str(data)])]
+    return shlex.join(words)
 
 
 def slug(hardware: str) -> str:

@@ -58,6 +58,13 @@ def make_run(
     return run
 
 
+def stopped(run: RunDirectory, epoch: int = 1) -> RunDirectory:
+    """Let a run have been stopped after an epoch, before its end."""
+    run.write_metrics(run.metrics()[:epoch])
+    run.write_summary({**run.summary, "status": "stopped", "epochs_done": epoch})
+    return RunDirectory.open(run.folder)
+
+
 def add_weights(run: RunDirectory, which: str, state: dict) -> None:
     """Add weights to a run, as its training would."""
     from safetensors.torch import save  # imports torch, which runs without weights do not need

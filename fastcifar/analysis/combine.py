@@ -10,8 +10,10 @@ import numpy as np
 
 from fastcifar.analysis import ensemble
 from fastcifar.analysis.members import Scores, available, collect, source_of
+from fastcifar.analysis.published import member_differs
 from fastcifar.analysis.statistics import accuracy
 from fastcifar.config.schema import CombineConfig, CombineRecipe
+from fastcifar.console import say
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
 
@@ -89,7 +91,7 @@ class Done:
             "published": recipe.published.model_dump() if recipe.published else None,
             "status": "finished",
             "how": recipe.combine.how,
-            "members": [{"name": name, "run": str(run.folder), **_metrics(run)} for name, run in self.members.items()],
+            "members": [_entry(name, run) for name, run in self.members.items()],
             "epochs": 0,
             "epochs_done": 0,
             "weights": "raw",
@@ -130,10 +132,14 @@ def record(done: Done, folder: Path) -> RunDirectory:
     return run
 
 
-def combine_run(run: RunDirectory) -> dict[str, Any]:
+def combine_run(run: RunDirectory, *, quiet: bool = False) -> dict[str, Any]:
     """Execute the combination recipe of a run directory and return the summary.
 
     The members are the newest finished runs of the named recipes, looked for beside the directory, then in ``runs/``.
+
+    Args:
+        run: its directory.
+        quiet: do not say on stderr which runs were taken.
 
     Raises:
         UserError: no finished run of a member is there, or see `run_combine`.
@@ -142,7 +148,19 @@ def combine_run(run: RunDirectory) -> dict[str, Any]:
     if not isinstance(recipe, CombineRecipe):
         raise UserError(f"{run.folder}: is a training run; only a recipe with a [combine] table combines runs")
     members = newest_finished(recipe.combine.members, (run.folder.parent, Path("runs")))
+    if not quiet:
+        tell_members(_in_order(recipe, members))
     return run_combine(recipe, members, run.folder)
+
+
+def tell_members(members: Mapping[str, RunDirectory]) -> None:
+    """Say on stderr which run each member is, and where its recipe is another than the shipped one of its name."""
+    for name, run in members.items():
+        last = run.summary["last"]
+        say(f"member {name}: {run.folder}, " + (f"{last['accuracy']:.2f}%" if last else "not evaluated"))
+    for name, run in members.items():
+        if keys := member_differs(run):
+            say(f"note: member {name} ({run.folder}) differs from the shipped recipe: {', '.join(keys)}")
 
 
 def newest_finished(names: Iterable[str], folders: Iterable[Path]) -> dict[str, RunDirectory]:
@@ -244,7 +262,13 @@ def _combined(log_probabilities: np.ndarray, test: Scores, protocol: str, detail
     return Combined(log_probabilities, metrics, details)
 
 
-def _metrics(run: RunDirectory) -> dict[str, float | None]:
-    """Return a member's own accuracies in percent."""
+def _entry(name: str, run: RunDirectory) -> dict[str, Any]:
+    """Return what a combination's summary says of a member: where it is, how far it has come, its own accuracies."""
     entries = {which: run.summary.get(which) for which in PROTOCOLS}
-    return {which: entry["accuracy"] if entry else None for which, entry in entries.items()}
+    return {
+        "name": name,
+        "run": str(run.folder),
+        **{key: run.summary[key] for key in ("status", "epochs_done", "epochs")},
+        "recipe_differs": member_differs(run),
+        **{which: entry["accuracy"] if entry else None for which, entry in entries.items()},
+    }

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fastcifar.analysis.compare import group_by_recipe
-from fastcifar.analysis.members import distinct_names, same_test_images
+from fastcifar.analysis.compare import group_by_recipe, left_out, note_left_out
+from fastcifar.analysis.members import marked_names, same_test_images
 from fastcifar.analysis.statistics import binomial_error, mcnemar
 from fastcifar.config import CombineRecipe, load_recipe, shipped_by_name
 from fastcifar.run_directory import RunDirectory
@@ -16,37 +16,27 @@ from fastcifar.run_directory import RunDirectory
 def comparison(runs: Sequence[RunDirectory]) -> dict[str, Any]:
     """Return the comparison of two or more runs.
 
-    ``groups`` has a row per recipe, over its seeds, with its difference to the first one; ``pairs`` has McNemar's test
-    for each two runs on the same test images; ``curves`` has each recipe's metrics by epoch; ``time`` has what each run
-    took and reached; ``published`` has the ladder's published accuracies.
+    ``groups`` has a row per recipe, over its finished seeds, with its difference to the first one; ``left_out`` has the
+    folders of the unfinished runs that are in no row, and ``note`` says so in words; ``pairs`` has McNemar's test for
+    each two runs on the same test images; ``curves`` has each recipe's metrics by epoch; ``time`` has what each run of
+    a row took and reached; ``published`` has the ladder's published accuracies.
     """
-    names = distinct_names(list(runs))
+    names, without = marked_names(runs), left_out(runs)
     by_folder = {str(run.folder): run for run in runs}
     groups = group_by_recipe(runs)
     members = [[by_folder[folder] for folder in group["runs"]] for group in groups]
-    titles = _distinct([group["name"] for group in groups], [found[0].folder.name for found in members])
-    for group, title, found in zip(groups, titles, members, strict=True):
-        group["label"] = title
-        group["published"] = _published(found[0])
+    for group, found in zip(groups, members, strict=True):
         group["difference"] = None if group is groups[0] else _difference(group, groups[0], found[0])
     return {
         "runs": names,
         "groups": groups,
+        "left_out": [str(run.folder) for run in without],
+        "note": note_left_out(without),
         "pairs": _pairs(runs, names),
         "curves": [curves_of(found) for found in members],
-        "time": [_time(run, name, groups) for run, name in zip(runs, names, strict=True)],
+        "time": [_time(run, name, groups) for run, name in zip(runs, names, strict=True) if run not in without],
         "published": published_rows(),
     }
-
-
-def _distinct(names: list[str], folders: list[str]) -> list[str]:
-    """Return the names of recipes; two of the same name are told apart by a folder of theirs."""
-    return [f"{n} ({f})" if names.count(n) > 1 else n for n, f in zip(names, folders, strict=True)]
-
-
-def _published(run: RunDirectory) -> float | None:
-    published = run.recipe.published
-    return published.best if published else None
 
 
 def _difference(group: dict[str, Any], first: dict[str, Any], run: RunDirectory) -> dict[str, Any] | None:

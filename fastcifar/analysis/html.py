@@ -17,15 +17,16 @@ import numpy as np
 from fastcifar.analysis.comparison import comparison
 from fastcifar.analysis.content import Images, content, explained, find_images, of_cells
 from fastcifar.analysis.curves import curves
-from fastcifar.analysis.members import distinct_names
+from fastcifar.analysis.members import marked, marked_names
 from fastcifar.analysis.page import POLICY, asset
 from fastcifar.analysis.sprite import COLUMNS, Sprite
 from fastcifar.config import to_toml
+from fastcifar.config.shipped import in_words
 from fastcifar.data import pixels
 from fastcifar.errors import UserError
 from fastcifar.locations import install_command
 from fastcifar.run_directory import RunDirectory
-from fastcifar.text import duration
+from fastcifar.text import duration, stopped_at
 
 MOST_CLASSES = 20
 """With more classes the confusion matrix is no table to look at."""
@@ -58,7 +59,7 @@ def build_report(
     }
     shown = [part.for_template(sprite) for part in parts]
     page = template.render(
-        title=_title(runs), runs=shown, names=distinct_names(list(runs)), compared=compared,
+        title=_title(runs), runs=shown, names=marked_names(runs), compared=compared,
         data=_in_script({**script, "tile": sprite.tile_px, "columns": COLUMNS}), sheet=sprite.address(),
         style=asset("style.css"), script="\n".join(asset(name) for name in SCRIPTS), policy=POLICY,
         most_classes=MOST_CLASSES, version=metadata.version("fastcifar"),
@@ -73,6 +74,8 @@ def _template() -> Any:
         raise UserError(f"the report needs jinja2; install it: {install_command('report')}") from None
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["duration"] = duration
+    environment.filters["in_words"] = in_words
+    environment.filters["member"] = lambda entry: marked(entry["name"], stopped_at(entry))
     return environment.from_string(asset("report.html"))
 
 

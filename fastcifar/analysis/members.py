@@ -1,6 +1,6 @@
 """What combinations read: the saved logits of several runs on the same images."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
+from fastcifar.text import stopped_at
 
 WHICH = ("last", "best", "selected")
 
@@ -48,6 +49,16 @@ def distinct_names(runs: list[RunDirectory]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(run.folder) for run in runs]
+
+
+def marked_names(runs: Sequence[RunDirectory]) -> list[str]:
+    """Return the names of `distinct_names`, with how far a run has come where it is not finished."""
+    return [marked(name, stopped_at(run.summary)) for name, run in zip(distinct_names(list(runs)), runs, strict=True)]
+
+
+def marked(name: str, stopped: str | None) -> str:
+    """Return a name with how far that run has come, as `fastcifar.text.stopped_at` says it."""
+    return f"{name}, {stopped}" if stopped else name
 
 
 def available(members: Mapping[str, RunDirectory], split: str, tta: bool = False) -> list[str]:

@@ -135,7 +135,7 @@ def _execute(
     if isinstance(run.recipe, CombineRecipe):
         from fastcifar.analysis.combine import combine_run
 
-        combine_run(run)
+        combine_run(run, quiet=quiet)
         return
     from fastcifar.train.run import train as train_run
 

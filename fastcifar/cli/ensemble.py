@@ -33,7 +33,8 @@ def ensemble(
     """Combine trained runs by voting. No model is run again: `fastcifar ensemble runs/a runs/b runs/c`.
 
     Tells the accuracy with the members at their last epochs, at their best epochs on the test set (as published), and,
-    where all hold out images, at the epochs selected there.
+    where all hold out images, at the epochs selected there. A member that was stopped before its end is combined as far
+    as it has come, and marked so.
     """
     from fastcifar.analysis.members import open_members
     from fastcifar.errors import UserError
@@ -83,11 +84,22 @@ def execute(
     recipe = _validated(CombineRecipe, {"name": plain_name(name), "combine": {"members": list(members), **options}})
     refuse_run(out)
     done = results_of(recipe, members, tta=tta)
+    tell_unfinished(members)
     summary = record(done, out).summary if out else done.summary()
     if json_:
         print_json(summary | ({"run": str(out)} if out else {}))
     else:
         show(summary, out)
+
+
+def tell_unfinished(members: "dict[str, RunDirectory]") -> None:
+    """Say on stderr which members are half trained, and how to finish them."""
+    from fastcifar.console import say
+    from fastcifar.text import resume_command, stopped_at
+
+    for run in members.values():
+        if stopped := stopped_at(run.summary):
+            say(f"unfinished member: {run.folder} ({stopped}); finish it with `{resume_command(run.folder)}`")
 
 
 def _validated(kind: Any, table: dict[str, Any]) -> Any:
@@ -118,13 +130,16 @@ def show(summary: dict[str, Any], out: Path | None) -> None:
     """Print members and combination as one table for people."""
     from rich.table import Table
 
+    from fastcifar.analysis.members import marked
     from fastcifar.console import answer, answers
+    from fastcifar.text import stopped_at
 
     table = Table(box=None, header_style="dim")
     for heading in ("", "last", "best on test", "selected"):
         table.add_column(heading, justify="left" if not heading else "right")
     for member in summary["members"]:
-        table.add_row(member["name"], *(percent(member[which]) for which in ("last", "best", "selected")))
+        name = marked(member["name"], stopped_at(member))
+        table.add_row(name, *(percent(member[which]) for which in ("last", "best", "selected")))
     metrics = [summary[which] for which in ("last", "best", "selected")]
     table.add_row(summary["how"], *(percent(entry and entry["accuracy"]) for entry in metrics), style="bold")
     answers().print(table)

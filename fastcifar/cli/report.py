@@ -14,12 +14,13 @@ def report(
 ) -> None:
     """Explain runs on one self-contained page: metrics, curves, confusion, calibration, hardest images, label errors.
 
-    Several runs become one comparison: recipes over their seeds, differences with errors, and each run in a tab.
+    Several runs become one comparison: recipes over their finished seeds, differences with errors, and each run in a
+    tab.
 
     Reads run directories alone; the pictures come from --data or wherever `fastcifar run` finds the data, and are left
     out where there is none.
     """
-    from fastcifar.console import answer
+    from fastcifar.console import answer, say
     from fastcifar.console import out as print_json
     from fastcifar.errors import UserError
     from fastcifar.run_directory import RunDirectory, write_atomic
@@ -37,3 +38,5 @@ def report(
         print_json({"report": str(target), "runs": contents, "comparison": compared})
     else:
         answer((str(target), "bold"))
+    if compared and compared["note"]:
+        say(compared["note"])

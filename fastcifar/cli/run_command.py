@@ -1,6 +1,5 @@
 """``fastcifar run``: train a recipe."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,9 +106,10 @@ def lead(
 
 
 def go_on(folder: Path, data: Path | None) -> str:
-    """Return how to go on with a run, whose directory does not say where its images are."""
-    words = ["fastcifar", "run", "--resume", str(folder), *([] if data is None else ["--data", str(data)])]
-    return f"go on with `{shlex.join(words)}`"
+    """Return how to go on with a run."""
+    from fastcifar.text import resume_command
+
+    return f"go on with `{resume_command(folder, data)}`"
 
 
 def follow(here: "Place", store: Any, data: Path | None, stop_after: int | None, check_nan: bool) -> None:
@@ -198,7 +198,7 @@ def execute(
             raise UserError(f"{run.folder}: is a combination, which trains nothing; start it as one process")
         from fastcifar.analysis.combine import combine_run
 
-        return combine_run(run)
+        return combine_run(run, quiet=quiet)
     if run.finished and not several:
         return dict(run.summary)
     if not quiet:

@@ -41,6 +41,7 @@ def stack(
     The default needs runs with a holdout (data.holdout = 5000). `--protocol published` needs runs with
     eval.train_logits = true: it fits on logits of the very images that the members were trained on and chooses the
     epoch on the test set. That accuracy is for comparison with published ones; it is no estimate for new images.
+    A member that was stopped before its end is combined as far as it has come, and marked so.
     """
     from fastcifar.analysis.members import open_members
     from fastcifar.cli.ensemble import execute

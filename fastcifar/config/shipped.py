@@ -1,6 +1,8 @@
 """How a recipe differs from the shipped one that it was made of: published accuracies are of the shipped one."""
 
 from collections.abc import Collection
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from fastcifar.config.load import load_recipe, shipped_by_name
@@ -56,11 +58,16 @@ def _shipped_of(recipe: Recipe | CombineRecipe) -> list[Recipe | CombineRecipe]:
     files = shipped_by_name()
     # Names hold no slash: that of smoke/lenet5 is smoke-lenet5.
     near = [path for name, path in files.items() if recipe.name in (name.rpartition("/")[2], name.replace("/", "-"))]
-    if named := [found for path in near if (found := load_recipe(path)).name == recipe.name]:
+    if named := [found for path in near if (found := _loaded(path)).name == recipe.name]:
         return named
     if recipe.published is None:
         return []
-    return [found for path in files.values() if (found := load_recipe(path)).published == recipe.published]
+    return [found for path in files.values() if (found := _loaded(path)).published == recipe.published]
+
+
+@cache
+def _loaded(path: Path) -> Recipe | CombineRecipe:
+    return load_recipe(path)
 
 
 def in_words(keys: list[str] | None) -> str:

@@ -8,11 +8,12 @@ from scipy.stats import binom, sem, t
 from sklearn.metrics import confusion_matrix, recall_score
 
 from fastcifar.analysis import confusion
-from fastcifar.analysis.compare import group_by_recipe
+from fastcifar.analysis.compare import group_by_recipe, left_out
+from fastcifar.analysis.comparison import comparison
 from fastcifar.analysis.label_errors import find_label_errors
 from fastcifar.analysis.statistics import mcnemar, mean_of, p_value
 from fastcifar.analysis.top_loss import losses, top_loss
-from tests.run_directories import logits_for, make_run, recipe
+from tests.run_directories import logits_for, make_run, recipe, stopped
 
 
 @pytest.fixture
@@ -105,3 +106,35 @@ def test_runs_are_grouped_by_recipe_over_seeds(tmp_path, rng):
     accuracies = [run.summary["last"]["accuracy"] for run in runs[:2]]
     assert rows[0]["last"]["mean"] == pytest.approx(np.mean(accuracies))
     assert rows[0]["best"] is None
+
+
+def seeds_of(name, folder, rng, seeds):
+    """Return a finished run of three epochs for each seed, on the same images."""
+    labels, runs = rng.integers(10, size=100), []
+    for seed in seeds:
+        arrays = {"test/labels": labels, "test/last/raw": logits_for(labels, rng, 2.0)}
+        runs.append(make_run(folder / f"{name}-{seed}", arrays, recipe(name, seed=seed)))
+    return runs
+
+
+def test_unfinished_runs_are_in_no_mean(tmp_path, rng):
+    runs = seeds_of("a", tmp_path, rng, [1, 2, 3])
+    runs[1] = stopped(runs[1])
+    (row,) = group_by_recipe(runs)
+    assert row["seeds"] == [1, 3]
+    assert (row["last"]["n"], row["stopped"]) == (2, None)
+    assert row["last"]["mean"] == pytest.approx(np.mean([run.summary["last"]["accuracy"] for run in runs[::2]]))
+    found = comparison(runs)
+    assert found["curves"][0]["epochs"] == [1, 2, 3]
+    assert found["left_out"] == [str(runs[1].folder)]
+    assert f"{runs[1].folder} (stopped at epoch 1 of 3)" in found["note"]
+    assert [entry["name"] for entry in found["time"]] == ["a-1", "a-3"]
+    assert found["pairs"][0]["names"] == ["a-1", "a-2, stopped at epoch 1 of 3"]
+
+
+def test_without_a_finished_run_the_unfinished_ones_are_shown_one_by_one(tmp_path, rng):
+    runs = [stopped(run, epoch) for epoch, run in enumerate(seeds_of("a", tmp_path, rng, [1, 2]), 1)]
+    rows = group_by_recipe(runs)
+    assert [row["label"] for row in rows] == ["a (a-1), stopped at epoch 1 of 3", "a (a-2), stopped at epoch 2 of 3"]
+    assert [row["last"]["mean"] for row in rows] == [run.summary["last"]["accuracy"] for run in runs]
+    assert left_out(runs) == []

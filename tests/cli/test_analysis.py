@@ -12,7 +12,7 @@ from fastcifar.cli.main import main
 from fastcifar.config import load_recipe
 from fastcifar.models import build_model
 from fastcifar.run_directory import RunDirectory
-from tests.run_directories import accuracy, add_weights, change_recipe, make_members
+from tests.run_directories import accuracy, add_weights, change_recipe, make_members, stopped
 
 
 @pytest.fixture
@@ -60,6 +60,64 @@ def test_compare_shows_metrics_and_the_test(call, runs):
     assert "p = " in out
     _, out, _ = call("compare", "m0", "m2", "--json")
     assert json.loads(out)["mcnemar"][0]["p_value"] < 1e-3
+
+
+def test_compare_names_what_it_leaves_out_and_how_to_finish_it(call, runs, tmp_path):
+    for name in ("m1", "m2"):
+        change_recipe(tmp_path / name, (f'name = "{name}"', 'name = "m0"'), ("seed = 42", f"seed = {name[1]}"))
+    stopped(runs["m2"])
+    code, out, err = call("compare", "m0", "m1", "m2")
+    mean = np.mean([runs[name].summary["last"]["accuracy"] for name in ("m0", "m1")])
+    assert (code, f" {mean:.2f} ± " in out) == (0, True)
+    note = "left out of the means: m2 (stopped at epoch 1 of 3); finish it with `fastcifar run --resume m2`"
+    assert err == f"{note}\n"
+    assert "m2, stopped at epoch 1 of 3, p = " in out
+    code, out, err = call("compare", "m0", "m1", "m2", "--json")
+    assert (json.loads(out)["left_out"], err) == (["m2"], f"{note}\n")
+    assert call("report", "m0", "m1", "m2")[2] == f"{note}\n"
+    assert f"{note}." in (tmp_path / "m0/report.html").read_text()
+
+
+def test_a_published_accuracy_beside_another_recipe_says_so(call, runs, tmp_path):
+    for name in ("m0", "m1"):
+        new = (f'name = "{name}"', 'name = "lenet5"\npublished = { best = 59.48 }')
+        change_recipe(tmp_path / name, new, ("epochs = 3", f"epochs = {3 + int(name[1])}"))
+    code, out, _ = call("compare", "m0", "m1", "--json")
+    first, second = json.loads(out)["recipes"]
+    assert (code, first["published"], second["published"]) == (0, 59.48, 59.48)
+    assert "train.epochs" in first["recipe_differs"]
+    told = f"published 59.48% (this recipe differs: {', '.join(first['recipe_differs'])})"
+    assert f"lenet5 (m0): {told}\n" in call("compare", "m0", "m1")[1]
+    groups = json.loads(call("report", "m0", "m1", "--json")[1])["comparison"]["groups"]
+    assert [group["recipe_differs"] for group in groups] == [first["recipe_differs"], second["recipe_differs"]]
+    assert told in (tmp_path / "m0/report.html").read_text()
+
+
+def test_an_unfinished_member_is_marked(call, runs):
+    stopped(runs["m1"], 2)
+    code, out, err = call("ensemble", "m0", "m1")
+    assert (code, "m1, stopped at epoch 2 of 3 " in out) == (0, True)
+    assert err == "unfinished member: m1 (stopped at epoch 2 of 3); finish it with `fastcifar run --resume m1`\n"
+    code, out, _ = call("ensemble", "m0", "m1", "--json", "--out", "vote")
+    entries = json.loads(out)["members"]
+    assert [entry["status"] for entry in entries] == ["finished", "stopped"]
+    assert (entries[1]["epochs_done"], entries[1]["epochs"]) == (2, 3)
+    assert call("report", "vote")[0] == 0
+    assert "<th>m1, stopped at epoch 2 of 3</th>" in (runs["m0"].folder.parent / "vote/report.html").read_text()
+
+
+def test_a_combination_says_which_runs_it_took(call, runs, tmp_path):
+    change_recipe(tmp_path / "m1", ('name = "m1"', 'name = "lenet5"'))
+    (tmp_path / "vote.toml").write_text("[combine]\nhow = 'soft'\nmembers = ['m0', 'lenet5']\n")
+    code, out, err = call("run", "vote.toml", "--out", "vote", "--json")
+    assert code == 0, err
+    accuracies = [runs[name].summary["last"]["accuracy"] for name in ("m0", "m1")]
+    lines = [f"member m0: m0, {accuracies[0]:.2f}%", f"member lenet5: m1, {accuracies[1]:.2f}%"]
+    assert err.splitlines()[:2] == lines
+    keys = json.loads(out)["members"][1]["recipe_differs"]
+    assert "train.epochs" in keys
+    assert err.splitlines()[2] == f"note: member lenet5 (m1) differs from the shipped recipe: {', '.join(keys)}"
+    assert json.loads(out)["recipe_differs"] == [f"lenet5: {key}" for key in keys]
 
 
 def test_ensemble_tells_the_accuracy_of_the_mean_softmax(call, runs):

@@ -108,7 +108,8 @@ function timeChart(c, colour) {
   const low = Math.min(...points.map((t) => t.accuracy), ...c.groups.filter((g) => g.published).map((g) => g.published)) - 3;
   const rows = c.published.filter((p) => p.accuracy >= low).map((p) => ({ name: p.name, colour: "--muted", quiet: true, line: false, marks: true, thin: true, x: [ends[1]], y: [p.accuracy], labels: [`${p.name}, published`] }));
   const own = c.groups.map((g, i) => ({ g, i })).filter(({ g }) => g.published)
-    .map(({ g, i }) => ({ name: `${g.label}, published`, colour: colour(i), dashed: true, x: ends, y: [g.published, g.published], labels: Array(2).fill(`${g.label}, published`) }));
+    .map(({ g, i }) => ({ i, y: g.published, name: `${g.label}, published${g.recipe_differs?.length ? " for another recipe" : ""}` }))
+    .map(({ i, y, name }) => ({ name, colour: colour(i), dashed: true, x: ends, y: [y, y], labels: Array(2).fill(name) }));
   chart(document.querySelector(".chart.time"), {
     title: "Best test accuracy, %, against wall-clock", nearest: "point", height: 21, legend: true,
     x: { label: "minutes in all", log: true }, y: { label: "%" }, series: [...own, ...rows, ...ours],
