@@ -29,8 +29,8 @@ def open_run(
         resume: a run directory, or ``auto`` for the newest unfinished run of this recipe (a new one where none is).
 
     Raises:
-        UserError: nothing to resume there, another recipe lies there, ``out`` holds a run already, or another process
-            is at work there.
+        UserError: nothing to resume there, another recipe lies there, ``out`` holds a run already or is another folder
+            than the named run's, or another process is at work there.
     """
     run = _existing(recipe, out, resume)
     if run is not None:
@@ -86,7 +86,13 @@ def _existing(
     from fastcifar.run_directory import RunDirectory
 
     if resume and resume != "auto":
-        return _resumed(RunDirectory.open(resume), recipe)
+        run = RunDirectory.open(resume)
+        if out is not None and out.resolve() != run.folder.resolve():
+            raise UserError(
+                f"--out {out}: a resumed run stays in its folder, {run.folder}; leave --out away, or --resume to begin "
+                "a new run"
+            )
+        return _resumed(run, recipe)
     if recipe is None:
         raise UserError("which recipe? `fastcifar run RECIPE`, or `fastcifar run --resume RUN_DIR` to go on with a run")
     if resume == "auto" or _resumes_by_itself(recipe):

@@ -113,6 +113,15 @@ def test_a_resumed_run_keeps_its_recipe(tiny):
     assert "a resumed run keeps its own" in done.stderr
 
 
+def test_a_resumed_run_stays_in_its_folder(tiny):
+    assert fastcifar("run", "tiny.toml", "--out", "here", "--stop-after", "1", "--quiet", cwd=tiny).returncode == 0
+    done = fastcifar("run", "--resume", "here", "--out", "there", cwd=tiny)
+    assert done.returncode == 2
+    assert "--out there: a resumed run stays in its folder, here; leave --out away" in done.stderr
+    assert not (tiny / "there").exists()
+    assert fastcifar("run", "--resume", "here", "--out", str(tiny / "here"), cwd=tiny).returncode == 0
+
+
 @pytest.fixture
 def start(tiny):
     """Return a function that starts a long run in a session of its own and waits until it trains."""
