@@ -12,6 +12,7 @@ runs/gpu-rehearsal/.
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,12 +29,27 @@ FOLDER = ROOT / "runs" / ("gpu-rehearsal" if REHEARSAL else "gpu")
 DATA = ROOT / "gpu-pack" / "ready"
 GRACE_S = 30.0
 UNFINISHED = 3
-INTERRUPTED = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTERRUPTED = {128 + number for number in SIGNALS}
 """Statuses of a command that a signal stopped: what it had done is kept, and it wants to be run again."""
 RESUMABLE = ("launches", "step-times", "--contract")
 """Benchmarks, or an option of one, that keep each recipe's or run's result at once, so that another start goes on."""
+LEAST_MINUTES = 1.0
+"""Less would leave the ladder no time besides the half minute that it has for saving."""
 TRIES = 20
 """How often a piece is started at most, so that one without progress does not keep a machine for ever."""
+
+
+class Stopped(BaseException):
+    """This process was asked to end; not an `Exception`, so that nothing but ``finally`` delays it.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,7 @@ def main() -> None:
     """Run one piece or all that are left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--piece", help=f"1 to {len(PIECES)}, or a name")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after so long a piece stops, to be resumed")
+    parser.add_argument("--minutes", type=minutes, default=9.0, help="after so long a piece stops, to be resumed")
     parser.add_argument("--collect", type=Path, help="folder for the archive of the results")
     parser.add_argument("--list", action="store_true", help="list the pieces and which are done")
     arguments = parser.parse_args()
@@ -79,8 +95,7 @@ def main() -> None:
         for number, piece in enumerate(PIECES, 1):
             print(f"{number:3} {piece.name:20} {'done' if mark(piece).exists() else ''}")
         return
-    # Whatever ends this process ends its command first, with time to save.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_with_command()
     prepare()
     if arguments.piece:
         status = attempt(chosen(arguments.piece), arguments.minutes)
@@ -89,6 +104,29 @@ def main() -> None:
     if arguments.collect:
         collect(arguments.collect)
     sys.exit(status)
+
+
+def minutes(text: str) -> float:
+    """Return the value of ``--minutes``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no number, or too small.
+    """
+    with suppress(ValueError):
+        if LEAST_MINUTES <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: give a number of minutes, at least {LEAST_MINUTES:g}")
+
+
+def end_with_command() -> None:
+    """From here on let a signal end this process's command first, with time to save; ``nohup`` ignores SIGHUP."""
+
+    def end(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def prepare() -> None:
@@ -227,13 +265,15 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
     A group of its own, because ``fastcifar bench`` ends at once and its benchmark would go on, on the GPU.
     """
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+    finally:  # also where a second signal comes
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def mark(piece: Piece) -> Path:
@@ -258,6 +298,8 @@ def collect(folder: Path) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        print("gpu: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    except Stopped as stopped:
+        with suppress(OSError):  # after SIGHUP there may be no terminal any more
+            name = signal.Signals(stopped.number).name
+            print(f"gpu: {name}: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        sys.exit(128 + stopped.number)

@@ -2,12 +2,16 @@
 
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from fastcifar.cli.ladder import seconds
+from tests.command import signals_heard
 from tests.tools.test_gpu_pack import script
 
 
@@ -69,6 +73,52 @@ def test_at_the_limit_a_command_can_save_and_leaves_nothing_running(gpu, tmp_pat
     assert gpu.limited(python(code), 5, tmp_path / "log") == gpu.UNFINISHED
     assert (tmp_path / "saved").exists()
     assert gone(int((tmp_path / "child").read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_command_too_and_is_the_status(gpu, tmp_path, number):
+    """The script runs as a program whose only piece's command waits for ever."""
+    waiting = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}.'); time.sleep(600)"
+    text = (gpu.ROOT / "tools" / "gpu.py").read_text(encoding="utf-8")
+    text = text.replace(
+        'if __name__ == "__main__":\n',
+        f'if __name__ == "__main__":\n    FOLDER = Path({str(tmp_path)!r})\n    prepare = lambda: None\n'
+        f"    commands = lambda *_: [[sys.executable, '-c', {waiting!r}]]\n",
+    )
+    with signals_heard():
+        process = subprocess.Popen(
+            [*python(text.replace("__file__", repr(str(gpu.ROOT / "tools" / "gpu.py")))), "--piece", "1"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+    try:
+        pid = tmp_path / "pid"
+        while not (pid.exists() and pid.read_text().endswith(".")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert f"gpu: {number.name}: stopped; the same command goes on from here" in said
+    assert "Traceback (" not in said
+    assert gone(int(pid.read_text().rstrip(".")))
+
+
+@pytest.mark.parametrize("minutes", ["0.5", "-1", "nan", "inf", "soon"])
+def test_too_few_minutes_are_refused(gpu, monkeypatch, capsys, minutes):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", f"--minutes={minutes}"])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 2
+    assert f"--minutes: {minutes}: give a number of minutes, at least 1" in capsys.readouterr().err
+
+
+def test_the_ladder_has_time_in_the_fewest_minutes(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE_S", 30.0)
+    ladder = next(piece for piece in gpu.PIECES if piece.rows)
+    ((*_, until),) = gpu.commands(ladder, gpu.minutes("1"))
+    assert seconds(until) == 30
 
 
 def gone(process: int) -> bool:
