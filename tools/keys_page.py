@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from fastcifar.config.json_schema import meaning
 from fastcifar.config.operations import OPS, Op
 from fastcifar.config.schema import CombineRecipe, Recipe
 
@@ -55,13 +56,15 @@ def _operation(name: str, kind: type[Op]) -> Iterator[str]:
 def _table_of(model: type[BaseModel], prefix: str) -> Iterator[str]:
     """Yield the docstring and the keys of a table, then its own tables."""
     yield _doc(model)
-    rows = ["| key | what | default |", "| --- | --- | --- |"]
+    rows = ["| key | values | default | meaning |", "| --- | --- | --- | --- |"]
     tables: list[tuple[str, type[BaseModel], bool]] = []
     for key, field in model.model_fields.items():
         found = list(_models(field.annotation))
         tables += [(f"{prefix}{key}", part, len(found) > 1) for part in found]
         if not found:
-            rows.append(f"| `{prefix}{key}` | {cell(_kind(field))} | {cell(_default(field))} |")
+            what = _code(meaning(model, key))
+            texts = _kind(field), _default(field), what[:1].upper() + what[1:]
+            rows.append(f"| `{prefix}{key}` | {' | '.join(map(cell, texts))} |")
     if len(rows) > 2:
         yield "\n".join(rows)
     for name, part, one_of_many in tables:
@@ -70,7 +73,14 @@ def _table_of(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _doc(model: type[BaseModel]) -> str:
-    return re.sub(r"``([^`]+)``", r"`\1`", re.sub(r"\n +", "\n", model.__doc__ or ""))
+    """Return a table's docstring without its ``Attributes``, which the rows of the table have."""
+    text, _, _ = (model.__doc__ or "").partition("\n    Attributes:\n")
+    return _code(re.sub(r"\n +", "\n", text)).rstrip()
+
+
+def _code(text: str) -> str:
+    """Return a docstring's text as Markdown writes code."""
+    return re.sub(r"``([^`]+)``", r"`\1`", text)
 
 
 def _named(model: type[BaseModel]) -> str:

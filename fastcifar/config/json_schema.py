@@ -56,10 +56,9 @@ def schema_text() -> str:
 
 def _describe(name: str, table: dict[str, Any]) -> None:
     """Give each key of a table its description and an example."""
-    attributes = _attributes(getattr(schema, name))
     for key, entry in table["properties"].items():
-        text, example = _known(name, key)
-        entry["description"] = text or attributes.get(key) or table.get("description", "").partition("\n")[0]
+        entry["description"] = meaning(getattr(schema, name), key)
+        _, example = _known(name, key)
         default = entry.get("default")
         if example is not None and (default is None or f"{name}.{key}" in DESCRIPTIONS):
             entry["examples"] = [example]
@@ -67,6 +66,17 @@ def _describe(name: str, table: dict[str, Any]) -> None:
             entry["examples"] = [default]
         else:
             entry.setdefault("examples", [entry["enum"][0] if "enum" in entry else entry.get("const", 1)])
+
+
+def meaning(kind: type[BaseModel], key: str) -> str:
+    """Return what a key of a table means: its own line, or of its docstring's ``Attributes``, or the docstring's first.
+
+    Args:
+        kind: the model that checks the table.
+        key: one of its fields.
+    """
+    text, _ = _known(kind.__name__, key)
+    return text or _attributes(kind).get(key) or inspect.cleandoc(kind.__doc__ or "").partition("\n")[0]
 
 
 def _known(name: str, key: str) -> tuple[str, Any]:

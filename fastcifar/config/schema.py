@@ -537,7 +537,7 @@ class AsamConfig(Section):
 
     Attributes:
         rho: radius of the ascent.
-        adaptive: True for ASAM, False for SAM.
+        adaptive: ``true`` for ASAM, ``false`` for SAM.
         eta: added to the scale abs(w) (ASAM).
         scope: scale all parameters by abs(w), or only weight tensors (the ASAM authors' choice).
         batch_norm: whether running statistics move in the second pass too (as published) or stay.

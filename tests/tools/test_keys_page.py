@@ -16,6 +16,15 @@ def test_truth_values_are_those_of_toml():
     assert not re.search(r"^\|.*\b(True|False)\b", PAGE, re.MULTILINE)
 
 
+def test_every_key_has_its_meaning_as_editors_show_it():
+    """The words of recipes/schema.json, in a row each."""
+    keys, _, _ = PAGE.partition("## Operations of `augment`")
+    meanings = re.findall(r"^\| `[\w.]+` \| .+ \| .+ \| (.+) \|$", keys, re.MULTILINE)
+    assert len(meanings) == len(re.findall(r"^\| `", keys, re.MULTILINE)) > 100
+    assert [text for text in meanings if not re.fullmatch(r"[`A-Z0-9].*[.)]", text)] == []
+    assert "Attributes:" not in keys
+
+
 def test_every_argument_of_an_operation_has_the_values_that_are_taken():
     """What the page calls the default is it, texts are taken, and numbers beyond the bounds are not."""
     _, _, section = PAGE.partition("## Operations of `augment`")
