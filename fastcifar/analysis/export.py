@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.analysis.predict import Trained
-from fastcifar.errors import UserError
+from fastcifar.errors import UserError, plain
 from fastcifar.locations import install_command
 
 TOLERANCE = 1e-3
@@ -131,27 +131,41 @@ def export_onnx(trained: Trained, path: Path) -> float:
         The largest difference between onnxruntime's and torch's logits on random images, over the largest logit.
 
     Raises:
-        UserError: a package is missing, or the difference is above 1e-3 (the file is removed).
+        UserError: a package is missing, torch cannot do it, or the difference is above 1e-3 (the file is removed).
     """
     runtime = _onnxruntime()
     model = FromPixels(trained).eval()
-    example = _random_pixels(trained.image_px, 2)
-    batch = torch.export.Dim("batch", min=1)
-    with warnings.catch_warnings():
-        # The exporter warns about its own use of deprecated parts of torch.
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model, (example,), dynamo=True, input_names=["pixels"], output_names=["logits"], opset_version=OPSET,
-            dynamic_shapes=({0: batch},), verbose=False,
-        )  # fmt: skip
-    if program is None:
-        raise UserError(f"{path}: torch could not turn this model into ONNX")
+    program = _onnx_program(model, trained.image_px, path)
     with _whole_or_absent(path) as temporary:
         program.save(str(temporary), external_data=False)
         difference = onnx_difference(runtime, model, temporary, _random_pixels(trained.image_px, 7))
         if difference <= TOLERANCE:
             return difference
         raise UserError(f"{path}: onnxruntime differs from torch by {difference:.1e} of the largest logit; not written")
+
+
+def _onnx_program(model: nn.Module, image_px: int, path: Path) -> torch.onnx.ONNXProgram:
+    """Return a model as ONNX, for any batch of uint8 pixels (batch, S, S, 3).
+
+    Raises:
+        UserError: torch cannot do it.
+    """
+    example = _random_pixels(image_px, 2)
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings():
+        # The exporter warns about its own use of deprecated parts of torch.
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                model, (example,), dynamo=True, input_names=["pixels"], output_names=["logits"], opset_version=OPSET,
+                dynamic_shapes=({0: batch},), verbose=False,
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            # The exporter's own text is of its stages; what went wrong is the first line of its cause.
+            reason = plain(str(error.__cause__ or error).strip().partition("\n")[0], 300)
+            raise UserError(f"{path}: torch could not turn this model into ONNX: {reason}") from None
+    assert program is not None  # only the exporter without dynamo returns none
+    return program
 
 
 def _onnxruntime() -> Any:

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ def stage(run: RunDirectory, folder: Path, which: str | None = None, onnx: bool 
         onnx: also write ``model.onnx`` and ``model.pt2``.
 
     Raises:
-        UserError: there are no such weights, or a file is damaged.
+        UserError: there are no such weights, a file is damaged, the model cannot be exported, or the disk is full.
     """
     trained = load_trained(run, which)
-    (folder / "README.md").write_text(run.model_card(), encoding="utf-8")
-    for name in RECORDS:
-        (folder / name).write_bytes(run.read(name))
+    contents = {"README.md": run.model_card().encode(), **{name: run.read(name) for name in RECORDS}}
+    with _disk_errors(folder):
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
     export_safetensors(trained, folder / WEIGHTS)
     if onnx:
         export_onnx(trained, folder / "model.onnx")
@@ -59,16 +60,41 @@ def push(
         ``repo``, ``files``, and the ``url`` of the commit.
 
     Raises:
-        UserError: the package is missing, the name is none, there is no token, or the hub refuses.
+        UserError: the package is missing, the name is none, there is no token, the hub refuses, or see `stage`.
     """
     api = _api()
-    with tempfile.TemporaryDirectory(prefix="fastcifar-push-") as name, _hub_errors(repo):
-        folder = Path(name)
+    with _temporary_folder() as folder:
         files = stage(run, folder, which, onnx)
-        made = api.create_repo(repo, private=private, exist_ok=True)
-        message = f"Push {run.recipe.name} from fastcifar"
-        commit = api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message)
+        with _hub_errors(repo):
+            made = api.create_repo(repo, private=private, exist_ok=True)
+            message = f"Push {run.recipe.name} from fastcifar"
+            commit = api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message)
     return {"repo": made.repo_id, "files": files, "url": commit.commit_url}
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Give an empty folder for the block.
+
+    Raises:
+        UserError: none can be made.
+    """
+    with ExitStack() as stack:
+        with _disk_errors("the folder of temporary files"):
+            name = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastcifar-push-"))
+        yield Path(name)
+
+
+@contextmanager
+def _disk_errors(where: Path | str) -> Iterator[None]:
+    """Turn a full disk, or a folder that cannot be written, into one message."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{where}: cannot be written: {error.strerror or error}; free some space there, or name another folder "
+            "in TMPDIR"
+        ) from None
 
 
 def _api() -> Any:
@@ -87,8 +113,6 @@ def _hub_errors(repo: str) -> Iterator[None]:
 
     try:
         yield
-    except UserError:
-        raise
     except errors.HFValidationError as error:
         raise UserError(f"{repo}: is no name of a repository: {plain(str(error), 200)}") from None
     except errors.LocalTokenNotFoundError:

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from fastcifar.analysis import export
 from fastcifar.analysis.export import FromPixels, _whole_or_absent, export_onnx, export_safetensors, export_torch
 from fastcifar.analysis.predict import Trained
 from fastcifar.errors import UserError
@@ -72,6 +73,16 @@ def test_weights_that_the_file_has_not_kept_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="differs from the model"):
         export_safetensors(model, tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_torch_cannot_turn_into_onnx_is_one_message(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise torch.onnx.OnnxExporterError("Step 1 failed\n\n## Summary") from ValueError("data-dependent\nlonger")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    monkeypatch.setattr(export, "_onnxruntime", lambda: None)
+    with pytest.raises(UserError, match=r"m\.onnx: torch could not turn this model into ONNX: data-dependent$"):
+        export_onnx(trained({"name": "lenet5"}), tmp_path / "m.onnx")
 
 
 def test_a_failed_export_leaves_no_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load as load_tensors
 from scipy.stats import binomtest
 
+from fastcifar.errors import UserError
 from fastcifar.models import build_model
 from tests.command import fastcifar
 from tests.run_directories import add_weights, logits_for, make_members, make_run, recipe
@@ -148,6 +150,25 @@ def test_a_refusal_is_one_message(run, hub, tmp_path, repo, refuse, message):
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_goes_wrong_before_the_hub_is_asked_is_not_its_fault(run, hub, tmp_path, monkeypatch):
+    from fastcifar.analysis import push
+
+    def fail(*_):
+        raise RuntimeError("of an exporter")
+
+    monkeypatch.setattr(push, "export_onnx", fail)
+    with pytest.raises(RuntimeError, match="of an exporter"):
+        push.push(run, "me/tiny", onnx=True)
+    with pytest.raises(UserError, match=r"gone: cannot be written: No such file or directory; .*TMPDIR"):
+        push.stage(run, tmp_path / "gone")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    done = fastcifar("push", "run", "me/tiny", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cannot be written: No such file" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert hub.asked == []
 
 
 def test_a_hub_that_does_not_answer_is_one_message(run, hub, tmp_path):
