@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,10 +168,20 @@ def newest_finished(names: Iterable[str], folders: Iterable[Path]) -> dict[str, 
     """Return the newest finished run of each recipe name, from the first of the folders that has one."""
     found: dict[str, RunDirectory] = {}
     for folder in folders:
-        runs = [RunDirectory.open(path) for path in folder.glob("*") if RunDirectory.exists(path)]
-        newest = {run.recipe.name: run for run in sorted(runs, key=lambda run: run.ended_at) if run.finished}
+        newest = _newest_in(folder)
         found = {name: newest[name] for name in names if name in newest} | found
     return found
+
+
+def _newest_in(folder: Path) -> dict[str, RunDirectory]:
+    """Return the newest finished run of each recipe name in a folder."""
+    newest: dict[str, RunDirectory] = {}
+    for path in filter(RunDirectory.exists, folder.glob("*")):
+        with suppress(UserError):  # a damaged or foreign directory is no candidate
+            run = RunDirectory.open(path)
+            if run.finished:
+                newest[run.recipe.name] = max(newest.get(run.recipe.name, run), run, key=lambda run: run.ended_at)
+    return newest
 
 
 def _in_order(recipe: CombineRecipe, members: Mapping[str, RunDirectory]) -> dict[str, RunDirectory]:

@@ -1,6 +1,7 @@
 """Combination recipes end to end, from run directories to a run directory."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -48,6 +49,20 @@ def test_a_recipe_run_finds_the_newest_finished_members(tmp_path):
     assert [m["run"] for m in summary["members"]] == [str(m.folder) for m in members.values()]
     with pytest.raises(UserError, match="no run of absent"):
         combine_run(RunDirectory.create(tmp_path / "other", combination("soft", ["m0", "absent"]), {}))
+
+
+def test_damaged_and_edited_runs_beside_the_members_are_passed_over(tmp_path):
+    members = make_members(tmp_path)
+    for name in ("edited", "damaged"):
+        shutil.copytree(members["m0"].folder, tmp_path / name)
+    edited = tmp_path / "edited" / "recipe.toml"
+    edited.write_text(edited.read_text().replace("epochs = 3", "epochs = 4"))
+    (tmp_path / "damaged" / "summary.json").write_bytes(b"{")
+    for name in ("edited", "damaged"):  # each would be refused by itself
+        with pytest.raises(UserError):
+            _ = (found := RunDirectory.open(tmp_path / name)).finished and found.recipe
+    summary = combine_run(RunDirectory.create(tmp_path / "combined", combination("soft", members), {}))
+    assert [m["run"] for m in summary["members"]] == [str(m.folder) for m in members.values()]
 
 
 def test_given_weights_follow_the_recipes_order(tmp_path):
