@@ -140,8 +140,11 @@ def new_log(log: Path) -> TextIO:
 
 
 def last_line(log: Path) -> str:
-    """Return the last line that is not empty, without the command's own prefix."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    """Return the last line that is not empty, without the command's own prefix; nothing where the log is gone."""
+    text = ""
+    with suppress(OSError):
+        text = log.read_text(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1].removeprefix("fastcifar: ") if lines else ""
 
 

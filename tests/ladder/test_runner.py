@@ -59,6 +59,14 @@ def test_a_row_that_fails_silently_names_its_log(job):
         says(job, "raise SystemExit(3)")(job, Deadline(), lambda text: None)
 
 
+def test_a_row_whose_log_is_removed_meanwhile_fails_with_its_status(job):
+    log = job.folder.parents[1] / "logs" / "lenet5-seed-42.log"
+    with pytest.raises(RowFailed, match="status 3"):
+        says(job, f"print('x', flush=True); import os; os.remove({str(log)!r}); raise SystemExit(3)")(
+            job, Deadline(), lambda text: None
+        )
+
+
 def test_a_log_that_cannot_be_written_fails_its_row_alone(tmp_path, view, monkeypatch):
     monkeypatch.setattr(rows, "cost", lambda recipe: 0)  # it orders rows, and needs torch
     jobs = jobs_for(["lenet5"], 2, tmp_path)
