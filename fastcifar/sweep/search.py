@@ -142,13 +142,16 @@ class Sweep:
             UserError: the first trials failed, so that all would.
             Interrupted: a signal came; the trials that were running are resumed by the next execution.
         """
-        grid = self.problem.grid()
-        if grid is not None and len(grid) <= trials:
-            trials = len(grid)
-            for values in grid:
-                self.study.enqueue_trial(values, skip_if_exists=True)
         revive(self.study)
-        self._search(trials - len(ended(self.study)))
+        grid = self.problem.grid()
+        if grid is None or len(grid) > trials:
+            return self._search(trials - len(ended(self.study)))
+        known = known_values(self.study)
+        for values in grid:
+            if frozenset(values.items()) not in known:
+                self.study.enqueue_trial(values)
+        # An earlier execution, of fewer trials, may have drawn some values twice: what is left is counted by itself.
+        return self._search(len(waiting(self.study)))
 
     def _search(self, left: int) -> None:
         """Keep every place busy until so many trials more have ended.
@@ -356,6 +359,19 @@ def revive(study: "optuna.Study") -> None:
         if values:
             run = {RUN: trial.user_attrs[RUN]} if RUN in trial.user_attrs else {}
             study.enqueue_trial(values, user_attrs=run)
+
+
+def waiting(study: "optuna.Study") -> "list[FrozenTrial]":
+    """Return the trials in the queue."""
+    import optuna
+
+    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
+
+
+def known_values(study: "optuna.Study") -> set[frozenset[tuple[str, Any]]]:
+    """Return the values, as pairs with their keys, of every trial that has ended or is in the queue."""
+    queued = [trial.system_attrs["fixed_params"] for trial in waiting(study)]
+    return {frozenset(values.items()) for values in [*(trial.params for trial in ended(study)), *queued]}
 
 
 def ended(study: "optuna.Study") -> "list[FrozenTrial]":

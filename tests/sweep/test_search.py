@@ -61,6 +61,27 @@ def test_every_combination_is_tried_once_where_there_are_few(tmp_path):
     assert again.trained == []
 
 
+def test_every_combination_is_tried_though_a_smaller_search_has_drawn_one_twice(tmp_path):
+    grid = "optimizer.lr=[0.01, 0.02, 0.03, 0.04]"
+    small = sweep(tmp_path, FakeRuns(), grid, trials=1)
+    for _ in range(2):  # what the sampler may do in a search of three
+        small.study.enqueue_trial(ended(small.study)[0].params)
+    sweep(tmp_path, FakeRuns(), grid, trials=3)
+    assert len(values(small)) == 1
+    for _ in range(2):
+        found = sweep(tmp_path, FakeRuns(), grid, trials=20)
+        assert sorted(values(found)) == ["0.01", "0.02", "0.03", "0.04"]
+        assert len(ended(found.study)) == 6
+
+
+def test_a_combination_whose_trial_was_lost_in_a_kill_is_tried_again(tmp_path):
+    grid = "optimizer.lr=[0.01, 0.02]"
+    found = sweep(tmp_path, FakeRuns(), grid, trials=1)
+    trial = found.study.ask({"optimizer.lr": optuna.distributions.CategoricalDistribution(("0.01", "0.02"))})
+    found.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # and not put into the queue again
+    assert sorted(values(sweep(tmp_path, FakeRuns(), grid, trials=2))) == ["0.01", "0.02"]
+
+
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_the_study_goes_on_to_the_number_of_trials_asked_for(tmp_path, jobs):
     assert len(ended(sweep(tmp_path, FakeRuns(), trials=4, jobs=jobs).study)) == 4
