@@ -491,6 +491,20 @@ class RunDirectory:
                     with suppress(UserError):
                         write_atomic(self.folder / manifests.NAME, held.manifest.dump())
 
+    def process_at_work(self) -> str | None:
+        """Return the number of the process that is at work on the run, or ``unknown``; None where none is."""
+        from fastcifar.locks import LockedError, locked
+
+        if not self.folder.is_dir():
+            return None
+        try:
+            with locked(self.folder / ".lock"):
+                return None
+        except LockedError:
+            return _owner(self.folder / OWNER)
+        except OSError as error:
+            refuse_disk(self.folder / ".lock", error)
+
     def _remove_temporaries(self) -> None:
         """Remove what a killed process was writing; also from a folder in which its run had not begun."""
         for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp"), *self.folder.glob("*/*/.*.tmp")]:

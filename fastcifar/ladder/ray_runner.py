@@ -28,7 +28,7 @@ from fastcifar.ladder.rows import Job
 from fastcifar.ladder.runner import GRACE_S, combine, epochs_in_words, row_failures, train_here
 from fastcifar.locations import install_command
 from fastcifar.locks import LockedError, locked
-from fastcifar.run_directory import RunDirectory, refuse_disk, write_atomic
+from fastcifar.run_directory import AtWorkError, RunDirectory, refuse_disk, write_atomic
 from fastcifar.track import Callback
 
 POLL_S = 1.0
@@ -37,7 +37,7 @@ CONNECT_S = 30.0
 MOST_LOSSES = 5
 # A shared file system may notice only after a while that the machine which held a run's lock is gone.
 LOCK_S = 180.0
-DONE, STOPPED, FAILED = "done", "stopped", "failed"
+DONE, STOPPED, FAILED, LOCKED = "done", "stopped", "failed", "locked"
 Worker = tuple[str, int]
 """The name of a worker's machine, and its process there."""
 
@@ -168,6 +168,7 @@ class RayRunner:
 
         Raises:
             RowFailed: the task ended with an error, or lost too many workers.
+            AtWorkError: another process has the run's lock and keeps it.
             OutOfTime: the deadline came first.
             Interrupted: a signal came first.
             UserError: members that do not match, a full disk.
@@ -187,6 +188,8 @@ class RayRunner:
             state, message = ray.get(task)
         except ray.exceptions.RayError as error:
             raise RowFailed(in_words(error)) from None
+        if state == LOCKED:
+            raise AtWorkError(message)
         if state != DONE:
             raise RowFailed(message or "was stopped on its machine")
 
@@ -409,7 +412,7 @@ def train_row(order: Order, mailbox: Any) -> tuple[str, str]:
     """Train or resume a row in this worker; Ray calls it again, elsewhere, when the worker is lost.
 
     Returns:
-        How it ended, ``done``, ``stopped`` or ``failed``, and why.
+        How it ended, ``done``, ``stopped``, ``failed`` or ``locked`` (by another process), and why.
     """
     import ray
 
@@ -425,6 +428,8 @@ def train_row(order: Order, mailbox: Any) -> tuple[str, str]:
                 train_here(order.job, order.data)
             else:
                 train_mirrored(order, mailbox, worker)
+    except AtWorkError as error:
+        return LOCKED, in_words(error)
     except (RowFailed, UserError, ray.exceptions.RayError) as error:
         return FAILED, in_words(error)
     except Interrupted:

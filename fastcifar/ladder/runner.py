@@ -18,7 +18,8 @@ from fastcifar.interrupt import stop_if_requested
 from fastcifar.ladder.execute import Deadline, OutOfTime, RowFailed
 from fastcifar.ladder.places import Places
 from fastcifar.ladder.rows import Job
-from fastcifar.run_directory import RunDirectory, refuse_disk, write_atomic
+from fastcifar.ladder.state import DONE, stored_state
+from fastcifar.run_directory import AtWorkError, RunDirectory, refuse_disk, write_atomic
 
 POLL_S = 0.2
 # A stopped row finishes the checkpoint it is writing; one that does not end by then is killed and loses an epoch.
@@ -51,13 +52,22 @@ class Runner:
         """
         stop_if_requested()
         if isinstance(job.recipe, CombineRecipe):
-            combine(job)
-        elif self.same_process:
-            train_here(job, self.data)
-        else:
-            self._train_apart(job, deadline, progress)
+            return combine(job)
+        while True:
+            wait_for_worker(job, deadline, progress)
+            if stored_state(job) == DONE:
+                return None
+            # A process that a killed start has left behind may take the lock only now, having imported torch.
+            with suppress(AtWorkError):
+                return train_here(job, self.data) if self.same_process else self._train_apart(job, deadline, progress)
 
     def _train_apart(self, job: Job, deadline: Deadline, progress: Callable[[str], None]) -> None:
+        """Train or resume a row in a process of its own.
+
+        Raises:
+            AtWorkError: another process has the lock of its run.
+            RowFailed, OutOfTime: as the call itself does.
+        """
         log = self.out / "logs" / f"{job.row.replace('/', '-')}-seed-{job.seed}.log"
         with self.places.place() as share, new_log(log) as file:
             # In a session of its own: Ctrl-C in a terminal reaches this process alone, which then asks it to stop.
@@ -72,6 +82,9 @@ class Runner:
         if process.returncode < 0:  # whatever the log says last, it does not say that
             raise RowFailed(f"was killed by {signal.Signals(-process.returncode).name}; see {log}")
         if process.returncode:
+            worker = RunDirectory(job.folder).process_at_work()
+            if worker and worker.isdecimal() and worker != str(process.pid):  # not what this one has left of itself
+                raise AtWorkError(f"{job.folder}: process {worker} is at work on this run")
             raise RowFailed(last_line(log) or f"ended with status {process.returncode}; see {log}")
 
     def _command(self, job: Job) -> list[str]:
@@ -83,6 +96,32 @@ class Runner:
         recipe = self.out / "logs" / f"{job.row.replace('/', '-')}-seed-{job.seed}.toml"
         write_atomic(recipe, to_toml(job.recipe))
         return [*command, str(recipe), "--out", str(job.folder)]
+
+
+def wait_for_worker(job: Job, deadline: Deadline, progress: Callable[[str], None]) -> None:
+    """Wait for the end of a process that is at work on the row's run, and report its epochs.
+
+    A ladder, or a sweep, that was killed leaves the processes of its rows behind. They train on, and lose nothing.
+
+    Raises:
+        OutOfTime: the deadline came first.
+        Interrupted: a signal came.
+    """
+    from fastcifar.console import say
+
+    waited, said = False, ""
+    while worker := RunDirectory(job.folder).process_at_work():
+        if not waited:
+            waited = True
+            say(f"{job.folder}: process {worker}, of an earlier start, is at work on this run; waiting for its end")
+        stop_if_requested()
+        text = epochs_in_words(job)
+        if text != said:
+            said = text
+            progress(text)
+        if deadline.over:
+            raise OutOfTime
+        time.sleep(POLL_S)
 
 
 def watch(

@@ -23,7 +23,7 @@ from fastcifar.ladder.execute import Deadline, RowFailed, RunRow, places_for
 from fastcifar.ladder.rows import Job
 from fastcifar.ladder.state import DONE, stored_state
 from fastcifar.locations import install_command
-from fastcifar.run_directory import RunDirectory, write_atomic
+from fastcifar.run_directory import AtWorkError, RunDirectory, write_atomic
 from fastcifar.sweep.spaces import Space
 
 if TYPE_CHECKING:
@@ -216,6 +216,7 @@ class Sweep:
 
         Raises:
             UserError: the first trials failed.
+            AtWorkError: another process has the lock of its run, which says nothing about its values.
             BaseException: whatever else stopped the trial, which then is to be resumed.
         """
         import optuna
@@ -227,7 +228,7 @@ class Sweep:
         elif isinstance(error, optuna.TrialPruned):
             self.study.tell(trial, state=states.PRUNED)
             self.say(f"{name}: pruned: {in_words(trial)}")
-        elif isinstance(error, RowFailed | UserError):
+        elif isinstance(error, RowFailed | UserError) and not isinstance(error, AtWorkError):
             trial.set_user_attr(MESSAGE, str(error))
             self.study.tell(trial, state=states.FAIL)
             self.say(f"{name}: failed: {error}")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from fastcifar.ladder.execute import Deadline, LadderExecution, OutOfTime, RowFa
 from fastcifar.ladder.rows import catalogue, choose, jobs_for
 from fastcifar.ladder.runner import Runner, epochs_in_words
 from fastcifar.ladder.state import Ledger, stored_state
-from fastcifar.run_directory import RunDirectory
+from fastcifar.locks import locked
+from fastcifar.run_directory import OWNER, RunDirectory
 from tests.command import fastcifar
-from tests.ladder.fakes import epoch_row
+from tests.ladder.fakes import FakeRows, epoch_row
 from tests.ladder.test_execute import accuracies, table
 
 EPOCHS = 60  # of a few hundredths of a second each, so that both interrupts come before the last
@@ -77,6 +79,58 @@ def test_a_log_that_cannot_be_written_fails_its_row_alone(tmp_path, view, monkey
     blocked, other = (seed["message"] for seed in row.seeds)
     assert blocked.startswith(f"{tmp_path}/logs/lenet5-seed-42.log: cannot be written: Is a directory")
     assert other == "went on"
+
+
+def at_work(folder, process="1"):
+    """Hold a run's lock as another process does, until the stack that is returned is closed."""
+    stack = ExitStack()
+    stack.enter_context(locked(folder / ".lock"))
+    (folder / OWNER).write_text(process)
+    return stack
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_process_of_an_earlier_start_is_waited_for(job, finished, capsys):
+    RunDirectory.create(job.folder, job.recipe, {"hardware": "none", "git": "0000000000"})
+    other, texts = at_work(job.folder), []
+
+    def end(text):
+        texts.append(text)
+        other.close()
+        if finished:
+            FakeRows()(job, None, lambda text: None)
+
+    scripted = says(job, "raise SystemExit(3)")
+    if finished:
+        scripted(job, Deadline(), end)
+    else:
+        with pytest.raises(RowFailed, match="status 3"):
+            scripted(job, Deadline(), end)
+    assert texts[0] == "seed 42, epoch 0/20"
+    assert "process 1, of an earlier start, is at work on this run; waiting for its end" in capsys.readouterr().err
+
+
+def test_a_wait_for_another_process_ends_at_the_deadline(job):
+    RunDirectory.create(job.folder, job.recipe, {})
+    with at_work(job.folder), pytest.raises(OutOfTime):
+        says(job, "raise SystemExit(3)")(job, Deadline.after(0.0), lambda text: None)
+
+
+def test_a_lock_that_another_process_takes_first_is_no_failed_row(job, monkeypatch):
+    """A process left behind takes the lock, and makes the run, only when it has imported torch."""
+    job.folder.mkdir(parents=True)
+    others = []
+
+    class Late(Runner):
+        def _command(self, job):
+            if not others:
+                others.append(at_work(job.folder))
+                return [sys.executable, "-c", "raise SystemExit(1)"]
+            return [sys.executable, "-c", "raise SystemExit(3)"]
+
+    monkeypatch.setattr(runner, "wait_for_worker", lambda *ignored: [other.close() for other in others])
+    with pytest.raises(RowFailed, match="status 3"):
+        Late(job.folder.parents[1])(job, Deadline(), lambda text: None)
 
 
 def test_the_deadline_stops_the_row_and_what_it_started(job, tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""A trial's process without a training: takes ``fastcifar run``'s words, goes past epoch 1 once ``go`` is there."""
+"""A trial's process without a training: takes ``fastcifar run``'s words, goes past epoch 1 once ``go`` is there.
+
+It holds the run's lock to its end, as a training does.
+"""
 
 import sys
 import time
@@ -22,7 +25,8 @@ def main(words: list[str]) -> None:
             interrupt.stop_if_requested()
             time.sleep(0.02)
 
-    with interrupt.handled("stopped"), interrupt.deferred():
+    folder.mkdir(parents=True, exist_ok=True)
+    with interrupt.handled("stopped"), interrupt.deferred(), RunDirectory(folder).alone():
         try:
             FakeRuns(before_epoch)(Job(folder.name, 42, recipe, folder, {}, 0), Deadline(), lambda text: None)
         except interrupt.Interrupted as end:

@@ -20,7 +20,7 @@ from fastcifar.errors import UserError
 from fastcifar.interrupt import Interrupted
 from fastcifar.ladder.execute import Deadline, OutOfTime, RowFailed
 from fastcifar.ladder.runner import Runner
-from fastcifar.run_directory import RunDirectory
+from fastcifar.run_directory import AtWorkError, RunDirectory
 from fastcifar.sweep import search
 from fastcifar.sweep.search import Problem, Sweep, best_of, ended, study_errors
 from fastcifar.sweep.spaces import split_settings
@@ -153,6 +153,18 @@ def test_interrupts_lose_no_epoch_and_no_trial(tmp_path, seed, jobs):
     for trial in ended(found.study):
         assert trial.value == holdout(trial.params["optimizer.lr"]) + EPOCHS
         assert list(trial.intermediate_values) == list(range(1, EPOCHS + 1))
+
+
+def test_a_run_that_another_process_keeps_locked_ends_the_sweep_and_is_no_failed_trial(tmp_path):
+    def refuse(job, epoch):
+        if job.row == "trial-0001":
+            raise AtWorkError("process 1 is at work")
+
+    with pytest.raises(AtWorkError):
+        sweep(tmp_path, FakeRuns(refuse), trials=3)
+    found = sweep(tmp_path, FakeRuns(), trials=3)
+    assert [t.state.name for t in ended(found.study)] == ["COMPLETE"] * 3
+    assert {"trial-0000", "trial-0001"} <= {t.user_attrs["run"] for t in ended(found.study)}
 
 
 def test_an_error_in_one_place_stops_the_others_and_is_raised(tmp_path):
@@ -298,11 +310,19 @@ main()
 """
 
 
-def test_one_signal_ends_all_trials_and_the_same_command_goes_on(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+def command_with(out, *options):
+    """Return the command line of a sweep in a process of its own, and its environment."""
     settings = [word for setting in (*FIXED, LR) for word in ("--set", setting)]
-    options = ["--trials", "3", "--jobs", "2", "--out", str(tmp_path)]
-    command = [sys.executable, "-c", COMMAND, "sweep", "smoke/lenet5", *settings, *options]
+    command = [sys.executable, "-c", COMMAND, "sweep", "smoke/lenet5", *settings, *options, "--out", str(out)]
+    return command, os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def stored(out):
+    return optuna.load_study(study_name="sweep", storage=f"sqlite:///{out / 'study.db'}")
+
+
+def test_one_signal_ends_all_trials_and_the_same_command_goes_on(tmp_path):
+    command, environment = command_with(tmp_path, "--trials", "3", "--jobs", "2")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     wait_for(lambda: len(list(tmp_path.glob("*/metrics.jsonl"))) == 2 or process.poll() is not None)
     process.send_signal(signal.SIGINT)
@@ -315,5 +335,23 @@ def test_one_signal_ends_all_trials_and_the_same_command_goes_on(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [RunDirectory.open(run).finished for run in tmp_path.glob("trial-*")] == [True] * 3
-    storage = f"sqlite:///{tmp_path / 'study.db'}"
-    assert len(ended(optuna.load_study(study_name="sweep", storage=storage))) == 3
+    assert len(ended(stored(tmp_path))) == 3
+
+
+def test_the_trial_that_a_killed_sweep_has_left_at_work_is_waited_for(tmp_path):
+    command, environment = command_with(tmp_path, "--trials", "2")
+    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    try:
+        wait_for((tmp_path / "trial-0000" / "metrics.jsonl").exists)
+        killed.kill()
+        killed.wait()
+        with (tmp_path / "said").open("w") as file:
+            again = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=environment)
+        wait_for(lambda: "waiting for its end" in (tmp_path / "said").read_text() or again.poll() is not None)
+    finally:
+        killed.kill()
+        (tmp_path / "go").touch()  # the trial's process, which is in a session of its own, ends too
+    assert again.wait(300) == 0, (tmp_path / "said").read_text()
+    first, second = ended(stored(tmp_path))
+    assert first.user_attrs["run"] == "trial-0000"
+    assert [first.state.name, second.state.name] == ["COMPLETE", "COMPLETE"]
