@@ -125,11 +125,18 @@ def _newest_unfinished(recipe: "Recipe | CombineRecipe", out: Path | None) -> "R
 
     if out is not None:
         return _resumed(RunDirectory.open(out), recipe) if RunDirectory.exists(out) else None
+    return newest_run(recipe)
+
+
+def newest_run(recipe: "Recipe | CombineRecipe", finished_too: bool = False) -> "RunDirectory | None":
+    """Return the newest run of exactly this recipe under ``runs/`` that has not finished, or may have; else None."""
+    from fastcifar.run_directory import RunDirectory
+
     folders = Path("runs").glob("*/recipe.toml")
     for folder in sorted((f.parent for f in folders), key=lambda f: f.stat().st_mtime, reverse=True):
         try:
             run = RunDirectory.open(folder)
-            if run.recipe == recipe and not run.finished:
+            if run.recipe == recipe and (finished_too or not run.finished):
                 return _resumed(run, recipe)
         except UserError:  # a damaged or foreign directory is no candidate
             continue

@@ -27,7 +27,8 @@ def run_seeds(
         seeds: how many.
         data: where the images are, before every other place.
         out: the folder of the run directories, ``seed-N``; None makes each under ``runs/``.
-        resume: ``auto`` goes on with each seed's own run; None begins all.
+        resume: ``auto`` goes on with each seed's own run, the newest one under ``runs/`` where ``out`` is None, and
+            leaves it as it is where it has finished; None begins all.
         verify: hash every byte of the data first.
         stop_after: end after this many of the planned epochs.
         quiet: show no progress.
@@ -40,18 +41,40 @@ def run_seeds(
     """
     from fastcifar.cli.run_command import refuse_early
     from fastcifar.interrupt import handled
-    from fastcifar.open_run import open_run
 
     first = checked(recipe)
     refuse_early(first, data, verify)
+    wanted = [first.model_copy(update={"seed": seed}) for seed in range(first.seed, first.seed + seeds)]
     with ExitStack() as stack:
-        runs = []
-        for seed in range(first.seed, first.seed + seeds):
-            folder = None if out is None else out / f"seed-{seed}"
-            runs.append(stack.enter_context(open_run(first.model_copy(update={"seed": seed}), folder, resume)))
+        runs = open_all(wanted, out, resume, stack)
         stack.enter_context(handled(f"stopped; {GO_ON}"))
         train_unfinished(runs, data, stop_after, quiet)
     return runs
+
+
+def open_all(
+    recipes: "Sequence[Recipe]", out: Path | None, resume: str | None, stack: ExitStack
+) -> "list[RunDirectory]":
+    """Return the run directory of each recipe, the one to go on with or a new one, with its lock in the stack.
+
+    Folders that are there come first: if one of them is refused, no run is made for the others.
+
+    Raises:
+        UserError: as `fastcifar.open_run.open_run` does.
+    """
+    from fastcifar.open_run import newest_run, open_run
+
+    places: list[tuple[int, Recipe, Path | None]] = []
+    for number, recipe in enumerate(recipes):
+        folder = None if out is None else out / f"seed-{recipe.seed}"
+        if folder is None and (resume == "auto" or recipe.checkpoint.resume == "auto"):
+            # A finished one too: it is this seed's, and the others go on beside it.
+            found = newest_run(recipe, finished_too=True)
+            folder = found.folder if found else None
+        places.append((number, recipe, folder))
+    places.sort(key=lambda place: place[2] is None or not place[2].exists())
+    runs = {number: stack.enter_context(open_run(recipe, folder, resume)) for number, recipe, folder in places}
+    return [runs[number] for number in range(len(recipes))]
 
 
 def train_unfinished(runs: "Sequence[RunDirectory]", data: Path | None, stop_after: int | None, quiet: bool) -> None:

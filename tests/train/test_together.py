@@ -161,6 +161,31 @@ def test_the_command_makes_a_run_for_each_seed(tiny):
     assert_same_run(tiny / "one", tiny / "all/seed-1")
 
 
+def test_a_finished_seed_is_not_trained_again(tiny):
+    words = ["run", "tiny.toml", "--seeds", "2", "--json", "--quiet"]
+    done = fastcifar("run", "tiny.toml", "--json", "--quiet", cwd=tiny)
+    assert done.returncode == 0, done.stderr
+    first = json.loads(done.stdout)
+    assert fastcifar(*words, "--set", "seed=1", "--stop-after", "1", cwd=tiny).returncode == 0
+    begun = sorted((tiny / "runs").iterdir())
+    done = fastcifar(*words, "--resume", "auto", cwd=tiny)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(done.stdout)["runs"]
+    assert runs[0]["run"] == first["run"]
+    assert [run["status"] for run in runs] == ["finished", "finished"]
+    assert sorted((tiny / "runs").iterdir()) == begun, "a run was made anew"
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]])
+def test_a_folder_that_is_refused_is_so_before_the_others_are_begun(tiny, resume):
+    other = recipe(seed=1, train={"epochs": 3, "batch_size": 60})
+    RunDirectory.create(tiny / "all/seed-1", other, {})
+    done = fastcifar("run", "tiny.toml", "--seeds", "3", "--out", "all", *resume, cwd=tiny)
+    assert done.returncode == 2
+    assert "all/seed-1: " in done.stderr
+    assert [path.name for path in (tiny / "all").iterdir()] == ["seed-1"]
+
+
 def test_a_failed_seed_is_named_and_the_status_is_2(tiny):
     settings = ["--set", "optimizer={name='sgd',lr=1e6}", "--set", "engine.precision=fp32"]
     done = fastcifar("run", "tiny.toml", "--seeds", "2", "--out", "all", *settings, cwd=tiny)
