@@ -1,4 +1,7 @@
-"""For benchmarks of many parts: what is measured is in the results file at once, and another start goes on after it."""
+"""For benchmarks of many parts: what is measured is in the results file at once, and another start goes on after it.
+
+It does so from the same commit alone: with changes that are not committed, every start measures anew.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ def unfinished(benchmark: str) -> tuple[Path, dict[str, Any] | None]:
     """
     now = report_of(benchmark, False, [])
     found = reports(benchmark)
-    if not found or found[-1][1].get("complete", True) or sources(found[-1][1]) != sources(now):
+    if not found or found[-1][1].get("complete", True) or not same_sources(found[-1][1], now):
         return new_results_folder() / results_name(now["environment"]), None
     return found[-1]
 
@@ -33,9 +36,18 @@ def kept_runs(benchmark: str) -> dict[str, Any]:
     """Return the runs that these sources made and that unfinished reports hold; a finished one takes its own along."""
     now, pending = report_of(benchmark, False, []), {}
     for _, report in reports(benchmark):
-        unfinished_here = not report.get("complete", True) and sources(report) == sources(now)
+        unfinished_here = not report.get("complete", True) and same_sources(report, now)
         pending[recipes_of(report)] = report.get("runs", {}) if unfinished_here else {}
     return {key: run for runs in pending.values() for key, run in runs.items()}
+
+
+def same_sources(report: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether the same sources made two reports.
+
+    A working tree with changes (``+``) may have had others since, and of code without a revision nothing is known.
+    """
+    revision = report["environment"]["git"]
+    return bool(revision) and not revision.endswith("+") and sources(report) == sources(other)
 
 
 def sources(report: dict[str, Any]) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from fastcifar.train.contract import ContractResult, ContractRun
 from tests.train.tiny import recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import common
 import resuming
 import time_to_accuracy
 
@@ -127,6 +128,7 @@ def test_runs_are_kept_at_once_and_gone_on_with(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(resuming, "new_results_folder", lambda: tmp_path)
+    monkeypatch.setattr(common, "describe", lambda: describe() | {"git": "0123456789"})
     trained = []
 
     def interrupted_before(last: int) -> None:
@@ -157,6 +159,10 @@ def test_runs_are_kept_at_once_and_gone_on_with(
     assert set(resuming.kept_runs(time_to_accuracy.CONTRACT))
     for recipes in (["beyond/speed94"], ["beyond/speed96", "beyond/speed94"]):
         bench.merge(path, report | {"complete": True, "recipes": recipes})
+    assert resuming.kept_runs(time_to_accuracy.CONTRACT) == {}
+    # Of changed sources nobody knows whether they are the same.
+    monkeypatch.setattr(common, "describe", lambda: describe() | {"git": "0123456789+"})
+    resuming.keep(path, time_to_accuracy.CONTRACT, report["results"], runs=report["runs"])
     assert resuming.kept_runs(time_to_accuracy.CONTRACT) == {}
 
 

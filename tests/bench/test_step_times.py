@@ -18,6 +18,7 @@ import resuming  # noqa: E402
 import step_times  # noqa: E402
 
 NAMES = ("lenet5", "deep-bn", "wrn-sgd")
+DESCRIBED = common.describe() | {"git": "0123456789"}
 
 
 @pytest.fixture
@@ -30,6 +31,7 @@ def measured(tmp_path, monkeypatch) -> list[str]:
         return [common.result(key(recipe), [float(len(calls))], "ms") for key in (step_key, compilation_key)]
 
     monkeypatch.setattr(resuming, "new_results_folder", lambda: tmp_path)
+    monkeypatch.setattr(common, "describe", lambda: DESCRIBED)
     monkeypatch.setattr(step_times, "kinds", lambda quick: [load_recipe(name) for name in NAMES])
     monkeypatch.setattr(step_times, "measure_apart", measure_apart)
     return calls
@@ -74,6 +76,14 @@ def test_other_sources_begin_anew(measured, tmp_path):
     report["environment"] |= {"git": "another"}
     bench.merge(path, report)
     assert resuming.unfinished("step_times")[1] is None
+
+
+@pytest.mark.parametrize("revision", ["0123456789+", None])
+def test_sources_that_may_have_changed_begin_anew(measured, tmp_path, monkeypatch, revision):
+    monkeypatch.setattr(common, "describe", lambda: DESCRIBED | {"git": revision})
+    step_times.run(False)
+    step_times.run(False)
+    assert measured == [*NAMES, *NAMES]
 
 
 def test_a_kind_that_fails_does_not_stop_the_others(measured, tmp_path, monkeypatch):
