@@ -116,6 +116,8 @@ def execute(
         rows = run(arguments.quick)
     except UserError as error:
         sys.exit(f"fastcifar: bench {name.replace('_', '-')}: {error}")
+    except KeyboardInterrupt:  # Ctrl-C, which `fastcifar bench` hands on after its own words
+        sys.exit(130)
     report = report_of(name, arguments.quick, rows) | ({"recipes": recipes} if recipes else {})
     show(report)
     if arguments.json:

@@ -36,6 +36,7 @@ class _State:
         process: whose handler it is; a forked worker inherits it.
         message: what to say, such as how to go on.
         deferring: how many blocks want a flag instead of an end.
+        first: what such a block does after a signal.
         requested: the signal that came within such a block, or None.
         silent: say nothing, because another process does.
     """
@@ -43,6 +44,7 @@ class _State:
     process: int = 0
     message: str = "stopped"
     deferring: int = 0
+    first: str = ""
     requested: int | None = None
     silent: bool = False
 
@@ -69,7 +71,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
         return
     if _state.deferring and _state.requested is None:
         _state.requested = number
-        _say(f"{signal.Signals(number).name}: finishing this step, then saving; the same again ends at once")
+        _say(f"{signal.Signals(number).name}: {_state.first}; the same again ends at once")
         return
     _say(f"{signal.Signals(number).name}: {_state.message}")
     os._exit(128 + number)
@@ -100,17 +102,22 @@ def handled(message: str) -> Iterator[None]:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
+def deferred(first: str = "finishing this step, then saving") -> Iterator[None]:
     """Within the block, the first signal only sets the flag that `requested` reads.
+
+    Args:
+        first: what the block does then, for people.
 
     Raises:
         Interrupted: a signal came that the block did not look at any more.
     """
+    before, _state.first = _state.first, first
     _state.deferring += 1
     try:
         yield
     finally:
         _state.deferring -= 1
+        _state.first = before
     # A signal from here on ends the process itself; one from before is not forgotten.
     stop_if_requested()
 

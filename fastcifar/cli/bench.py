@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ NAMES = (
     "ceilings", "loaders", "augment", "optimizer", "kernels", "step", "models", "step-times", "time-to-accuracy",
     "launches", "large-data", "seeds", "jobs",
 )  # fmt: skip
+POLL_S = 0.2
 OWN_FILES = {"launches": "launches.json"}
 """Benchmarks that keep their results themselves, and where."""
 
@@ -42,6 +45,8 @@ def bench(
     folder = benchmarks_folder()
     reports, failed = [], []
     options = options_of(names, contract, recipe, runs)
+    if to:
+        refuse_results(to)
     for name in chosen(names or ["all"]):
         report = run_one(folder / f"{name.replace('-', '_')}.py", [*(["--quick"] if quick else []), *options])
         if report is None:
@@ -97,15 +102,57 @@ def options_of(names: list[str] | None, contract: bool, recipes: list[str] | Non
     return options
 
 
-def run_one(script: Path, options: list[str]) -> dict[str, Any] | None:
-    """Run one benchmark in a process of its own, so that no side effect reaches the next; None when it fails."""
-    command = [sys.executable, str(script), "--json", *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+def refuse_results(path: Path) -> None:
+    """Refuse a results file before minutes are measured for it.
+
+    Raises:
+        UserError: what is there is no results file, or nothing can be written there.
+    """
     try:
-        return json.loads(done.stdout) if done.returncode == 0 else None
+        if path.exists():
+            read_results(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}; choose another with --out") from None
+
+
+def run_one(script: Path, options: list[str]) -> dict[str, Any] | None:
+    """Run one benchmark in a process of its own, so that no side effect reaches the next; None when it fails.
+
+    Raises:
+        Interrupted: a signal came; the benchmark's process, and what that has started, have ended.
+    """
+    from fastcifar.interrupt import deferred
+    from fastcifar.ladder.runner import stop
+
+    command = [sys.executable, str(script), "--json", *options]
+    with deferred("ending the benchmark"):
+        # In a session of its own: Ctrl-C in a terminal reaches this process alone, which then asks it to stop.
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        try:
+            printed = printed_by(process)
+        finally:
+            stop(process)
+    try:
+        return json.loads(printed) if process.returncode == 0 else None
     except json.JSONDecodeError:
         err.print(f"{script}: printed no JSON object", style="red")
         return None
+
+
+def printed_by(process: "subprocess.Popen[str]") -> str:
+    """Wait for a process and return what it has printed to stdout.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    from fastcifar.interrupt import stop_if_requested
+
+    while True:
+        stop_if_requested()
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=POLL_S)[0]
 
 
 def results_name(environment: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from fastcifar.config import CombineRecipe, Recipe, to_toml
 from fastcifar.errors import UserError
@@ -154,8 +154,8 @@ def epochs_in_words(job: Job) -> str:
     return f"seed {job.seed}, epoch {len(rows)}/{job.recipe.train.epochs}{accuracy}"
 
 
-def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End the row's process and what it has started: ask, wait, kill what is left of its group."""
+def stop(process: "subprocess.Popen[Any]") -> None:
+    """End a process that leads a group, such as a row's, and what it has started: ask, wait, kill the group's rest."""
     with suppress(ProcessLookupError, subprocess.TimeoutExpired):
         if process.poll() is None:
             process.send_signal(signal.SIGINT)

@@ -1,6 +1,7 @@
 """``fastcifar bench``: names, the results file, failures."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import typer
 
 from fastcifar.cli import bench
 from fastcifar.errors import UserError
+from tests.command import fastcifar, signals_heard
+from tests.ladder.test_runner import alive, wait_for
 
 ENVIRONMENT = {"date": "2026-01-31T12:00:00+00:00", "hardware": "NVIDIA H200"}
 
@@ -106,6 +109,61 @@ def test_a_failed_benchmark_does_not_stop_the_others(suite, capfd):
     assert json.loads(printed.out)["failed"] == ["models"]
     assert "models: no GPU" in printed.err
     assert bench.read_results(suite / "results.json")["benchmarks"][0]["benchmark"] == "step"
+
+
+@pytest.mark.parametrize("path", ["{}", "{}/file/x.json", "/dev/null/x.json", "{}/other.json"])
+def test_a_results_file_that_cannot_be_written_is_refused_before_anything_is_measured(suite, path):
+    (suite / "file").touch()
+    (suite / "other.json").write_text("[]")
+    (suite / "step.py").write_text("raise SystemExit('measured')")
+    done = fastcifar("bench", "step", "--out", path.format(suite), cwd=suite)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "choose " in done.stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_benchmark_and_what_it_has_started(suite, number, status):
+    (suite / "step.py").write_text(ENDLESS)
+    with signals_heard():
+        process = subprocess.Popen([sys.executable, "-c", COMMAND], cwd=suite, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: (suite / "pids").exists() or process.poll() is not None)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == status, said
+    assert f"{number.name}: ending the benchmark" in said
+    # SIGKILL is sent by then; the kernel takes a moment to execute it.
+    for pid in (suite / "pids").read_text().split():
+        wait_for(lambda pid=pid: not alive(int(pid)), 60.0)
+
+
+# With a process that is deaf to Ctrl-C, as a benchmark's own processes may be.
+ENDLESS = """
+import os, subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(999)"
+other = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.DEVNULL)
+with open("new", "w") as file:
+    file.write(f"{os.getpid()} {other.pid}")
+os.rename("new", "pids")
+try:
+    time.sleep(999)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+COMMAND = """
+import sys
+from pathlib import Path
+from fastcifar import interrupt
+interrupt.install()
+from fastcifar.cli import bench
+bench.benchmarks_folder = Path.cwd
+sys.argv = ["fastcifar", "bench", "step", "--out", "results.json"]
+from fastcifar.cli.main import main
+main()
+"""
 
 
 def test_what_measured_nothing_is_not_kept(suite, capfd):
