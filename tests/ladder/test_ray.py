@@ -11,10 +11,11 @@ import pytest
 from fastcifar.errors import UserError
 from fastcifar.ladder import ray_runner
 from fastcifar.ladder.execute import Deadline, LadderExecution, OutOfTime, RowFailed
-from fastcifar.ladder.ray_runner import HandsOn, Mailbox, MirroredRun, RayRunner, cluster
+from fastcifar.ladder.ray_runner import HandsOn, Mailbox, MirroredRun, Order, RayRunner, cluster, train_row
 from fastcifar.ladder.rows import jobs_for
 from fastcifar.ladder.runner import Runner
 from fastcifar.ladder.state import DONE, Ledger, stored_state
+from fastcifar.locks import locked
 from fastcifar.run_directory import RunDirectory
 from tests.command import fastcifar
 from tests.ladder.fakes import Quiet
@@ -193,6 +194,20 @@ def test_what_trackers_keep_goes_where_the_run_goes(tmp_path, monkeypatch):
     again.folder.mkdir()
     again.fetch()
     assert (again.folder / "tensorboard" / "events").read_bytes() == b"one and two, closed"
+
+
+def test_a_lock_that_another_process_keeps_is_no_failure_of_the_run(tmp_path, monkeypatch):
+    errors = SimpleNamespace(RayError=ZeroDivisionError)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda value: value, exceptions=errors))
+    monkeypatch.setattr(ray_runner, "LOCK_S", 0.0)
+    job, token = small_jobs(tmp_path)[0], tmp_path / "token"
+    RunDirectory.create(job.folder, job.recipe, {"hardware": "none", "git": "0000000000"})
+    token.touch()
+    order = Order(job, job.folder.relative_to(tmp_path).as_posix(), token, None, tmp_path / "none", {})
+    with locked(job.folder / ".lock"):
+        state, message = train_row(order, Here(Mailbox(tmp_path)))
+    assert state == ray_runner.LOCKED
+    assert "is at work on this run" in message
 
 
 # --------------------------------------------------------------------------------------------------- the command line
