@@ -143,19 +143,17 @@ def one_voice(here: Place) -> Iterator[Any]:
     that only lost the connection to it. A signal is spoken of by rank 0, or by `launch`.
 
     Raises:
-        UserError: what the block raised, with the number of the rank where that is not 0; the environment does not say
-            where the ranks meet.
+        UserError: what the block raised, with the number of the rank where that is not 0; the ranks cannot meet.
         SystemExit: another rank has spoken.
     """
     if here.world == 1:
         yield None
         return
-    from torch.distributed import PrefixStore, rendezvous
+    from torch.distributed import PrefixStore
 
     if here.rank or HINT in os.environ:
         interrupt.be_silent()
-    refuse_port(os.environ.get("MASTER_PORT", ""))
-    store, _, _ = next(rendezvous("env://", here.rank, here.world))
+    store = meet(here)
     try:
         yield store
     except interrupt.Interrupted as error:
@@ -171,6 +169,24 @@ def one_voice(here: Place) -> Iterator[Any]:
         if here.rank and isinstance(error, UserError):
             raise UserError(f"rank {here.rank}: {error}") from None
         raise
+
+
+def meet(here: Place) -> Any:
+    """Return the store of the ranks, which rank 0 serves at ``MASTER_ADDR`` and ``MASTER_PORT``.
+
+    Raises:
+        UserError: ``MASTER_PORT`` is no port or another program's, or nobody answers at the address.
+    """
+    from torch.distributed import DistError, rendezvous
+
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    refuse_port(port)
+    try:
+        store, _, _ = next(rendezvous("env://", here.rank, here.world))
+    except DistError as error:
+        reason = str(error).partition("[")[0].strip()  # torch's log lines and stack follow
+        raise UserError(f"the ranks cannot meet at MASTER_ADDR {address}, MASTER_PORT {port}: {reason}") from None
+    return store
 
 
 def refuse_port(text: str) -> None:

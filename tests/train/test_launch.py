@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,19 @@ def test_ranks_that_are_not_told_where_to_meet_are_refused(tmp_path, monkeypatch
     done = fastcifar("run", "smoke/lenet5", "--out", "run", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"fastcifar: MASTER_PORT {said}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_ranks_whose_port_another_program_has_are_refused(tmp_path, monkeypatch):
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        done = fastcifar("run", "smoke/lenet5", "--out", "run", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    said = f"fastcifar: the ranks cannot meet at MASTER_ADDR localhost, MASTER_PORT {port}: "
+    assert done.stderr.startswith(said)
+    assert "address already in use" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
