@@ -263,7 +263,7 @@ def limited(command: list[str], limit_s: float, log: Path) -> int:
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Interrupt a command and what it has started, so that it can end well, and kill what is left of its group.
 
-    A group of its own, because ``fastcifar bench`` ends at once and its benchmark would go on, on the GPU.
+    ``fastcifar bench`` and ``fastcifar ladder`` end their processes, which lead groups of their own, before they end.
     """
     try:
         if process.poll() is None:

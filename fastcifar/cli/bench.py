@@ -20,6 +20,9 @@ NAMES = (
     "launches", "large-data", "seeds", "jobs",
 )  # fmt: skip
 POLL_S = 0.2
+# A benchmark has nothing to save. Shorter than what `make gpu` leaves this command, which is killed then, and could not
+# end a benchmark any more.
+GRACE_S = 10.0
 OWN_FILES = {"launches": "launches.json"}
 """Benchmarks that keep their results themselves, and where."""
 
@@ -133,7 +136,7 @@ def run_one(script: Path, options: list[str]) -> dict[str, Any] | None:
         try:
             printed = printed_by(process)
         finally:
-            stop(process)
+            stop(process, GRACE_S)
     try:
         return json.loads(printed) if process.returncode == 0 else None
     except json.JSONDecodeError:
