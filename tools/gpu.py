@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 REHEARSAL = os.environ.get("FASTCIFAR_GPU_REHEARSAL") == "1"
 FOLDER = ROOT / "runs" / ("gpu-rehearsal" if REHEARSAL else "gpu")
 DATA = ROOT / "gpu-pack" / "ready"
-GRACE_S = 30.0
+# A ladder stops its rows so long before a piece's limit and is killed as long after it. Rows have a minute to end, in
+# which the ladder has to be there: a row leads a group of its own, and would be left on the GPU.
+GRACE_S = 45.0
 UNFINISHED = 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = {128 + number for number in SIGNALS}
