@@ -4,6 +4,7 @@ import os
 import random
 import secrets
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if option == "default":
         config.option.randomly_seed = int(os.environ[SEED])
     os.environ["OMP_NUM_THREADS"] = "1"  # the programs that tests start have one thread too
+    if not os.access(Path.home(), os.W_OK):  # where Triton keeps what it has compiled
+        os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"))
 
 
 def session_seed(config: pytest.Config) -> int:

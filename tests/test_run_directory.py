@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
+from hypothesis import seed as seeded
 
 from fastcifar import environment, run_directory
 from fastcifar import open_run as opening
@@ -25,6 +26,7 @@ from tests.forked import CONTEXT
 from tests.run_directories import make_members, recipe
 from tests.storm import run_directories
 from tests.storm.tally import Tally
+from tests.storm.test_properties import SEED
 
 
 @pytest.fixture
@@ -146,8 +148,9 @@ def test_metrics_that_were_removed_are_missed(run):
         RunDirectory.open(run.folder).metrics()
 
 
+@seeded(SEED)
 @given(seed=strategies.integers(0, 2**32 - 1))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, deadline=None, database=None)
 def test_no_mutated_run_is_used_without_a_word(seed):
     tally = Tally("run directories")
     run_directories.storm(tally, seed, 1)

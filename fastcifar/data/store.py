@@ -7,6 +7,7 @@ all: it is written under a temporary name, synchronized and renamed.
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -146,7 +147,7 @@ def open_store(root: Path) -> Store:
     known = _Remembered(store)
     for name, file in store.manifest.files.items():
         _check_size(root / name, file)
-        if not known.unchanged(name):
+        if not known.look(name):
             _check_hash(root / name, file.sha256)
     known.save()
     return store
@@ -160,24 +161,33 @@ def _check_size(path: Path, file: FileEntry) -> None:
         raise UserError(f"{path}: {size:,} bytes instead of {file.bytes:,} (truncated?); convert again")
 
 
+# A file system's clock may move in ticks of up to 10 ms: what is written twice within one of them looks the same after.
+TICK_NS = 20_000_000
+
+
 class _Remembered:
-    """Which files of a store were found to have the right hash, and what they looked like then."""
+    """Which files of a store were found to have the right hash, and what they looked like before they were hashed."""
 
     def __init__(self, store: Store):
         key = hashlib.sha256(f"{store.root.resolve()} {store.manifest.digest}".encode()).hexdigest()
         self._store, self._path = store, cache_folder() / "verified" / f"{key}.json"
+        self._began, self._seen = time.time_ns(), dict[str, list[int]]()
         try:
             self._known = json.loads(self._path.read_text())
         except (OSError, ValueError, RecursionError):
             self._known = None
 
-    def unchanged(self, name: str) -> bool:
-        """Return whether the file looks as it did when its hash was right."""
-        return isinstance(self._known, dict) and self._known.get(name) == _looks(self._store.root / name)
+    def look(self, name: str) -> bool:
+        """Look at a file, before it is hashed, and return whether it looks as it did when its hash was right."""
+        look = self._seen[name] = _looks(self._store.root / name)
+        return isinstance(self._known, dict) and self._known.get(name) == look
 
     def save(self) -> None:
-        """Remember that all files are right now; a cache that cannot be written costs only time."""
-        looks = {name: _looks(self._store.root / name) for name in self._store.manifest.files}
+        """Remember that all files that were looked at are right, but for those that were changed only just now.
+
+        A cache that cannot be written costs only time.
+        """
+        looks = {name: look for name, look in self._seen.items() if look[2] < self._began - TICK_NS}
         if looks == self._known:
             return
         part = self._path.with_suffix(f".{os.getpid()}.part")
@@ -219,10 +229,11 @@ def verify(root: Path, progress: Progress = no_progress) -> Store:
         UserError: the first damaged, missing or foreign file, named.
     """
     store = Store(root, read_manifest(root / MANIFEST))
-    files = store.manifest.files
+    files, known = store.manifest.files, _Remembered(store)
     for done, (name, file) in enumerate(files.items()):
         progress(f"verify {name}", done, len(files))
         _check_size(root / name, file)
+        known.look(name)
         _check_hash(root / name, file.sha256)
     progress("verify", len(files), len(files))
     foreign = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()} - files.keys() - {MANIFEST}
@@ -231,7 +242,7 @@ def verify(root: Path, progress: Progress = no_progress) -> Store:
     splits = {name: store.split(name) for name in ("train", "test")}
     if content_hash(DataSet(splits, store.classes, {}, [])) != store.manifest.content:
         raise UserError(f"{root / MANIFEST}: classes, labels or pixels are not those that it names; convert again")
-    _Remembered(store).save()
+    known.save()
     return store
 
 
@@ -365,7 +376,10 @@ def _write(data: DataSet, to: str, out: Path, progress: Progress, key: str = "")
     store = Store(out, read_manifest(out / MANIFEST))
     if store.manifest != written:  # another process made it meanwhile
         return open_store(out)
-    _Remembered(store).save()
+    known = _Remembered(store)
+    for name in written.files:
+        known.look(name)
+    known.save()
     return store
 
 

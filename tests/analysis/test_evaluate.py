@@ -44,8 +44,8 @@ def test_impulse_noise_hits_its_share_with_both_kinds(rng):
     x = np.full((40, 32, 32, 3), 0.4)
     for level, share in zip(LEVELS, (0.01, 0.02, 0.03, 0.05, 0.07), strict=True):
         changed = corruptions.impulse_noise(x, level, rng)
-        assert (changed == 0).mean() == pytest.approx(share / 2, rel=0.15)
-        assert (changed == 1).mean() == pytest.approx(share / 2, rel=0.15)
+        assert (changed == 0).mean() == pytest.approx(share / 2, rel=0.25)
+        assert (changed == 1).mean() == pytest.approx(share / 2, rel=0.25)
 
 
 def test_gaussian_blur_is_two_convolutions(x, rng):

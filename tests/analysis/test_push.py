@@ -102,6 +102,9 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     pytest.importorskip("huggingface_hub")
+    # A machine without a network may say so, or name a proxy; neither is for a server on this machine.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.asked, server.refuse = [], False
     server.url = f"http://127.0.0.1:{server.server_address[1]}"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -138,21 +139,29 @@ def test_the_deadline_stops_the_row_and_what_it_started(job, tmp_path, monkeypat
     mark = tmp_path / "grandchild"
     script = f"""import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-sleep = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(99)"
+sleep = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)"
 child = subprocess.Popen([sys.executable, "-c", sleep])
-open({str(mark)!r}, "w").write(str(child.pid))
-time.sleep(99)"""
-    with pytest.raises(OutOfTime):
-        says(job, script)(job, Deadline.after(2.0), lambda text: None)
+open({str(mark)!r}, "w").write(f"{{child.pid}}.")
+time.sleep(600)"""
+    deadline = Deadline()
+
+    def end_it() -> None:
+        wait_for(lambda: mark.exists() and mark.read_text().endswith("."))
+        deadline.end_now()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(end_it)
+        with pytest.raises(OutOfTime):
+            says(job, script)(job, deadline, lambda text: None)
     # SIGKILL is sent by then; the kernel takes a moment to execute it.
-    wait_for(lambda: not alive(int(mark.read_text())), 60.0)
+    wait_for(lambda: not alive(int(mark.read_text().rstrip("."))), 60.0)
 
 
 def alive(pid):
     """Return whether a process runs; a zombie that nobody has waited for does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before the file was opened, or before it was read
         return False
     return state not in "ZX"
 

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from fastcifar.cli.ladder import seconds
 from tests.command import signals_heard
+from tests.ladder.test_runner import alive
 from tests.tools.test_gpu_pack import script
 
 
@@ -124,8 +124,7 @@ def test_the_ladder_has_time_in_the_fewest_minutes(gpu, monkeypatch):
 def gone(process: int) -> bool:
     """Return whether a process has ended, within a minute; one that nobody has waited for has ended too."""
     for _ in range(600):
-        stat = Path(f"/proc/{process}/stat")
-        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+        if not alive(process):
             return True
         time.sleep(0.1)
     return False

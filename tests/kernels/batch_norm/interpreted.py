@@ -32,6 +32,7 @@ TILE = 1024
 SHAPES = [
     (3, 27, 5, 7, 25), (2, 16, 3, 3, 16), (3, 43, 7, 7, 41), (5, 66, 4, 4, 64), (3, 43, 10, 10, 0), (1, 1, 1, 2, 0),
 ]  # fmt: skip
+NEAR_ZERO = 1e-5
 found: list[tuple[str, float, float]] = []
 
 
@@ -45,11 +46,26 @@ def images(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 2.0) -
     return (torch.randn(shape) * 3 + mean).to(dtype).contiguous(memory_format=NHWC)
 
 
+def away_from_zero(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Return images, weight and bias of which no normalized value lies where rounding could put it across zero.
+
+    ReLU's gradient jumps there.
+    """
+    nearest = 0.0
+    while nearest < NEAR_ZERO:
+        x, weight, bias = images(*shape, dtype=dtype), torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+        statistics = torch.zeros(2, shape[1]).double()
+        wide = reference.batch_norm(x.double(), weight.double(), bias.double(), *statistics, relu=False)
+        nearest = float(wide.output.abs().min())
+    return x, weight, bias
+
+
 def check_values(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, scaled: bool, padding: int = 0) -> None:
     """Compare outputs, statistics and all gradients with the reference in float64; ``padding`` more channels are 0."""
     b, c, h, w, r = shape
-    x, shortcut = images(b, c, h, w, dtype=dtype), images(b, r, h, w, dtype=dtype) if r else None
-    weight, bias, mean, var = torch.rand(c) + 0.5, torch.randn(c), torch.randn(c), torch.rand(c)
+    shortcut = images(b, r, h, w, dtype=dtype) if r else None
+    x, weight, bias = away_from_zero(b, c, h, w, dtype=dtype)
+    mean, var = torch.randn(c), torch.rand(c)
     scales = torch.rand(2, b) * 2 - 0.5 if scaled else None
     leaves = [t.requires_grad_() for t in (x, weight, bias, shortcut) if t is not None]
     wide = [t.detach().double().requires_grad_() for t in leaves]
@@ -120,7 +136,8 @@ def check_against_torch() -> None:
 
 def check_dropout() -> None:
     """See that dropout keeps the right share, scales it, and drops the same places on the way back."""
-    x, weight, bias = images(4, 43, 8, 8).requires_grad_(), torch.rand(43) + 0.5, torch.randn(43)
+    x, weight, bias = away_from_zero(4, 43, 8, 8)
+    x.requires_grad_()
     plain, _, _ = batch_norm(x, weight, bias, None)
     draws = []
     for relu, seed in itertools.product((False, True), (5, 6)):
@@ -188,9 +205,6 @@ MODELS = {
     "pyramidnet aligned": {"name": "pyramidnet", "depth": 8, "alpha": 11, "shakedrop": 0.5, "align": 8},
     "bottleneck": {"name": "pyramidnet", "depth": 11, "alpha": 10, "block": "bottleneck", "shakedrop": 0.5},
 }  # fmt: skip
-
-
-NEAR_ZERO = 1e-5
 
 
 def network(table: dict[str, Any], fused: bool) -> torch.nn.Module:
