@@ -154,12 +154,17 @@ def epochs_in_words(job: Job) -> str:
     return f"seed {job.seed}, epoch {len(rows)}/{job.recipe.train.epochs}{accuracy}"
 
 
-def stop(process: "subprocess.Popen[Any]", grace_s: float = GRACE_S) -> None:
-    """End a process that leads a group, such as a row's, and what it has started: ask, wait, kill the group's rest."""
+def stop(process: "subprocess.Popen[Any]", grace_s: float | None = None) -> None:
+    """End a process that leads a group, such as a row's, and what it has started: ask, wait, kill the group's rest.
+
+    Args:
+        process: the group's leader.
+        grace_s: how long to wait; None for what a training gets.
+    """
     with suppress(ProcessLookupError, subprocess.TimeoutExpired):
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            process.wait(grace_s)
+            process.wait(GRACE_S if grace_s is None else grace_s)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
