@@ -76,7 +76,7 @@ class Runner:
                 env=os.environ | share,
             )
             try:
-                watch(process, job, deadline, progress)
+                watch(lambda: process.poll() is None, job, deadline, progress)
             finally:
                 stop(process)
         if process.returncode < 0:  # whatever the log says last, it does not say that
@@ -109,32 +109,29 @@ def wait_for_worker(job: Job, deadline: Deadline, progress: Callable[[str], None
     """
     from fastcifar.console import say
 
-    waited, said = False, ""
-    while worker := RunDirectory(job.folder).process_at_work():
-        if not waited:
-            waited = True
-            say(f"{job.folder}: process {worker}, of an earlier start, is at work on this run; waiting for its end")
-        stop_if_requested()
-        text = epochs_in_words(job)
-        if text != said:
-            said = text
-            progress(text)
-        if deadline.over:
-            raise OutOfTime
-        time.sleep(POLL_S)
+    run = RunDirectory(job.folder)
+    if worker := run.process_at_work():
+        say(f"{job.folder}: process {worker}, of an earlier start, is at work on this run; waiting for its end")
+        watch(lambda: run.process_at_work() is not None, job, deadline, progress)
 
 
 def watch(
-    process: "subprocess.Popen[bytes]", job: Job, deadline: Deadline, progress: Callable[[str], None]
+    at_work: Callable[[], bool], job: Job, deadline: Deadline, progress: Callable[[str], None]
 ) -> None:
-    """Wait for the row's process and report its epochs.
+    """Wait for the end of a row's process and report its epochs.
+
+    Args:
+        at_work: whether the process still is.
+        job: the row.
+        deadline: when to stop waiting.
+        progress: told of each new epoch.
 
     Raises:
         OutOfTime: the deadline came first.
         Interrupted: a signal came.
     """
     said = ""
-    while process.poll() is None:
+    while at_work():
         stop_if_requested()
         text = epochs_in_words(job)
         if text != said:
