@@ -145,7 +145,9 @@ class SpeedNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 3, S, S) to logits (B, num_classes)."""
         x = self.blocks(F.gelu(self.whitening(x)))
-        return self.head(x.amax((2, 3))) * self.scale
+        # Not `amax`: its gradient looks for the values that equal the maximum, and compiled code that computes them
+        # again, without rounding to 16 bits in between, finds none and divides by that count of 0.
+        return self.head(F.max_pool2d(x, x.shape[2:]).flatten(1)) * self.scale
 
 
 def build(config: SpeedNetConfig, num_classes: int, image_px: int) -> nn.Module:

@@ -5,9 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcifar.config.schema import DeepBaselineConfig, LeNet5Config, ModelUnion, Residual15Config, WideResNetConfig
+from fastcifar.config.schema import (
+    DeepBaselineConfig,
+    LeNet5Config,
+    ModelConfig,
+    ModelUnion,
+    Residual15Config,
+    WideResNetConfig,
+)
 from fastcifar.errors import UserError
 from fastcifar.models import MODELS, SMALLEST_PX, build_model, smallest_px
 
@@ -93,3 +102,25 @@ def test_images_that_are_too_small_are_refused(table: dict[str, Any]):
         build_model(config, image_px=smallest - 1, seed=1)
     model = build_model(config, image_px=smallest, seed=1).eval()
     assert model(torch.zeros(1, 3, smallest, smallest)).shape == (1, 10)
+
+
+class Calls(TorchDispatchMode):
+    """Notes the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_no_gradient_looks_for_equal_values(name: str):
+    """Compiled in 16 bits, values that are computed again are not rounded, and equal nothing: the gradient is NaN."""
+    config: Any = TypeAdapter(ModelConfig).validate_python({"name": name})
+    with Calls() as calls:
+        build_model(config, seed=1)(torch.rand(2, 3, 32, 32))
+    assert calls.names & {"convolution", "mm", "addmm"}, "the operators were not seen"
+    assert not calls.names & {"amax", "amin", "max", "min", "median"}

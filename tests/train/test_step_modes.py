@@ -135,9 +135,13 @@ def test_no_step_waits_for_the_host(name: str, mode: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model", ["wide_resnet", "pyramidnet"])
+@pytest.mark.parametrize("model", ["wide_resnet", "pyramidnet", "speednet"])
 def test_a_recipe_as_published_is_captured_with_its_augmentation(model: str) -> None:
-    small = {"wide_resnet": {"depth": 10, "widen": 1}, "pyramidnet": {"depth": 8, "alpha": 8, "shakedrop": 0.5}}
+    small = {
+        "wide_resnet": {"depth": 10, "widen": 1},
+        "pyramidnet": {"depth": 8, "alpha": 8, "shakedrop": 0.5},
+        "speednet": {"widths": [16, 32, 32], "scale": 1 / 32},
+    }
     tables = {
         "model": {"name": model, **small[model]}, "augment": ["crop(4)", "flip", "autoaugment"],
         "asam": {"rho": 2.0}, "ema": {}, "loss": {"label_smoothing": 0.1},
