@@ -60,8 +60,13 @@ class Whitening(nn.Module):
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
         """Compute the filters from images (N, 3, S, S), normalized as in training; a few thousand are enough."""
-        patches = F.unfold(images.to("cpu", torch.float64), PATCH_PX).transpose(1, 2).reshape(-1, PATCH_VALUES)
-        values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+        # (N, 3, S - 1, S - 1, 2, 2), a view, to (N, positions, 12).
+        windows = images.to(torch.float64).unfold(2, PATCH_PX, 1).unfold(3, PATCH_PX, 1)
+        patches = windows.permute(0, 2, 3, 1, 4, 5).reshape(len(images), -1, PATCH_VALUES)
+        centred = patches - patches.mean((0, 1))
+        # Image by image, which keeps a GPU busy: one product of two matrices with millions of columns would not.
+        covariance = (centred.mT @ centred).sum(0) / (centred.shape[0] * centred.shape[1] - 1)
+        values, vectors = torch.linalg.eigh(covariance.cpu())
         # The sign of an eigenvector is arbitrary: fix it, so that every machine gets the same filters.
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
         filters = (vectors * largest.sign() / (values + EIGENVALUE_FLOOR).sqrt()).T
