@@ -201,7 +201,9 @@ def commands(piece: Piece, minutes: float) -> list[list[str]]:
         quick = ["--quick"] if piece.quick or REHEARSAL else []
         options = ["--contract"] * ("--contract" in piece.options) if REHEARSAL else piece.options
         to = ["--out", str(FOLDER / "results.json")] if REHEARSAL else []
-        tests = [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *gpu_tests()]]
+        # pytest-benchmark, where a machine has it, warns about pytest-xdist, and our tests take warnings for errors.
+        without = ["-p", "no:cacheprovider", "-p", "no:benchmark"]
+        tests = [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", *without, *gpu_tests()]]
         benchmarks = [[*command, "bench", name, *options, *quick, *to] for name in every(piece.benchmarks)]
         return [*(tests if piece.tests else []), *benchmarks]
     return [[*command, "ladder", *ladder_options(piece), "--until", f"{60 * minutes - GRACE_S:.0f}s"]]

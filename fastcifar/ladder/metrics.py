@@ -5,6 +5,7 @@ The published ladder is the article "CIFAR-10 분류 모델 97.78% 달성하기"
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ class Metrics:
         training_s: mean training time in seconds.
         images_per_s: median speed.
         hardware, date, git: of these runs, several joined by "; ".
-        precision: likewise, of those that were told one; empty where none was.
+        precision: of those that were told one, with how many of the runs that is unless all; empty where none was.
     """
 
     last: Mean | None
@@ -69,7 +70,7 @@ def metrics_of(rows: Sequence[dict[str, Any]]) -> Metrics | None:
         hardware=_joined(row["hardware"] for row in used),
         date=max(str(row["date"]) for row in used),
         git=_joined(row["git"] for row in used),
-        precision=_joined(row.get("precision") for row in used),
+        precision=_told([row.get("precision") for row in used]),
     )
 
 
@@ -80,6 +81,11 @@ def _average(how: Any, values: list[float | None]) -> float | None:
 
 def _joined(values: Iterable[Any]) -> str:
     return "; ".join(dict.fromkeys(str(v) for v in values if v))
+
+
+def _told(precisions: list[str | None]) -> str:
+    counts = Counter(p for p in precisions if p)
+    return "; ".join(p if n == len(precisions) else f"{p} ({n} of {len(precisions)})" for p, n in counts.items())
 
 
 def recorded(name: str, results: list[dict[str, Any]]) -> Metrics | None:

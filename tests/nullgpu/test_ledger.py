@@ -62,8 +62,9 @@ def test_a_step_has_no_more_launches_than_committed(null_device: Path, tmp_path:
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", [name for name in ("lenet5", "deep-bn") if name in COMMITTED])
 def test_a_gpu_launches_what_the_ledger_says(recipe: str) -> None:
-    """The first thing to compare on a real GPU. It has not been run on one."""
-    assert launches.compare(recipe, COMMITTED[recipe], launches.measure_gpu(recipe)) == []
+    """The first thing to compare on a real GPU; on the first one there were one or two launches more, see NOTES.md."""
+    found = launches.measure_gpu(recipe)
+    assert launches.compare(recipe, COMMITTED[recipe], found) == [], found["names"]
 
 
 # ------------------------------------------------------------------------------------- the ledger, without any device

@@ -55,6 +55,8 @@ def test_a_precision_that_was_asked_for_is_named():
     row = row_of(tables.ladder_table([entry | {"precision": "fp32"} for entry in SEEDS]), "lenet5")
     assert "| 3 seeds in fp32, a processor" in row
     assert "(n = 1 in fp32; a processor" in ours_in_words(metrics_of([ENTRY | {"precision": "fp32"}]))
+    mixed = [SEEDS[0] | {"precision": "fp32"}, *SEEDS[1:]]
+    assert f"| {len(SEEDS)} seeds in fp32 (1 of {len(SEEDS)}), a" in row_of(tables.ladder_table(mixed), "lenet5")
 
 
 def test_one_seed_has_no_p_value():
