@@ -227,7 +227,7 @@ def preserved(state: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
 
 def first_wait(run: Callable[[], Any]) -> str | None:
     """Return where ``run`` first waits for the host, in torch's words, or None where it does not."""
-    torch.cuda.set_sync_debug_mode("error")
+    _on_wait("error")
     try:
         run()
     except RuntimeError as error:
@@ -235,8 +235,16 @@ def first_wait(run: Callable[[], Any]) -> str | None:
             raise
         return root_cause(error)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        _on_wait("default")
     return None
+
+
+def _on_wait(reaction: str) -> None:
+    """Choose what torch does where the host waits: "error" or "default"."""
+    with warnings.catch_warnings():
+        # That this mode is a prototype is nothing that who trains could act on.
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode(reaction)
 
 
 @contextmanager

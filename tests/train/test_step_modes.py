@@ -1,6 +1,7 @@
 """Compiled and captured steps give the eager step's losses; on a GPU nothing in a step waits for the host."""
 
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,24 @@ def test_warming_up_trains_on_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(state(step).values(), state(reference).values(), strict=True))
     for results in zip(train(step, 0, 1), train(reference, 0, 1), strict=True):
         assert torch.equal(results[0]["curve"], results[1]["curve"])
+
+
+def test_looking_for_waits_warns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+
+    def set_mode(mode: str) -> None:
+        warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=1)
+        modes.append(mode)
+
+    def waits() -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert execution.first_wait(lambda: None) is None
+        assert execution.first_wait(waits) == "RuntimeError: called a synchronizing CUDA operation"
+    assert (modes, seen) == (["error", "default"] * 2, [])
 
 
 def test_out_of_memory_says_what_to_lower() -> None:
