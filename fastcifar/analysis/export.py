@@ -73,13 +73,18 @@ def export_torch(trained: Trained, path: Path) -> float:
         The largest difference between the program's and the model's logits on random images, over the largest logit.
 
     Raises:
-        UserError: the file cannot be written, or the difference is above 1e-3 (the file is removed).
+        UserError: torch cannot do it, the file cannot be written, or the difference is above 1e-3 (it is removed).
     """
     model = FromPixels(trained).eval()
     shapes = ({0: torch.export.Dim("batch", min=1)},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about parts of torch that the exporter itself uses
-        program = torch.export.export(model, (_random_pixels(trained.image_px, 2),), dynamic_shapes=shapes)
+        try:
+            program = torch.export.export(model, (_random_pixels(trained.image_px, 2),), dynamic_shapes=shapes)
+        except Exception as error:  # of many kinds, which torch does not promise
+            # What follows the first line are torch's own means of looking into it.
+            reason = plain(str(error.__cause__ or error).strip().partition("\n")[0], 300)
+            raise UserError(f"{path}: torch.export cannot trace this model: {reason}") from None
         with _whole_or_absent(path) as temporary:
             torch.export.save(program, temporary)
             read = torch.export.load(temporary).module()

@@ -85,6 +85,20 @@ def test_a_model_that_torch_cannot_turn_into_onnx_is_one_message(tmp_path, monke
         export_onnx(trained({"name": "lenet5"}), tmp_path / "m.onnx")
 
 
+class Branches(torch.nn.Module):
+    """A model whose path depends on the values of its input."""
+
+    def forward(self, images):
+        return images.flatten(1)[:, :10] if float(images.sum()) > 0 else images.flatten(1)[:, 10:20]
+
+
+def test_a_model_that_torch_cannot_trace_is_one_message(tmp_path):
+    model = Trained(Branches(), CLASSES, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3], 32)
+    with pytest.raises(UserError, match=r"m\.pt2: torch\.export cannot trace this model: Could not guard on .*$"):
+        export_torch(model, tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_export_leaves_no_file(tmp_path):
     def fail() -> None:
         with _whole_or_absent(tmp_path / "a.onnx") as temporary:
