@@ -20,6 +20,14 @@ def explain_all(path: Path, kind: type[BaseModel], errors: list[Any]) -> str:
     return "\n".join(lines + more)
 
 
+OTHER_NAMES = {
+    "learning_rate": "lr", "wd": "weight_decay", "l2": "weight_decay", "bs": "batch_size", "num_epochs": "epochs",
+    "max_epochs": "epochs", "num_workers": "workers", "grad_accum": "accumulate", "clip_grad": "grad_clip",
+    "amp": "precision",
+}  # fmt: skip
+"""What other programs call keys of ours, where no spelling comes close."""
+
+
 def explain(path: Path, kind: type[BaseModel], error: Any) -> str:
     """Turn one pydantic error into ``file: key.path: what was wrong; what is allowed``."""
     where = [str(part) for part in error["loc"]]
@@ -37,7 +45,7 @@ def _explain_extra(kind: type[BaseModel], where: list[str], error: Any) -> tuple
 
 def _meant(kind: type[BaseModel], where: list[str], allowed: list[str]) -> str:
     """Return which key may have been meant: of that name in another table, else of a close name, in this one first."""
-    word, own = where[-1], ".".join(_without_tags(kind, where))
+    word, own = OTHER_NAMES.get(where[-1].lower(), where[-1]), ".".join(_without_tags(kind, where))
     places = sorted(dict.fromkeys(_every_key(kind)), key=lambda place: place.count("."))
     if own in places:  # a key of another model or optimizer, which is in its right place
         return nearest(word, allowed)

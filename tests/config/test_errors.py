@@ -39,6 +39,8 @@ BAD_KEYS = {
     "key of many other tables": (GOOD + 'name = "x"\n', ['train.name:', 'mean "name", "mix.name" or "model.name"?']),
     "misspelt key of another table": ("weight-decay = 0\n" + GOOD, ['did you mean "optimizer.weight_decay"?']),
     "key between two tables": (GOOD + "lr = 0.1\n", ["train.lr:", 'did you mean "optimizer.lr"?', "batch_size"]),
+    "key by another program's name": (GOOD + "num_epochs = 3\n", ["train.num_epochs:", 'did you mean "train.epochs"?']),
+    "another name, another table": ("Learning_Rate = 0.1\n" + GOOD, ['did you mean "optimizer.lr"?']),
     "table at a wrong place": (GOOD + "[loader]\nworkers = 3\n", [": loader:", 'did you mean "data.loader"?']),
     "unknown key two levels down": (GOOD + "[data.loader]\nworker = 3\n", ["data.loader.worker:", '"workers"']),
     "unknown key of an optional table": (GOOD + "[asam]\nrho = 1.0\nradius = 3\n", ["asam.radius:", "rho, adaptive"]),
