@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fastcifar.train.step import Step
 
 WARM_UP_RUNS = 3  # cuDNN chooses its algorithms, and Triton compiles, in the first; the allocator settles in the next
-MOST_MODELS = 200
+MOST_MODELS, MOST_COMPILATIONS = 200, 100_000
 Forward = Callable[[Tensor], Tensor]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -86,6 +86,8 @@ class Execution:
         Raises:
             UserError: out of memory, a capture that failed, or, with ``engine.strict``, any fallback.
         """
+        # A graph keeps the mode of its capture, and a builder of the user's own may leave a model in evaluation mode.
+        self._step.model.train()
         # Every shape and every phase: none may be met first while the training clock runs.
         for phase, batch in itertools.product(self._step.phases(), list(batches)):
             own, self._step.phase = self._step.user_optimizer, phase
@@ -197,6 +199,9 @@ def compile_model(forward: Function) -> Function:
     # One process may train many models, whose working copies share one function: from the ninth on, torch would go on
     # without compilation, and say so in a log only.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_MODELS)
+    # That one counts models of the past too: a benchmark of a hundred runs of three image sizes needs hundreds.
+    limit = max(torch._dynamo.config.accumulated_recompile_limit, MOST_COMPILATIONS)
+    torch._dynamo.config.accumulated_recompile_limit = limit
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     # Static shapes: there are two or three in a run, and kernels for a known size are faster.
     return cast(Function, torch.compile(forward, dynamic=False))

@@ -168,6 +168,33 @@ def test_a_recipe_as_published_is_captured_with_its_augmentation(model: str) -> 
     assert step.end_epoch()["nonfinite_step"] is None
 
 
+BF16_MODELS: dict[str, dict[str, Any]] = {
+    "wide_resnet": {"depth": 10, "widen": 1, "dropout": 0.0},
+    "pyramidnet": {"depth": 8, "alpha": 8},
+    "speednet": {"widths": [16, 32, 32], "scale": 1 / 32},
+    "vit": {"depth": 2, "drop_path": 0.0},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BF16_MODELS)
+def test_compiled_gradients_in_bf16_are_as_near_to_fp32_as_eager_ones(name: str) -> None:
+    """Compiled code keeps values in fp32 that eager code rounds: nearer is no fault, NaN or another direction is."""
+    table, gradients = {"name": name, **BF16_MODELS[name]}, {}
+    images = torch.rand(64, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (64,), device="cuda")
+    for mode, precision in (("eager", "fp32"), ("eager", "bf16"), ("compile", "bf16")):
+        config = recipe(model=table, engine={"mode": mode, "precision": precision})
+        model = build_model(config.model, seed=1)
+        step = build_step(config, model, None, None, steps_per_epoch=6, device=torch.device("cuda"))
+        step.begin_epoch(0)
+        step.backward(images.to(step.precision.images), labels, 64)
+        gradients[mode, precision] = step.flat.grads.double()
+    exact = gradients.pop(("eager", "fp32"))
+    errors = {key: float((found - exact).norm() / exact.norm()) for key, found in gradients.items()}
+    assert errors["compile", "bf16"] <= 1.5 * errors["eager", "bf16"] + 1e-2, errors
+
+
 @pytest.mark.gpu
 def test_capture_leaves_no_trace() -> None:
     """Steps that only warm up and capture must not train: one captured step equals one eager step."""
@@ -270,6 +297,18 @@ def test_looking_for_waits_warns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         assert execution.first_wait(lambda: None) is None
         assert execution.first_wait(waits) == "RuntimeError: called a synchronizing CUDA operation"
     assert (modes, seen) == (["error", "default"] * 2, [])
+
+
+def test_what_is_warmed_up_is_in_training_mode() -> None:
+    """A captured graph keeps the mode; a builder of the user's own may return a model in evaluation mode."""
+    step = make_step(recipe())
+    step.model.eval()
+    modes: list[bool] = []
+    forward = step.forward
+    step.forward = lambda x: (modes.append(step.model.training), forward(x))[1]
+    step.execution.warm_up(batches(0)[:1])
+    assert modes
+    assert all(modes)
 
 
 def test_out_of_memory_says_what_to_lower() -> None:
