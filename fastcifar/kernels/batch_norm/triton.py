@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastcifar.errors import UserError
+
 TILE = 4096  # elements: 16 for each of a program's 256 threads
 WARPS = 8
 REGISTERS = 128  # at most, a thread: two programs fit a multiprocessor, and ptxas does not spill to make room for three
@@ -27,6 +29,8 @@ MOST_REGISTERS, SHORT_STRIP = 255, 3
 """The compiler unrolls a strip of so few tiles, and wants more registers when it sums too; its programs are few."""
 PROGRAMS = 264  # two for each of an H100's multiprocessors
 MOST_COLUMNS = 64
+MOST_VALUES = 2**31 - 1
+"""Of one activation: the kernels count in int32, for 64-bit addresses cost registers in every load."""
 
 
 class Strips(NamedTuple):
@@ -312,7 +316,15 @@ def forward(
     """Return the output (B, C, H, W), the saved statistics (2, C), and `sums_shape`; running statistics move in place.
 
     All images are dense channels-last; see `fastcifar.kernels.batch_norm.batch_norm` for the arguments.
+
+    Raises:
+        UserError: the activation has more values than the kernels can count.
     """
+    if x.numel() > MOST_VALUES:
+        raise UserError(
+            f"an activation of {x.numel():,} values ({' x '.join(map(str, x.shape))}) is more than the fused BatchNorm "
+            f"takes ({MOST_VALUES:,}): lower train.batch_size, or set engine.fused_batch_norm = false"
+        )
     b, c, h, w = x.shape
     count, plan = b * h * w, strips(b * h * w, c)
     y, saved = torch.empty_like(x), torch.empty((2, c), dtype=torch.float32, device=x.device)

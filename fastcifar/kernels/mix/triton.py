@@ -92,10 +92,11 @@ def mix_kernel(  # type: ignore[no-untyped-def]
     covered = inside(y, scaled(row, H), side, H) & inside(x, scaled(column, W), side, W)
     weight = tl.where(cutting, tl.where(covered, 0.0, 1.0).to(tl.float64), share).to(tl.float32)
     other, valid = tl.load(partner + b), lane < H * W * C
-    own_value = tl.load(images + b * H * W * C + lane, mask=valid, other=0.0).to(tl.float32)
+    place = b.to(tl.int64) * (H * W * C) + lane  # a batch may have more than 2**31 values
+    own_value = tl.load(images + place, mask=valid, other=0.0).to(tl.float32)
     other_value = tl.load(images + other * H * W * C + lane, mask=valid, other=0.0).to(tl.float32)
     mixed = own_value * weight + other_value * (1.0 - weight)
-    tl.store(out + b * H * W * C + lane, mixed.to(out.dtype.element_ty), mask=valid)
+    tl.store(out + place, mixed.to(out.dtype.element_ty), mask=valid)
     tl.store(labels_b + b, tl.load(labels + other))
     # The own image's share: that of the uncovered pixels, or lambda itself.
     uncovered = tl.sum(tl.where(covered | ~valid, 0, 1), 0) // C

@@ -8,6 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastcifar.errors import UserError
 from fastcifar.kernels.batch_norm import batch_norm, reference
 from fastcifar.kernels.batch_norm import triton as kernels
 from fastcifar.models.aligned import pad_channels
@@ -84,6 +85,14 @@ def test_no_fixed_momentum_is_refused() -> None:
     layer = torch.nn.BatchNorm2d(3, momentum=None)
     with pytest.raises(ValueError, match="cumulative average"):
         norm_act(layer, torch.zeros(2, 3, 4, 4))
+
+
+def test_more_values_than_an_int32_counts_are_refused() -> None:
+    images = torch.empty(16_385, 128, 32, 32, device="meta")
+    with pytest.raises(UserError, match=r"2,147,614,720 values \(16385 x 128 x 32 x 32\).*lower train\.batch_size"):
+        kernels.forward(
+            images, images, images, None, None, None, None, None, None, 0.1, 1e-5, relu=False, drop=0.0, summarize=False
+        )
 
 
 @pytest.mark.gpu
