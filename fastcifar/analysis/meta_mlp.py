@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
 from fastcifar.kernels.philox import epoch_order
+from fastcifar.models import seeded_devices
 from fastcifar.train.step import build_step
 from fastcifar.train.step_state import torch_seed
 
@@ -68,7 +69,7 @@ def fit_mlp(
     inputs, answers = torch.from_numpy(features), torch.from_numpy(labels)
     optimizer = {"name": "adam", "lr": 5e-3, "weight_decay": weight_decay}
     recipe = Recipe.model_validate({**RECIPE, "optimizer": optimizer, "seed": seed})
-    with torch.random.fork_rng(devices=[]), one_thread():
+    with torch.random.fork_rng(devices=seeded_devices()), one_thread():
         torch.manual_seed(torch_seed(seed, EPOCHS))  # the step seeds epochs 0 to 19, for the dropout
         model = build_mlp(features.shape[1], classes)
         steps = -(-len(labels) // BATCH_SIZE)

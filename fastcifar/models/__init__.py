@@ -73,7 +73,7 @@ def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32,
     name: str = config.name  # type: ignore[attr-defined]
     if image_px < (least := smallest_px(config)):
         raise UserError(f"model.name = {name!r} needs images of {least} px or more, these have {image_px}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=seeded_devices()):
         torch.manual_seed(seed)
         if isinstance(config, UserModelConfig):
             model = user.build(config, num_classes, image_px)
@@ -83,6 +83,11 @@ def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32,
             kaiming_normal_fan_out(model)
     # The stubs of Module.to lack memory_format.
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def seeded_devices() -> list[int]:
+    """Return the GPUs whose generators `torch.manual_seed` sets at once: all, if any is in use."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 def kaiming_normal_fan_out(model: nn.Module) -> None:

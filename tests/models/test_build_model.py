@@ -48,6 +48,17 @@ def test_the_callers_random_state_is_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_so_is_that_of_gpus_in_use(monkeypatch: pytest.MonkeyPatch):
+    forked: list[Any] = []
+    real = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: (forked.append(devices), real(devices=[]))[1])
+    build_model(SMALL, seed=7)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    build_model(SMALL, seed=7)
+    assert forked == [[], [0, 1]]
+
+
 def test_default_weights_are_torchs_own():
     model = build_model(LeNet5Config(name="lenet5"), seed=42)
     torch.manual_seed(42)

@@ -6,6 +6,7 @@ are those of `fastcifar.kernels.augment.cpu`;
 the launch forbids fused multiply-add, which would round blends differently.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -335,11 +336,13 @@ def launch(
         out: (B, H, W, 3), contiguous, of ``normal``'s dtype.
     """
     height, width = images.shape[1:3]
-    augment_kernel[(len(rows),)](
-        images, rows, indices, tables.seed, epoch, tables.slots, tables.table, tables.stretch, normal, out,
-        SLOTS=tables.count, LEAD=tables.lead, H=height, W=width, BLOCK=triton.next_power_of_2(height * width),
-        num_warps=WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    # Triton launches on the process's current device, which need not be the one that the images are on.
+    with torch.cuda.device(images.device) if images.is_cuda else nullcontext():
+        augment_kernel[(len(rows),)](
+            images, rows, indices, tables.seed, epoch, tables.slots, tables.table, tables.stretch, normal, out,
+            SLOTS=tables.count, LEAD=tables.lead, H=height, W=width, BLOCK=triton.next_power_of_2(height * width),
+            num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def decide_on_device(indices: Tensor, epoch: Tensor, tables: Tables) -> Tensor:
