@@ -20,6 +20,7 @@ from fastcifar.data.split import subset_rows
 from fastcifar.data.store import Store, is_store, open_store, resolve_store
 from fastcifar.errors import UserError, nearest
 from fastcifar.run_directory import RunDirectory
+from fastcifar.train.precision import PRECISIONS
 
 SPLITS = ("test", "train")
 Progress = Callable[[str], None]
@@ -172,5 +173,9 @@ def evaluate(
 
 
 def on_device(trained: Trained) -> None:
-    """Move the model to a GPU where there is one."""
-    trained.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    """Move the model to a GPU where there is one, and let it compute in fp32 there, as it does on a CPU."""
+    if torch.cuda.is_available():
+        PRECISIONS["fp32"].apply_to_cuda()
+        trained.model.to("cuda")
+    else:
+        trained.model.to("cpu")

@@ -63,4 +63,10 @@ def tta_logits(model: Predict, images: Tensor, kind: str) -> Tensor:
     """
     if kind not in KINDS:
         raise UserError(f"eval.tta: {kind!r} is not allowed{nearest(kind, KINDS)}; allowed: {', '.join(KINDS)}")
-    return KINDS[kind](model, images)
+
+    def precise(view: Tensor) -> Tensor:
+        # Views are averaged in float32: 16 bits would round the mean of six, several times.
+        logits = model(view)
+        return logits.float() if logits.element_size() < 4 else logits
+
+    return KINDS[kind](precise, images)

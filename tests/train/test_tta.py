@@ -45,6 +45,14 @@ def test_multicrop_weighs_the_plain_view_by_half(model, images):
     torch.testing.assert_close(tta_logits(model, images, "multicrop"), expected)
 
 
+@pytest.mark.parametrize("kind", ["none", "flip", "multicrop"])
+def test_views_in_16_bits_are_averaged_in_32(model, images, kind):
+    rounded = lambda views: model(views).bfloat16()  # noqa: E731
+    found = tta_logits(rounded, images, kind)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, tta_logits(lambda views: rounded(views).float(), images, kind))
+
+
 def test_flip_does_not_tell_an_image_from_its_mirror(model, images):
     torch.testing.assert_close(tta_logits(model, images, "flip"), tta_logits(model, images.flip(-1), "flip"))
 
