@@ -364,8 +364,9 @@ def progress_name(progress: Progress) -> str:
 def diverged(what: str) -> str:
     """Return the message for training that has left the finite numbers."""
     return (
-        f"{what}: lower optimizer.lr, set train.grad_clip = 1.0, engine.precision = \"fp32\" or "
-        "engine.on_nonfinite = \"skip\"; the last checkpoint is from before it. `--check-nan` finds the first layer"
+        f'{what}: lower optimizer.lr, set train.grad_clip = 1.0, engine.precision = "fp32" or '
+        'engine.on_nonfinite = "skip"; the last checkpoint is from before it. `--check-nan` finds the first layer; '
+        'where it finds none, compiled code is to blame: engine.mode = "graph" does without'
     )
 
 

@@ -152,8 +152,9 @@ def introduction(recipe: Recipe, device: torch.device, ranks: Ranks, loader: Loa
 
 
 def eagerly(recipe: Recipe) -> Recipe:
-    """Return the recipe executed operation by operation: a compiled model has no layers to look into."""
-    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"mode": "eager"})})
+    """Return the recipe executed operation by operation: compiled models and fused layers cannot be looked into."""
+    changes = {"mode": "eager", "fused_batch_norm": False}
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=changes)})
 
 
 def check_every_layer(model: nn.Module, step: Step) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.check_nan import check_finite
-from fastcifar.train.run import train
+from fastcifar.train.run import eagerly, train
 from tests.train.tiny import recipe
 
 
@@ -67,6 +67,11 @@ def test_a_run_that_diverges_names_its_first_layer(tmp_path):
     with pytest.raises(UserError, match=r"epoch \d.*: the (output|weight|gradient).* of .*conv.* not finite"):
         train(wanted, run, quiet=True, check_nan=True)
     assert not run.checkpoints(), "nothing of a spoiled epoch is kept"
+
+
+def test_no_layer_is_hidden_in_a_kernel_or_a_compiled_model():
+    engine = eagerly(recipe()).engine
+    assert (engine.mode, engine.fused_batch_norm) == ("eager", False)
 
 
 def test_a_spoiled_weight_is_named():
