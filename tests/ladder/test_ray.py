@@ -32,6 +32,8 @@ def ray():
     ray = pytest.importorskip("ray", reason="ray is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_runner, "POLL_S", 0.05)
+        # Ray starts its workers at nice 15: beside busy programs they would have a thirtieth of a core, and tests hang.
+        patch.setenv("RAY_worker_niceness", "0")
         for left in reversed(range(STARTS)):
             block = cluster(None, cpus=2)
             try:
