@@ -11,6 +11,12 @@ from fastcifar.errors import closest, did_you_mean, nearest, plain, shown
 
 MOST_PROBLEMS = 10
 MOST_PLACES = 3
+OTHER_NAMES = {
+    "learning_rate": "lr", "wd": "weight_decay", "l2": "weight_decay", "bs": "batch_size", "num_epochs": "epochs",
+    "max_epochs": "epochs", "num_workers": "workers", "grad_accum": "accumulate", "clip_grad": "grad_clip",
+    "amp": "precision",
+}  # fmt: skip
+"""What other programs call keys of ours, where no spelling comes close."""
 
 
 def explain_all(path: Path, kind: type[BaseModel], errors: list[Any]) -> str:
@@ -18,14 +24,6 @@ def explain_all(path: Path, kind: type[BaseModel], errors: list[Any]) -> str:
     lines = [explain(path, kind, error) for error in errors[:MOST_PROBLEMS]]
     more = [f"{path}: and {len(errors) - MOST_PROBLEMS:,} more of the kind"] if len(errors) > MOST_PROBLEMS else []
     return "\n".join(lines + more)
-
-
-OTHER_NAMES = {
-    "learning_rate": "lr", "wd": "weight_decay", "l2": "weight_decay", "bs": "batch_size", "num_epochs": "epochs",
-    "max_epochs": "epochs", "num_workers": "workers", "grad_accum": "accumulate", "clip_grad": "grad_clip",
-    "amp": "precision",
-}  # fmt: skip
-"""What other programs call keys of ours, where no spelling comes close."""
 
 
 def explain(path: Path, kind: type[BaseModel], error: Any) -> str:

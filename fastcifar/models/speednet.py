@@ -64,7 +64,7 @@ class Whitening(nn.Module):
         windows = images.to(torch.float64).unfold(2, PATCH_PX, 1).unfold(3, PATCH_PX, 1)
         patches = windows.permute(0, 2, 3, 1, 4, 5).reshape(len(images), -1, PATCH_VALUES)
         centred = patches - patches.mean((0, 1))
-        # Image by image, which keeps a GPU busy: one product of two matrices with millions of columns would not.
+        # A batch of one small product an image, rather than one product of 12 rows and millions of columns.
         covariance = (centred.mT @ centred).sum(0) / (centred.shape[0] * centred.shape[1] - 1)
         values, vectors = torch.linalg.eigh(covariance.cpu())
         # The sign of an eigenvector is arbitrary: fix it, so that every machine gets the same filters.

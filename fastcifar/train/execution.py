@@ -247,7 +247,7 @@ def first_wait(run: Callable[[], Any]) -> str | None:
 def _on_wait(reaction: str) -> None:
     """Choose what torch does where the host waits: "error" or "default"."""
     with warnings.catch_warnings():
-        # That this mode is a prototype is nothing that who trains could act on.
+        # torch warns that this mode is a prototype, which means nothing to a user.
         warnings.filterwarnings("ignore", message="Synchronization debug mode")
         torch.cuda.set_sync_debug_mode(reaction)
 
