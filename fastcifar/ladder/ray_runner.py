@@ -136,15 +136,11 @@ class RayRunner:
         self, out: Path, data: Path | None = None, cpus: float = 1, gpus: float | None = None,
         shared: bool = True, grows: bool = False,
     ) -> None:
-        ray = import_ray()
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         self.out, self.data = out.absolute(), data.absolute() if data else None
         self.cpus, self.gpus = cpus, gpus
         self.shared, self.grows = shared, grows
         self.token = self.out / f".shared-{uuid.uuid4().hex}"
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote(self.out)
+        self.mailbox: Any = None
 
     def __enter__(self) -> "RayRunner":
         if self.gpus and self.gpus > 1 and self.gpus % 1:
@@ -158,6 +154,7 @@ class RayRunner:
                 self.token.touch()
         except OSError as error:
             refuse_disk(self.out, error)
+        self.mailbox = mailbox_here(self.out)  # a process of its own, which what is refused needs not
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -233,6 +230,15 @@ class RayRunner:
             if text != said:
                 said = text
                 progress(text)
+
+
+def mailbox_here(out: Path) -> Any:
+    """Start the actor of a ladder's folder, on this machine."""
+    ray = import_ray()
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote(out)
 
 
 def fits(cpus: float, gpus: float) -> bool:

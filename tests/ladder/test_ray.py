@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fastcifar.config.schema import UserModelConfig
 from fastcifar.errors import UserError
 from fastcifar.ladder import ray_runner
 from fastcifar.ladder.execute import Deadline, LadderExecution, OutOfTime, RowFailed
@@ -19,9 +20,10 @@ from fastcifar.locks import locked
 from fastcifar.run_directory import RunDirectory
 from tests.command import fastcifar
 from tests.ladder.fakes import Quiet
+from tests.ladder.held import HOLD
 from tests.ladder.test_execute import accuracies, table
 
-EPOCHS = 60  # of a few hundredths of a second each, so that a worker is killed long before the last
+EPOCHS, STEPS = 6, 4  # in the third or fourth epoch at the latest, every worker waits until the test lets it go on
 # Ray gives its own processes 30 s to start; a busy machine may need several goes.
 STARTS = 5
 
@@ -56,9 +58,21 @@ def local(tmp_path_factory):
 
 
 def small_jobs(out):
+    """Two seeds of a training of synthetic images, whose workers `hold` holds; the real ones take a second to read."""
     jobs = jobs_for(["smoke/lenet5"], 2, out)
-    train = jobs[0].recipe.train.model_copy(update={"epochs": EPOCHS})
-    return [replace(job, recipe=job.recipe.model_copy(update={"train": train})) for job in jobs]
+    changes = {"train": {"epochs": EPOCHS}, "data": {"source": "synthetic"}}
+    parts = {part: getattr(jobs[0].recipe, part).model_copy(update=change) for part, change in changes.items()}
+    parts["model"] = UserModelConfig(name="tests.ladder.held:Held")
+    return [replace(job, recipe=job.recipe.model_copy(update=parts)) for job in jobs]
+
+
+@pytest.fixture
+def hold(tmp_path_factory, monkeypatch, rng):
+    """A file that holds every worker at a random step of its second epoch's worth of steps, while it is there."""
+    file = tmp_path_factory.mktemp("hold") / "step"
+    file.write_text(f"{rng.integers(STEPS + 1, 2 * STEPS + 1)}")
+    monkeypatch.setenv(HOLD, str(file))
+    return file
 
 
 def execute_ladder(out, runner, side_by_side):
@@ -72,10 +86,13 @@ def without_clocks(out, seed):
 
 
 class Killing:
-    """Executes as the runner does, but kills the first worker of the first seed midway, beyond ``begun`` epochs."""
+    """Executes as the runner does, but kills the first worker of the first seed midway, beyond ``begun`` epochs.
 
-    def __init__(self, ray, runner, begun=0):
-        self.ray, self.runner, self.begun, self.killed, self.texts = ray, runner, begun, [], []
+    All workers are held until the ladder has said that one is lost.
+    """
+
+    def __init__(self, ray, runner, hold, begun=0):
+        self.ray, self.runner, self.hold, self.begun, self.killed, self.texts = ray, runner, hold, begun, [], []
 
     def __call__(self, job, deadline, progress):
         def kill(text):
@@ -87,6 +104,8 @@ class Killing:
                 ((_, process),) = self.ray.get(self.runner.mailbox.workers.remote(name))
                 self.killed.append(process)
                 os.kill(process, signal.SIGKILL)
+            if "lost 1 of its workers" in text:
+                self.hold.unlink(missing_ok=True)  # it says so after every epoch
             progress(text)
 
         self.runner(job, deadline, kill)
@@ -103,14 +122,14 @@ def check_ladder(killing, out, local):
         assert without_clocks(out, job.seed) == without_clocks(local, job.seed)
 
 
-def test_a_ladder_whose_worker_is_killed_midway_equals_the_local_one_in_a_shared_folder(tmp_path, ray, local):
+def test_a_ladder_whose_worker_is_killed_midway_equals_the_local_one_in_a_shared_folder(tmp_path, ray, local, hold):
     with RayRunner(tmp_path, shared=True) as runner:
-        check_ladder(Killing(ray, runner), tmp_path, local)
+        check_ladder(Killing(ray, runner, hold), tmp_path, local)
     assert not list(tmp_path.glob(".shared-*"))
 
 
 def test_so_it_does_through_the_object_store_after_the_deadline_stopped_a_worker_with_its_checkpoint(
-    tmp_path, ray, local
+    tmp_path, ray, local, hold
 ):
     job, deadline = small_jobs(tmp_path)[0], Deadline()
 
@@ -123,12 +142,12 @@ def test_so_it_does_through_the_object_store_after_the_deadline_stopped_a_worker
     done = len(RunDirectory(job.folder).metrics())
     assert 1 <= done < EPOCHS
     with RayRunner(tmp_path, shared=False) as runner:
-        check_ladder(Killing(ray, runner, done), tmp_path, local)
+        check_ladder(Killing(ray, runner, hold, done), tmp_path, local)
     assert not list(tmp_path.glob(".shared-*"))
 
 
 def test_what_fails_in_a_worker_is_the_rows_message(tmp_path, ray):
-    (job, _), data = small_jobs(tmp_path), tmp_path / "nothing"
+    job, data = jobs_for(["smoke/lenet5"], 1, tmp_path)[0], tmp_path / "nothing"
     with RayRunner(tmp_path, data) as runner, pytest.raises(RowFailed, match=f"^{data} .*: no such file"):
         runner(job, Deadline(), lambda text: None)
 
