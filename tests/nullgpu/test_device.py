@@ -1,5 +1,6 @@
 """The null device itself: it sees what a capture forbids, what cannot be compiled, and who is to blame for a launch."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,24 @@ RULES = {
 
 
 @pytest.fixture(scope="module")
-def found(null_device: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
-    """Reports by name, all of one process; what breaks torch comes last."""
+def child(null_device: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Report], str]:
+    """Reports by name, all of one process, and what is said of its end.
+
+    What breaks torch comes last; after it only a job that there is not, which leaves the reports before it.
+    """
     jobs = {"memory": Job("memory"), "indices": Job("compile_wide_indices"), "graph break": Job("graph_break")}
     jobs |= {case: Job("capture_rule", {"case": case}) for case in RULES}
-    reports = on_null_device(list(jobs.values()), tmp_path_factory.mktemp("device"), deadline_s=400)
-    return dict(zip(jobs, reports, strict=True))
+    folder = tmp_path_factory.mktemp("device")
+    with pytest.raises(ChildFailed) as failed:
+        on_null_device([*jobs.values(), Job("no_such_scenario")], folder, deadline_s=400)
+    paths = [folder / f"report-{number}.pickle" for number in range(len(jobs))]
+    assert all(path.exists() for path in paths), str(failed.value)
+    return {name: pickle.loads(path.read_bytes()) for name, path in zip(jobs, paths, strict=True)}, str(failed.value)
+
+
+@pytest.fixture(scope="module")
+def found(child: tuple[dict[str, Report], str]) -> dict[str, Report]:
+    return child[0]
 
 
 def test_torch_sees_a_gpu_with_memory(found: dict[str, Report]) -> None:
@@ -65,9 +78,10 @@ def test_a_process_that_hangs_is_ended(null_device: Path, tmp_path: Path) -> Non
         on_null_device([Job("memory")], tmp_path / "child", deadline_s=0.01)
 
 
-def test_an_unknown_job_fails_with_its_reason(null_device: Path, tmp_path: Path) -> None:
-    with pytest.raises(ChildFailed, match="no_such_scenario"):
-        on_null_device([Job("no_such_scenario")], tmp_path / "child", deadline_s=300)
+def test_an_unknown_job_fails_with_its_reason(child: tuple[dict[str, Report], str]) -> None:
+    _, said = child
+    assert "failed (1)" in said
+    assert "no_such_scenario" in said
 
 
 def test_what_shares_its_reports_is_one_group() -> None:
