@@ -37,7 +37,7 @@ from fastcifar.models.budget import (
     step_key,
     steps_per_epoch,
 )
-from fastcifar.models.cost import cost_of_config
+from fastcifar.models.cost import forward_macs
 from fastcifar.train.evaluate import Evaluator
 from fastcifar.train.precision import PRECISIONS
 from fastcifar.train.selection import build_proxy
@@ -56,7 +56,7 @@ def kinds(quick: bool) -> list[Recipe]:
     for recipe in loaded:
         if isinstance(recipe, Recipe) and recipe.distill is None:
             found.setdefault(step_key(recipe), recipe)
-    cost = {key: cost_of_config(r.model).macs * r.train.batch_size / 1e9 for key, r in found.items()}
+    cost = {key: forward_macs(r.model) * r.train.batch_size / 1e9 for key, r in found.items()}
     ordered = [found[key] for key in sorted(found, key=cost.__getitem__)]
     if device().type == "cuda":
         return ordered

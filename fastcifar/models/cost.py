@@ -188,12 +188,17 @@ def cost_of_config(config: ModelBase, *, num_classes: int = 10, image_px: int = 
     return cost_of(meta_model(config, num_classes=num_classes, image_px=image_px), image_px)
 
 
-_MACS: dict[str, int] = {}  # by config: many rows of the ladder share a model
+_costs: dict[str, Cost] = {}  # by config: many rows of the ladder share a model
+
+
+def known_cost(config: ModelBase) -> Cost:
+    """Return `cost_of_config`, counted once per process for all recipes with the same model."""
+    key = config.model_dump_json(exclude={"init"})
+    if key not in _costs:
+        _costs[key] = cost_of_config(config)
+    return _costs[key]
 
 
 def forward_macs(config: ModelBase) -> int:
     """Return `Cost.macs` of a config, counted once per process."""
-    key = config.model_dump_json(exclude={"init"})
-    if key not in _MACS:
-        _MACS[key] = cost_of_config(config).macs
-    return _MACS[key]
+    return known_cost(config).macs

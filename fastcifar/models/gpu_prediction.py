@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastcifar.config import load_recipe
-from fastcifar.config.schema import ModelBase, Recipe
+from fastcifar.config.schema import Recipe
 from fastcifar.errors import UserError
 from fastcifar.models.budget import images_to_train, step_key, steps_per_epoch
-from fastcifar.models.cost import Cost, Operation, cost_of_config
+from fastcifar.models.cost import Cost, Operation, known_cost
 
 NEVER_MEASURED = "predicted, never measured"
 CIFAR_TEST = 10_000
@@ -154,17 +154,6 @@ def predict_epoch(
         launches_s=steps * kernels * ASSUMPTIONS.kernel_s,
         evaluation_s=_evaluation_s(recipe, card, cost, kernels_of(entry["evaluation"])),
     )
-
-
-_costs: dict[str, Cost] = {}
-
-
-def known_cost(config: ModelBase) -> Cost:
-    """Return `cost_of_config`, computed once for all recipes with the same model."""
-    key = config.model_dump_json()
-    if key not in _costs:
-        _costs[key] = cost_of_config(config)
-    return _costs[key]
 
 
 # -------------------------------------------------------------------------------------------------------- the ledger

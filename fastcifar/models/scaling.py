@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from fastcifar.config.schema import Recipe
 from fastcifar.models.budget import images_to_train, steps_per_epoch
-from fastcifar.models.gpu_prediction import Card, known_cost, predict_epoch
+from fastcifar.models.cost import known_cost
+from fastcifar.models.gpu_prediction import Card, predict_epoch
 
 PER_MACHINE = 8
 """GPUs of a DGX H100 or an HGX board of eight."""
