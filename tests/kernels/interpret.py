@@ -1,11 +1,8 @@
 """Run by test_interpreted.py with TRITON_INTERPRET=1: all kernels in Triton's interpreter, in one process.
 
-One, because importing torch and Triton takes longer than most of the kernels. It prints one JSON object: for each suite
-a list of [what, error, the error allowed], or the traceback that ended it.
+One, because importing Triton takes longer than most of the kernels.
 """
 
-import json
-import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -43,7 +40,9 @@ def patch_once() -> None:
     interpreter._patch_lang = first
 
 
-def main(seed: int) -> None:
+def main(seed: int) -> dict[str, Found | str]:
+    """Return for each suite a list of (what, error, the error allowed), or the traceback that ended it."""
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     patch_once()
     told: dict[str, Found | str] = {}
@@ -53,8 +52,4 @@ def main(seed: int) -> None:
             told[name] = suite()
         except Exception:
             told[name] = traceback.format_exc()
-    print(json.dumps(told))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    return told
