@@ -14,6 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -300,7 +301,7 @@ def record(recipe: Any) -> dict[str, dict[str, str]]:
 
 def _identity(path: str) -> dict[str, str]:
     top = path.partition(":")[0].partition(".")[0]
-    distributions = metadata.packages_distributions().get(top, [])
+    distributions = _distributions(tuple(sys.path)).get(top, [])
     if distributions:
         return {"package": distributions[0], "version": metadata.version(distributions[0])}
     module = _import(top, path)
@@ -311,6 +312,12 @@ def _identity(path: str) -> dict[str, str]:
     for each in files:
         digest.update(each.name.encode() + b"\0" + each.read_bytes())
     return {"sha256": digest.hexdigest()} if files else {}
+
+
+@cache
+def _distributions(path: tuple[str, ...]) -> Mapping[str, list[str]]:
+    """Return which distributions hold a package, on this `sys.path`: reading all of them takes half a second."""
+    return metadata.packages_distributions()
 
 
 def changes(recipe: Any, recorded: Any) -> list[str]:
