@@ -43,10 +43,27 @@ def test_logistic_is_scikit_learns_on_the_same_logits(rng):
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+class Unread(Scores):
+    """Scores whose labels nobody may read."""
+
+    def __getattribute__(self, name):
+        assert name != "labels", "the labels were read"
+        return super().__getattribute__(name)
+
+
+def unread(given):
+    return Unread(given.names, given.logits, given.labels)
+
+
+def test_labels_that_nobody_may_read_are_noticed(rng):
+    with pytest.raises(AssertionError, match="the labels were read"):
+        stacking.stack_published(scores(rng, 40), unread(scores(rng, 20)), "mlp", 250)
+
+
 @pytest.mark.parametrize("meta", ["mlp", "logistic"])
-def test_honest_stacking_beats_its_members(rng, meta):
+def test_honest_stacking_beats_its_members_and_never_reads_the_test_labels(rng, meta):
     holdout, test = scores(rng, 1000), scores(rng, 2000)
-    stacked = stacking.stack_honest(holdout, test, meta, 250)
+    stacked = stacking.stack_honest(holdout, unread(test), meta, 250)
     alone = max(accuracy(logits, test.labels) for logits in test.logits)
     assert accuracy(stacked.logits, test.labels) > alone + 1
 
@@ -58,14 +75,6 @@ def test_weak_members_get_a_weaker_decay(rng):
     alone = max(accuracy(logits, test.labels) for logits in test.logits)
     assert stacked.details["weight_decay"] == 0.01
     assert accuracy(stacked.logits, test.labels) > alone + 10
-
-
-@pytest.mark.parametrize("meta", ["mlp", "logistic"])
-def test_honest_stacking_never_reads_the_test_labels(rng, meta):
-    holdout, test = scores(rng, 200, classes=3), scores(rng, 100, classes=3)
-    blind = Scores(test.names, test.logits, np.full(100, -1))
-    a, b = (stacking.stack_honest(holdout, t, meta, 250).logits for t in (test, blind))
-    np.testing.assert_array_equal(a, b)
 
 
 def test_a_class_that_the_holdout_lacks_gets_no_probability(rng):
@@ -93,7 +102,7 @@ def test_the_published_protocol_finds_skill_in_random_labels_and_the_honest_one_
     """
     error = 100 * np.sqrt(0.1 * 0.9 / IMAGES)  # binomial standard error of the mean, in points
     assert mean_accuracy(stacking.stack_published, random_labels(rng, 30, IMAGES // 30)) > 10 + 4 * error
-    assert abs(mean_accuracy(stacking.stack_honest, random_labels(rng, 3, IMAGES // 3)) - 10) < 3 * error
+    assert abs(mean_accuracy(stacking.stack_honest, random_labels(rng, 2, IMAGES // 2)) - 10) < 3 * error
 
 
 def test_members_that_know_their_images_by_heart_fool_the_published_meta_model(rng):
