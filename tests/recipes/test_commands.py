@@ -3,18 +3,19 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import tomllib
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from fastcifar.config import load_recipe
+from tests import command
 
 
 def fastcifar(*arguments, **environment):
-    command = [sys.executable, "-m", "fastcifar", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    with mock.patch.dict(os.environ, environment):
+        return command.fastcifar(*arguments, cwd=Path.cwd())
 
 
 def test_recipes_lists_the_ladder_and_what_is_beyond_as_json():
