@@ -139,7 +139,10 @@ class StepState:
         if self.teacher is not None:
             self.teacher.begin_epoch(epoch)
         # Each epoch afresh: a resume at its start needs no generator state, and ranks drop different units.
-        torch.manual_seed(torch_seed(self.recipe.seed, epoch, self.ranks.place.rank))
+        # On a CPU the GPUs' generators are left alone: where there are none, torch would keep the whole stack of calls
+        # for each, which takes longer than a step of a small model.
+        generators = torch.default_generator if self.losses.device.type == "cpu" else torch
+        generators.manual_seed(torch_seed(self.recipe.seed, epoch, self.ranks.place.rank))
         self.cursor.begin(epoch)
         self._epoch, self._sizes = epoch, []
         return self.rate(epoch, 0)
