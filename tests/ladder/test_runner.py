@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fastcifar.config import Recipe
+from fastcifar.config.schema import UserModelConfig
 from fastcifar.data import store
 from fastcifar.ladder import rows, runner
 from fastcifar.ladder.execute import Deadline, LadderExecution, OutOfTime, RowFailed
@@ -25,9 +26,10 @@ from fastcifar.locks import locked
 from fastcifar.run_directory import OWNER, RunDirectory
 from tests.command import fastcifar
 from tests.ladder.fakes import FakeRows, epoch_row
+from tests.ladder.held import HOLD
 from tests.ladder.test_execute import accuracies, table
 
-EPOCHS = 60  # of a few hundredths of a second each, so that both interrupts come before the last
+EPOCHS, STEPS = 4, 4  # the row's process waits for the interrupt in its second epoch
 
 
 def says(job, script):
@@ -212,15 +214,18 @@ def test_a_row_cut_in_its_process_ends_as_the_undisturbed_one_and_is_then_skippe
     """
     name = "smoke/lenet5"
     recipe = catalogue()[name]
-    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": EPOCHS})})
+    train, model = recipe.train.model_copy(update={"epochs": EPOCHS}), UserModelConfig(name="tests.ladder.held:Held")
+    longer = recipe.model_copy(update={"train": train, "model": model})
     monkeypatch.setitem(catalogue(), name, longer)
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     ledger = Ledger(jobs_for([name], 1, straight))
     LadderExecution(ledger, Runner(straight, same_process=True), straight, view).execute()
     command = [sys.executable, "-c", LONGER, name, str(cut)]
-    metrics, epochs = cut / name / "seed-42" / "metrics.jsonl", random.Random(seed).randrange(1, EPOCHS // 2)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    wait_for(lambda: lines(metrics) >= epochs or process.poll() is not None)
+    metrics, hold = cut / name / "seed-42" / "metrics.jsonl", tmp_path / "hold"
+    hold.write_text(f"{random.Random(seed).randrange(STEPS + 1, 2 * STEPS + 1)}")
+    environment = os.environ | {HOLD: str(hold), "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    wait_for(lambda: lines(metrics) >= 1 or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
@@ -241,10 +246,12 @@ import sys
 from pathlib import Path
 from fastcifar.ladder import rows
 from fastcifar.ladder.rows import catalogue
+from fastcifar.config.schema import UserModelConfig
 rows.cost = lambda recipe: 0  # it orders rows, and needs torch
 name, out = sys.argv[1:]
 recipe = catalogue()[name]
-catalogue()[name] = recipe.model_copy(update={{"train": recipe.train.model_copy(update={{"epochs": {EPOCHS}}})}})
+train, model = recipe.train.model_copy(update={{"epochs": {EPOCHS}}}), UserModelConfig(name="tests.ladder.held:Held")
+catalogue()[name] = recipe.model_copy(update={{"train": train, "model": model}})
 sys.argv = ["fastcifar", "ladder", "--only", name, "--out", out]
 from fastcifar.cli.main import main
 main()
