@@ -16,7 +16,8 @@ WAIT_S = 500.0
 class Held(LeNet5):
     """LeNet-5, whose process waits at a step of its training while the file that ``HOLD`` names is there.
 
-    The file says at which step, the process's first being 1. A signal that asks training to stop ends the wait too.
+    The file says at which step, the process's first being 1; those that only warm up count too. A signal that asks
+    training to stop ends the wait as well.
     """
 
     _steps = 0

@@ -23,7 +23,7 @@ from tests.ladder.fakes import Quiet
 from tests.ladder.held import HOLD
 from tests.ladder.test_execute import accuracies, table
 
-EPOCHS, STEPS = 6, 4  # in the third or fourth epoch at the latest, every worker waits until the test lets it go on
+EPOCHS, STEPS = 8, 4  # long before the last epoch, every worker waits until the test lets it go on
 # Ray gives its own processes 30 s to start; a busy machine may need several goes.
 STARTS = 5
 
@@ -68,9 +68,12 @@ def small_jobs(out):
 
 @pytest.fixture
 def hold(tmp_path_factory, monkeypatch, rng):
-    """A file that holds every worker at a random step of its second epoch's worth of steps, while it is there."""
+    """A file that holds every worker at a random step of its third epoch's worth of steps, while it is there.
+
+    Not of its second: the steps that warm a process up are counted, and one epoch at least must be recorded by then.
+    """
     file = tmp_path_factory.mktemp("hold") / "step"
-    file.write_text(f"{rng.integers(STEPS + 1, 2 * STEPS + 1)}")
+    file.write_text(f"{rng.integers(2 * STEPS + 1, 3 * STEPS + 1)}")
     monkeypatch.setenv(HOLD, str(file))
     return file
 

@@ -29,7 +29,7 @@ from tests.ladder.fakes import FakeRows, epoch_row
 from tests.ladder.held import HOLD
 from tests.ladder.test_execute import accuracies, table
 
-EPOCHS, STEPS = 4, 4  # the row's process waits for the interrupt in its second epoch
+EPOCHS, STEPS = 4, 4  # the row's process waits for the interrupt in its second or third epoch
 
 
 def says(job, script):
@@ -222,7 +222,7 @@ def test_a_row_cut_in_its_process_ends_as_the_undisturbed_one_and_is_then_skippe
     LadderExecution(ledger, Runner(straight, same_process=True), straight, view).execute()
     command = [sys.executable, "-c", LONGER, name, str(cut)]
     metrics, hold = cut / name / "seed-42" / "metrics.jsonl", tmp_path / "hold"
-    hold.write_text(f"{random.Random(seed).randrange(STEPS + 1, 2 * STEPS + 1)}")
+    hold.write_text(f"{random.Random(seed).randrange(2 * STEPS + 1, 3 * STEPS + 1)}")  # warming up counts as well
     environment = os.environ | {HOLD: str(hold), "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
     wait_for(lambda: lines(metrics) >= 1 or process.poll() is not None)
