@@ -154,7 +154,7 @@ class RayRunner:
                 self.token.touch()
         except OSError as error:
             refuse_disk(self.out, error)
-        self.mailbox = mailbox_here(self.out)  # a process of its own, which what is refused needs not
+        self.mailbox = mailbox_here(self.out)  # a process: none is started for a request that is refused
         return self
 
     def __exit__(self, *error: object) -> None:

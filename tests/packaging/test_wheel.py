@@ -42,7 +42,7 @@ def ask(words):
     done = CliRunner().invoke(app, words)
     return done.stdout if done.exit_code == 0 else f"{done.exit_code}: {done.output} {done.exception!r}"
 
-trained = ask(["run", "smoke", "--set", "train.epochs=2", "--out", "smoke", "--quiet", "--json"])
+trained = ask(["run", "smoke", "--set", "train.epochs=3", "--out", "smoke", "--quiet", "--json"])
 told = {"compiler": "torch._dynamo" in sys.modules, "trained": trained}
 told |= {"file": fastcifar.__file__, "git": git_revision(), "install": install_command("ffcv")}
 told |= {"answers": {name: ask(words) for name, words in json.loads(sys.argv[1]).items()}}
@@ -163,7 +163,7 @@ def test_smoke_trains_to_the_same_weights_bit_for_bit(in_clone, in_wheel):
     assert names
     assert names == sorted(path.name for path in wheel.iterdir())
     assert [name for name in names if (clone / name).read_bytes() != (wheel / name).read_bytes()] == []
-    assert json.loads(in_wheel["trained"])["last"]["epoch"] == 2
+    assert json.loads(in_wheel["trained"])["last"]["epoch"] == 3
 
 
 def test_the_wheel_reports_its_run(in_wheel):
