@@ -57,7 +57,7 @@ DESCRIPTIONS: dict[str, tuple[str, Any]] = {
     "MixConfig.switch": ("Probability of CutMix where either may happen.", 0.5),
     "MixConfig.start": ("Share of the run after which it begins.", 0.5),
     "MixConfig.per_sample": ("Draw a lambda and a box for each sample instead of one per batch.", True),
-    "*.init": ("How weights are initialized: torch's default, or He et al., 2015.", "kaiming_normal_fan_out"),
+    "*.init": ("Initial weights: torch's, or He et al., 2015 (_conv: convolutions alone).", "kaiming_normal_fan_out"),
     "*Config.name": ("Which one.", None),
     "UserModelConfig.name": ("Import path of a module, or timm:NAME.", "mypkg.nets:MyNet"),
     "UserModelConfig.options": ("Arguments that it is called with.", {"width": 64}),

@@ -178,9 +178,13 @@ class MixConfig(Section):
 
 
 class ModelBase(Section):
-    """What all models share. ``kaiming_normal_fan_out``: He et al., 2015, on Conv2d and Linear weights, biases 0."""
+    """What all models share.
 
-    init: Literal["default", "kaiming_normal_fan_out"] = "default"
+    ``kaiming_normal_fan_out``: He et al., 2015, on Conv2d and Linear weights, biases 0. ``..._conv``: on Conv2d alone;
+    Linear weights stay torch's, as in the Wide ResNet's and PyramidNet's own code.
+    """
+
+    init: Literal["default", "kaiming_normal_fan_out", "kaiming_normal_fan_out_conv"] = "default"
 
 
 def check_depth(depth: int, period: int, rest: int) -> None:

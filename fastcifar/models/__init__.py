@@ -79,8 +79,8 @@ def build_model(config: ModelBase, *, num_classes: int = 10, image_px: int = 32,
             model = user.build(config, num_classes, image_px)
         else:
             model = MODELS[name](config, num_classes, image_px)
-        if config.init == "kaiming_normal_fan_out":
-            kaiming_normal_fan_out(model)
+        if config.init != "default":
+            kaiming_normal_fan_out(model, linear=config.init == "kaiming_normal_fan_out")
     # The stubs of Module.to lack memory_format.
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -90,10 +90,17 @@ def seeded_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
-def kaiming_normal_fan_out(model: nn.Module) -> None:
-    """Draw Conv2d and Linear weights from N(0, 2 / fan_out) and reset biases and BatchNorm (He et al., 2015)."""
+def kaiming_normal_fan_out(model: nn.Module, *, linear: bool = True) -> None:
+    """Draw weights from N(0, 2 / fan_out) and reset biases and BatchNorm (He et al., 2015), in place.
+
+    Args:
+        model: any network.
+        linear: whether the weights of Linear layers are drawn too, or only those of Conv2d. A classifier has as few
+            outputs as there are classes: with 10 its weights get a standard deviation of 0.45, where torch's own have
+            0.026 behind 512 features, and the first losses are above 7 in place of 2.3.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d) or (linear and isinstance(module, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)

@@ -236,7 +236,7 @@ def test_overrides_reach_tables_that_are_not_written_out():
 
 def test_an_override_of_a_preset_keeps_the_rest_of_it():
     model = load_recipe("wrn-sgd", ["model.widen=1"]).model
-    assert (model.name, model.depth, model.widen, model.init) == ("wide_resnet", 16, 1, "kaiming_normal_fan_out")
+    assert (model.name, model.depth, model.widen, model.init) == ("wide_resnet", 16, 1, "kaiming_normal_fan_out_conv")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastcifar.config import load_recipe
 from fastcifar.config.schema import (
     DeepBaselineConfig,
     LeNet5Config,
@@ -87,6 +88,32 @@ def test_kaiming_normal_fan_out(config):
             assert torch.equal(module.weight, torch.ones_like(module.weight))
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d) and module.bias is not None:
             assert not module.bias.any()
+
+
+@pytest.mark.parametrize("row", ["wrn-asam", "pyramid"])
+def test_kaiming_normal_fan_out_conv_leaves_the_classifier_to_torch(row: str):
+    narrow = {"wrn-asam": ["model.widen=1"], "pyramid": ["model.depth=14", "model.alpha=20"]}[row]
+    config = load_recipe(row, narrow).model
+    model = build_model(config, seed=3)
+    stock, kaiming = (
+        build_model(config.model_copy(update={"init": init}), seed=3) for init in ("default", "kaiming_normal_fan_out")
+    )
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert len(linear) == 1
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            assert torch.equal(module.weight, stock.get_submodule(name).weight)
+        if isinstance(module, nn.Conv2d):
+            weight = module.weight.detach()
+            deviation = math.sqrt(2 / (weight.shape[0] * weight[0, 0].numel()))
+            assert abs(weight.std() / deviation - 1) < 5 / math.sqrt(2 * weight.numel())
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            assert not module.bias.any()
+    # A new classifier knows nothing: its loss should be the logarithm of the number of classes.
+    images, labels = torch.randn(256, 3, 32, 32), torch.arange(256) % 10
+    loss, with_linear = (nn.functional.cross_entropy(net(images), labels) for net in (model, kaiming))
+    assert abs(loss - math.log(10)) < 0.1
+    assert with_linear - math.log(10) > 0.3
 
 
 def test_fp32_channels_last_in_training_mode():

@@ -36,6 +36,9 @@ MODELS = {
 }
 TORCH_DECAY = {"lr_norm_bias": None, "decay_per": "lr"}
 INITS = {"default": "default", "kaiming_normal fan_out": "kaiming_normal_fan_out"}
+# The ladder's summary says the same of all nets, but `models/wideresnet.py` and `models/wideresnet_pyramid.py` of the
+# article's repository draw convolutions alone: for Linear they only set the bias to 0.
+CONVOLUTIONS_ALONE = {"wide_resnet", "pyramidnet"}
 OPTIMIZERS = {
     "adam": {"name": "adam", "betas": [0.9, 0.999], "eps": 1e-8, "decay": "all"},
     "sgd nesterov momentum 0.9": {"name": "sgd", "momentum": 0.9, "nesterov": True} | TORCH_DECAY,
@@ -126,7 +129,9 @@ def test_training_row(row):
         "std": std,
     }
     assert recipe.data.model_dump(exclude={"loader"}) == data
-    assert recipe.model.model_dump() == MODELS[row["model"]] | {"init": INITS[wanted.pop("init")]}
+    model = MODELS[row["model"]]
+    init = INITS[wanted.pop("init")] + ("_conv" if model["name"] in CONVOLUTIONS_ALONE else "")
+    assert recipe.model.model_dump() == model | {"init": init}
     optimizer = OPTIMIZERS[wanted.pop("optimizer")] | {"lr": wanted.pop("lr"), "weight_decay": wanted["weight_decay"]}
     assert recipe.optimizer.model_dump() == optimizer
     schedule = {"name": SCHEDULES[wanted.pop("schedule")], "per": "epoch", "warmup_epochs": 0.0, "final": 0.0}
