@@ -181,7 +181,7 @@ class ModelBase(Section):
     """What all models share.
 
     ``kaiming_normal_fan_out``: He et al., 2015, on Conv2d and Linear weights, biases 0. ``..._conv``: on Conv2d alone;
-    Linear weights stay torch's, as in the Wide ResNet's and PyramidNet's own code.
+    Linear weights stay torch's, as in the article's code for wide nets and PyramidNets.
     """
 
     init: Literal["default", "kaiming_normal_fan_out", "kaiming_normal_fan_out_conv"] = "default"
