@@ -60,6 +60,18 @@ def away_from_zero(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Ten
     return x, weight, bias
 
 
+def variance_error(x: Tensor, rstd: Tensor) -> Tensor:
+    """Return by how much each channel's normalized values may be off, (1, C, 1, 1), in units of a sum's rounding.
+
+    A strip's squares are summed from its first row. Where that row lies k deviations from the mean, the variance is a
+    difference of numbers 1 + k^2 and k^2 times as large as it is, and its reciprocal root is off by half as much.
+    """
+    plan = kernels.strips(x.shape[0] * x.shape[2] * x.shape[3], x.shape[1])
+    first = x.detach().permute(0, 2, 3, 1).flatten(0, 2)[:: plan.rounds * plan.rows].float()
+    k = (first - x.detach().float().mean((0, 2, 3))) * rstd.flatten()
+    return (1 + k.square().amax(0)).view(1, -1, 1, 1) / 2
+
+
 def check_values(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, scaled: bool, padding: int = 0) -> None:
     """Compare outputs, statistics and all gradients with the reference in float64; ``padding`` more channels are 0."""
     b, c, h, w, r = shape
@@ -129,7 +141,10 @@ def check_against_torch() -> None:
         y, _, _ = batch_norm(x, weight, bias, ours.view(-1), 19, relu=True)
         other = F.relu(F.batch_norm(x, theirs[0], theirs[1], weight, bias, training=True))
         theirs_off = float((other - exact.output).abs().max() / exact.output.abs().max()) / 2.0**-23
-        note(f"output at mean {mean}; torch's own error times 2", y, exact.output, 2 * theirs_off + SUM_ULPS)
+        rstd = (wide[0].var((0, 2, 3), correction=0) + 1e-5).rsqrt().view(1, -1, 1, 1)
+        normal = (wide[0] - wide[0].mean((0, 2, 3), keepdim=True)) * rstd
+        varied = normal * weight.view(1, -1, 1, 1) * variance_error(x, rstd)
+        note(f"output at mean {mean}; torch's own error times 2", y, exact.output, 2 * theirs_off + SUM_ULPS, varied)
         # Plain sums of squares would be wrong by 50 million.
         note(f"running variance at mean {mean}", ours[1], exact.running_var, 4096.0)
 
