@@ -144,7 +144,9 @@ def check_against_torch() -> None:
         rstd = (wide[0].var((0, 2, 3), correction=0) + 1e-5).rsqrt().view(1, -1, 1, 1)
         normal = (wide[0] - wide[0].mean((0, 2, 3), keepdim=True)) * rstd
         varied = normal * weight.view(1, -1, 1, 1) * variance_error(x, rstd)
-        note(f"output at mean {mean}; torch's own error times 2", y, exact.output, 2 * theirs_off + SUM_ULPS, varied)
+        # Half of what a sum may be off: of 4,200 seeds the worst takes 0.6 of the bound.
+        ulps = 2 * theirs_off + SUM_ULPS / 2
+        note(f"output at mean {mean}; torch's own error times 2", y, exact.output, ulps, varied)
         # Plain sums of squares would be wrong by 50 million.
         note(f"running variance at mean {mean}", ours[1], exact.running_var, 4096.0)
 
