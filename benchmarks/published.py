@@ -51,26 +51,40 @@ def transform(augment: str) -> Callable:
     return T.Compose([*steps, T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)])
 
 
-def lenet5(num_classes: int = 10) -> nn.Module:
-    """Return LeNet-5 with the initial weights that the published code gives it from the same seed.
+def lenet5(num_classes: int = 10, weights_seed: int = 42) -> nn.Module:
+    """Return LeNet-5 with the initial weights that the published code gives it.
 
     Before it makes its nets, that code takes a batch from its loader, which draws two seeds. The nets that it makes
     after the one that it trains move its random generator on: the order of its images is not repeated here. To train
     from these weights: ``fastcifar run lenet5 --set model.name=benchmarks.published:lenet5``.
+
+    Args:
+        num_classes: number of logits.
+        weights_seed: what the published code is seeded with, 42 for all that is published. The seed of the run, which
+            orders the images, is another one.
     """
+    with torch.random.fork_rng(devices=[]):
+        seed_as_published(weights_seed)
+        return LeNet5(num_classes)
+
+
+def deep_baseline(num_classes: int = 10, weights_seed: int = 42) -> nn.Module:
+    """Return the deep baseline with the initial weights that the published code gives it, which makes a LeNet-5 first.
+
+    To train from these weights: ``fastcifar run deep --set model.name=benchmarks.published:deep_baseline``. The
+    arguments are those of `lenet5`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        seed_as_published(weights_seed)
+        LeNet5(num_classes)
+        return DeepBaseline(num_classes)
+
+
+def seed_as_published(seed: int) -> None:
+    """Leave torch's generator as a loader leaves it that was asked for its first batch just after the seeding."""
+    torch.default_generator.manual_seed(seed)
     for _ in ("the loader's workers", "the shuffling"):
         torch.empty((), dtype=torch.int64).random_()
-    return LeNet5(num_classes)
-
-
-def deep_baseline(num_classes: int = 10) -> nn.Module:
-    """Return the deep baseline with the initial weights that the published code gives it from the same seed.
-
-    That code makes a LeNet-5 before this net. To train from these weights:
-    ``fastcifar run deep --set model.name=benchmarks.published:deep_baseline``.
-    """
-    lenet5(num_classes)
-    return DeepBaseline(num_classes)
 
 
 class Asam:

@@ -26,8 +26,9 @@ def deep_baseline_layers() -> list[nn.Module]:
 
 def check_weights(build, layers):
     seed = random.randrange(2**31)
-    torch.manual_seed(seed)
-    found = list(build().state_dict().values())
+    before = torch.get_rng_state()
+    found = list(build(weights_seed=seed).state_dict().values())
+    assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(seed)
     next(iter(DataLoader(TensorDataset(torch.arange(100)), 16, shuffle=True)))
     expected = [tensor for layer in layers() for tensor in layer.state_dict().values()]
