@@ -119,19 +119,25 @@ def measured_so_far(results: list[dict[str, Any]]) -> str:
     """Return in a sentence how much of the ladder has been trained to the end, on what, and how it compares."""
     rows = ladder_rows()
     found = {name: recorded(catalogue()[name].name, results) for name in rows}
-    complete = {name: metrics for name, metrics in found.items() if metrics and metrics.complete}
+    complete = {name: by_hardware for name, by_hardware in found.items() if _complete(by_hardware)}
     if not complete:
         return f"Of these {len(rows)} rows none has been trained to the end here yet."
-    where = "; ".join(dict.fromkeys(metrics.hardware for metrics in complete.values()))
+    measured_on = [(name, metrics) for name, by_hardware in complete.items() for metrics in by_hardware]
+    where = "; ".join(dict.fromkeys(metrics.hardware for _, metrics in measured_on))
     published = {name: catalogue()[name].published for name in complete}
-    ps = [tested(metrics, published[n].model_dump())[0] for n, metrics in complete.items() if published[n]]
+    ps = [tested(metrics, goal.model_dump())[0] for name, metrics in measured_on if (goal := published[name])]
     known = sorted(p for p in ps if p is not None)
     spread = f" The p-values against the published accuracies are {known[0]:.2f} to {known[-1]:.2f}." if known else ""
     return f"Of these {len(rows)} rows {len(complete)} have been trained to the end here so far, on {where}.{spread}"
 
 
+def _complete(found: Sequence[Metrics]) -> bool:
+    """Return whether a row was trained to the end; then all that `recorded` gives of it were."""
+    return bool(found) and found[0].complete
+
+
 def ladder_table(results: list[dict[str, Any]]) -> str:
-    """Return the ladder: a table of the measured rows, in percent, then one line per stage of the others."""
+    """Return the ladder: a table of the measured rows by hardware, in percent, then a line per stage of the others."""
     header = ("row", "what it is", "epochs", "published best (last)", "ours best (last)", "difference", "p", "measured")
     return _measured_first(header, ladder_rows(), results, _ladder_cells)
 
@@ -147,10 +153,10 @@ def _measured_first(
     cells: Callable[[str, Metrics], list[str]],
 ) -> str:
     found = {name: recorded(catalogue()[name].name, results) for name in names}
-    complete = {name: metrics for name, metrics in found.items() if metrics and metrics.complete}
-    parts = [markdown(header, [cells(name, metrics) for name, metrics in complete.items()])] if complete else []
-    others = {name: metrics for name, metrics in found.items() if name not in complete}
-    return "\n\n".join([*parts, *_unmeasured_lines(others)])
+    complete = {name: by_hardware for name, by_hardware in found.items() if _complete(by_hardware)}
+    lines = [cells(name, metrics) for name, by_hardware in complete.items() for metrics in by_hardware]
+    others = {name: next(iter(by_hardware), None) for name, by_hardware in found.items() if name not in complete}
+    return "\n\n".join([*([markdown(header, lines)] if lines else []), *_unmeasured_lines(others)])
 
 
 def _unmeasured_lines(found: dict[str, Metrics | None]) -> list[str]:

@@ -68,7 +68,7 @@ def _row(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     from fastcifar.ladder.rows import catalogue
 
     recipe = catalogue()[name]
-    metrics = recorded(recipe.name, results)
+    found = recorded(recipe.name, results)
     published = recipe.published
     return {
         "name": name,
@@ -77,8 +77,8 @@ def _row(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         **_size(recipe),
         "published": {"best": published.best, "last": published.last} if published else None,
         "target": getattr(recipe, "target", None),
-        "ours": ours_in_words(metrics),
-        "last": ours_in_short(metrics),
+        "ours": ours_in_words(found),
+        "last": ours_in_short(found),
         "file": str(Path("recipes") / f"{name}.toml"),
     }
 

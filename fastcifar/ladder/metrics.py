@@ -28,7 +28,8 @@ class Metrics:
         complete: whether that is the end.
         training_s: mean training time in seconds.
         images_per_s: median speed.
-        hardware, date, git: of these runs, several joined by "; ".
+        hardware, git: of these runs, several joined by "; ".
+        date: of the newest.
         precision: of those that were told one, with how many of the runs that is unless all; empty where none was.
     """
 
@@ -88,15 +89,27 @@ def _told(precisions: list[str | None]) -> str:
     return "; ".join(p if n == len(precisions) else f"{p} ({n} of {len(precisions)})" for p, n in counts.items())
 
 
-def recorded(name: str, results: list[dict[str, Any]]) -> Metrics | None:
-    """Return the recorded metrics of the recipe of that name."""
-    return metrics_of([row for row in results if row["id"] == name])
+def recorded(name: str, results: list[dict[str, Any]]) -> list[Metrics]:
+    """Return the recorded metrics of the recipe of that name, one per hardware, those of the most seeds first.
+
+    Where it was trained to the end these are the complete ones, of as many epochs as the newest of them, for a recipe
+    may have been given fewer; elsewhere that which got furthest is the only one.
+    """
+    rows = [row for row in results if row["id"] == name]
+    by_hardware = [[row for row in rows if row["hardware"] == on] for on in dict.fromkeys(r["hardware"] for r in rows)]
+    found = [metrics for group in by_hardware if (metrics := metrics_of(group))]
+    complete = sorted((metrics for metrics in found if metrics.complete), key=lambda metrics: metrics.date)
+    if not complete:
+        return sorted(found, key=lambda metrics: metrics.epochs_done)[-1:]
+    return sorted((m for m in complete if m.epochs == complete[-1].epochs), key=lambda m: m.n, reverse=True)
 
 
-def ours_in_words(metrics: Metrics | None) -> str:
-    """Return the text behind ``# ours:`` in a recipe's head, and in lists of recipes."""
-    if metrics is None:
-        return NOT_MEASURED
+def ours_in_words(found: Sequence[Metrics]) -> str:
+    """Return the text behind ``# ours:`` in a recipe's head, and in lists of recipes, from what `recorded` gives."""
+    return "; ".join(_in_words(metrics) for metrics in found) or NOT_MEASURED
+
+
+def _in_words(metrics: Metrics) -> str:
     where = f"{metrics.hardware}, {metrics.date}"
     told = f" in {metrics.precision}" if metrics.precision else ""
     if not metrics.complete:
@@ -105,10 +118,11 @@ def ours_in_words(metrics: Metrics | None) -> str:
     return f"{', '.join(parts)} (n = {metrics.n}{told}; {where})"
 
 
-def ours_in_short(metrics: Metrics | None) -> str:
-    """Return the last epoch's accuracy for a narrow column, with how many seeds it is of; nothing if not measured."""
-    if metrics is None or metrics.last is None:
+def ours_in_short(found: Sequence[Metrics]) -> str:
+    """Return the last epoch's accuracy on the first hardware, with how many seeds it is of; nothing if not measured."""
+    if not found or found[0].last is None:
         return ""
+    metrics = found[0]
     if not metrics.complete:
         return f"{metrics.last} at epoch {metrics.epochs_done}"
     return f"{metrics.last} ({metrics.n})"

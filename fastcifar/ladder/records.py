@@ -172,11 +172,12 @@ def read_record(path: Path) -> Record:
 
 
 def result_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return one object per row and seed: of several records of a seed, on any hardware, that of the highest rank."""
-    best: dict[tuple[str, int], tuple[Record, SeedResult]] = {}
+    """Return one object per row, hardware and seed: of several records of it, that of the highest rank."""
+    best: dict[tuple[str, str, int], tuple[Record, SeedResult]] = {}
     for record in records:
         for seed in record.seeds:
-            _, held = best.get((record.row, seed.seed), (record, seed))
+            key = record.row, record.hardware, seed.seed
+            _, held = best.get(key, (record, seed))
             if seed.rank >= held.rank:
-                best[record.row, seed.seed] = record, seed
+                best[key] = record, seed
     return [record.seed_row(seed) for record, seed in best.values()]

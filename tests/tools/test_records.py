@@ -11,6 +11,7 @@ from scipy.stats import t
 
 from fastcifar.errors import UserError
 from fastcifar.ladder import rows
+from fastcifar.ladder.metrics import recorded
 from fastcifar.ladder.records import FILES, NAME, read_records, record_of, result_rows
 from fastcifar.ladder.rows import jobs_for
 from fastcifar.ladder.runner import combine
@@ -181,8 +182,28 @@ CHANGES = {
         (["complete", "of fewer epochs"], "of fewer epochs"),
     ],
 )
-def test_the_result_that_got_further_counts_on_whatever_hardware(names, counts):
+def test_of_two_results_of_a_seed_on_one_hardware_the_one_that_got_further_counts(names, counts):
     old, *_ = COMMITTED
-    seeds = {name: old.seeds[0].model_copy(update=CHANGES[name]) for name in names}
+    seeds = [old.seeds[0].model_copy(update=CHANGES[name]) for name in names]
+    (row,) = result_rows([old.model_copy(update={"seeds": [seed]}) for seed in seeds])
+    assert CHANGES[counts].items() <= row.items()
+
+
+@pytest.mark.parametrize(
+    ("names", "counts"),
+    [
+        (["complete", "cut"], ["complete"]),
+        (["cut sooner", "cut"], ["cut"]),
+        (["cut", "complete"], ["complete"]),
+        (["complete", "of fewer epochs"], ["of fewer epochs"]),
+        (["complete", "complete again"], ["complete", "complete again"]),
+    ],
+)
+def test_each_hardware_on_which_the_newest_recipe_ended_has_its_own_metrics(names, counts):
+    old, *_ = COMMITTED
+    seeds = {name: old.seeds[0].model_copy(update=CHANGES[name.removesuffix(" again")]) for name in names}
     kept = [old.model_copy(update={"hardware": name, "seeds": [seed]}) for name, seed in seeds.items()]
-    assert [row["hardware"] for row in result_rows(kept)] == [counts]
+    rows = result_rows(kept)
+    assert len(rows) == len(names)
+    assert [metrics.hardware for metrics in recorded(old.row, rows)] == counts
+    assert recorded("another row", rows) == []

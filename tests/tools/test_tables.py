@@ -10,7 +10,7 @@ from scipy.stats import t
 
 from fastcifar.analysis.statistics import difference, mean_of
 from fastcifar.errors import UserError
-from fastcifar.ladder.metrics import NOT_MEASURED, metrics_of, ours_in_words
+from fastcifar.ladder.metrics import NOT_MEASURED, metrics_of, ours_in_short, ours_in_words, recorded
 from fastcifar.ladder.rows import ladder_rows
 from tools import tables
 
@@ -54,9 +54,26 @@ def test_a_measured_row_has_mean_standard_error_and_difference():
 def test_a_precision_that_was_asked_for_is_named():
     row = row_of(tables.ladder_table([entry | {"precision": "fp32"} for entry in SEEDS]), "lenet5")
     assert "| 3 seeds in fp32, a processor" in row
-    assert "(n = 1 in fp32; a processor" in ours_in_words(metrics_of([ENTRY | {"precision": "fp32"}]))
+    assert "(n = 1 in fp32; a processor" in ours_in_words([metrics_of([ENTRY | {"precision": "fp32"}])])
     mixed = [SEEDS[0] | {"precision": "fp32"}, *SEEDS[1:]]
     assert f"| {len(SEEDS)} seeds in fp32 (1 of {len(SEEDS)}), a" in row_of(tables.ladder_table(mixed), "lenet5")
+
+
+def test_each_hardware_has_its_own_line_and_the_one_of_most_seeds_comes_first():
+    other = ENTRY | {"hardware": "a GPU", "best": 60.5, "last": 60.5}
+    first, second = [line for line in tables.ladder_table([other, *SEEDS]).splitlines() if "`lenet5`" in line]
+    assert "| 3 seeds, a processor, 2 cores, 2026-01-02 |" in first
+    assert "| 60.50 (60.50) |" in second
+    assert "| 1 seed, a GPU, 2026-01-02 |" in second
+    found = recorded("lenet5", [other, *SEEDS])
+    assert re.search(r"\(n = 3; a processor, .*\); 60.50 last, .*\(n = 1; a GPU, ", ours_in_words(found))
+    assert ours_in_short(found).endswith(" (3)")
+    assert "rows 1 have been trained" in (text := tables.measured_so_far([other, *SEEDS]))
+    assert "on a processor, 2 cores; a GPU." in text
+
+
+def test_what_nobody_measured_says_so():
+    assert (ours_in_words([]), ours_in_short([])) == (NOT_MEASURED, "")
 
 
 def test_one_seed_has_no_p_value():
@@ -66,14 +83,15 @@ def test_one_seed_has_no_p_value():
 def test_a_partly_trained_row_is_not_measured_yet_but_says_how_far_it_is():
     part = [ENTRY | {"id": "aug-standard", "complete": False, "epochs_done": 20, "epochs": 100, "last": 84.2}]
     assert "aug-standard.toml) 90.01 (ours 84.20 last after 20 of 100 epochs)" in tables.ladder_table(part)
-    assert ours_in_words(metrics_of(part)).startswith(f"{NOT_MEASURED} (84.20 last after 20 of 100 epochs; a processor")
+    words = ours_in_words([metrics_of(part)])
+    assert words.startswith(f"{NOT_MEASURED} (84.20 last after 20 of 100 epochs; a processor")
 
 
 def test_test_time_augmentation_is_told_beside_the_plain_accuracy():
     seeds = [seed | {"tta": tta} for seed, tta in zip(SEEDS, (61.0, 61.2, 61.4), strict=True)]
     assert "; 61.20 ± 0.12 with TTA |" in row_of(tables.ladder_table(seeds), "lenet5")
-    assert ", 61.20 ± 0.12 last with TTA (n = 3" in ours_in_words(metrics_of(seeds))
-    assert "TTA" not in ours_in_words(metrics_of(SEEDS))
+    assert ", 61.20 ± 0.12 last with TTA (n = 3" in ours_in_words([metrics_of(seeds)])
+    assert "TTA" not in ours_in_words([metrics_of(SEEDS)])
 
 
 def test_a_complete_run_outweighs_incomplete_ones():
