@@ -166,7 +166,7 @@ def seed_result(run: RunDirectory) -> SeedResult:
     kept = {key: row[key] for key in SeedResult.model_fields if key not in ("seed", "git", "precision", "absent")}
     absent = [name for name in FILES if not (run.folder / name).is_file()]
     told = run.recipe.engine.precision if isinstance(run.recipe, Recipe) else "auto"
-    precision = None if told == "auto" else told
+    precision = run.environment.get("precision") if told == "auto" else told
     return SeedResult(seed=run.summary["seed"], git=git, precision=precision, absent=absent, **kept)
 
 

@@ -224,10 +224,10 @@ def best_and_last(metrics: Metrics) -> str:
 
 
 def measured(metrics: Metrics) -> str:
-    """Return how many seeds ran, in which precision if they were told one, on what, and when."""
+    """Return how many seeds ran, in which precision if they say, on what, and when."""
     seeds = "1 seed" if metrics.n == 1 else f"{metrics.n} seeds"
-    told = f" in {metrics.precision}" if metrics.precision else ""
-    return f"{seeds}{told}, {metrics.hardware}, {metrics.date}"
+    precision = f" in {metrics.precision}" if metrics.precision else ""
+    return f"{seeds}{precision}, {metrics.hardware}, {metrics.date}"
 
 
 # --------------------------------------------------------------------------------------------------------- benchmarks

@@ -30,7 +30,7 @@ class Metrics:
         images_per_s: median speed.
         hardware, git: of these runs, several joined by "; ".
         date: of the newest.
-        precision: of those that were told one, with how many of the runs that is unless all; empty where none was.
+        precision: of those that say, with how many of the runs that is unless all; empty where none does.
     """
 
     last: Mean | None
@@ -71,7 +71,7 @@ def metrics_of(rows: Sequence[dict[str, Any]]) -> Metrics | None:
         hardware=_joined(row["hardware"] for row in used),
         date=max(str(row["date"]) for row in used),
         git=_joined(row["git"] for row in used),
-        precision=_told([row.get("precision") for row in used]),
+        precision=_said([row.get("precision") for row in used]),
     )
 
 
@@ -84,7 +84,7 @@ def _joined(values: Iterable[Any]) -> str:
     return "; ".join(dict.fromkeys(str(v) for v in values if v))
 
 
-def _told(precisions: list[str | None]) -> str:
+def _said(precisions: list[str | None]) -> str:
     counts = Counter(p for p in precisions if p)
     return "; ".join(p if n == len(precisions) else f"{p} ({n} of {len(precisions)})" for p, n in counts.items())
 
@@ -111,11 +111,11 @@ def ours_in_words(found: Sequence[Metrics]) -> str:
 
 def _in_words(metrics: Metrics) -> str:
     where = f"{metrics.hardware}, {metrics.date}"
-    told = f" in {metrics.precision}" if metrics.precision else ""
+    precision = f" in {metrics.precision}" if metrics.precision else ""
     if not metrics.complete:
         return f"{NOT_MEASURED} ({metrics.last} last after {metrics.epochs_done} of {metrics.epochs} epochs; {where})"
     parts = [f"{value} {which}" for which, value in _known(metrics)]
-    return f"{', '.join(parts)} (n = {metrics.n}{told}; {where})"
+    return f"{', '.join(parts)} (n = {metrics.n}{precision}; {where})"
 
 
 def ours_in_short(found: Sequence[Metrics]) -> str:

@@ -43,7 +43,7 @@ class SeedResult(Strict):
         date: day of its end, UTC, as ``2026-01-31``.
         git: the clean revision that it ran on.
         tta: of the last epoch with test-time augmentation, in percent; None where the recipe has none.
-        precision: ``engine.precision`` where the run was told one; None where it took the device's.
+        precision: ``engine.precision``, or what "auto" stood for; None where the run does not say.
         absent: which of `FILES` the record does not have.
     """
 

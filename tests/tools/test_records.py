@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from dataclasses import replace
 from statistics import fmean, stdev
 
@@ -135,6 +136,19 @@ def test_a_run_of_other_settings_is_refused(tmp_path, run_dirs, capsys):
 def test_another_precision_loader_or_evaluation_is_the_same_row(tmp_path, run_dirs):
     change_recipe(run_dirs[0], ('"bf16"', '"fp32"'), ('tta = "none"', 'tta = "flip"'), ("workers = 2", "workers = 7"))
     add(run_dirs, tmp_path / "records")
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant", "recorded_as"), [("fp32", None, "fp32"), ("auto", "bf16", "bf16"), ("auto", None, None)]
+)
+def test_the_precision_is_the_recipes_or_what_auto_stood_for(tmp_path, run_dirs, asked, meant, recorded_as):
+    run = RunDirectory.open(run_dirs[0])
+    text = (run.folder / "recipe.toml").read_text()
+    recipe = re.sub(r'^precision = ".*"$', f'precision = "{asked}"', text, flags=re.MULTILINE)
+    run.commit({"recipe.toml": recipe, "environment.json": json.dumps({**run.environment, "precision": meant})})
+    add(run_dirs[:1], tmp_path / "records")
+    (record,) = read_records(tmp_path / "records")
+    assert record.seeds[0].precision == recorded_as
 
 
 def test_a_damaged_or_renamed_record_is_named(tmp_path, run_dirs):

@@ -51,7 +51,7 @@ def test_a_measured_row_has_mean_standard_error_and_difference():
     assert "[`lenet5`](recipes/lenet5.toml) 59.48" not in tables.ladder_table(SEEDS)
 
 
-def test_a_precision_that_was_asked_for_is_named():
+def test_the_precision_of_runs_that_say_theirs_is_named():
     row = row_of(tables.ladder_table([entry | {"precision": "fp32"} for entry in SEEDS]), "lenet5")
     assert "| 3 seeds in fp32, a processor" in row
     assert "(n = 1 in fp32; a processor" in ours_in_words([metrics_of([ENTRY | {"precision": "fp32"}])])
