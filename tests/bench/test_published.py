@@ -2,8 +2,10 @@
 
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,11 +19,24 @@ def lenet5_layers() -> list[nn.Module]:
     return [nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5), nn.Linear(400, 120), nn.Linear(120, 84), nn.Linear(84, 10)]
 
 
-def deep_baseline_layers() -> list[nn.Module]:
-    lenet5_layers()
-    convolutions = ((3, 32), (32, 64), (64, 128), (128, 128), (128, 256))
-    linear = ((4096, 512), (512, 256), (256, 128), (128, 10))
+def deep_layers(first: int, last: int) -> list[nn.Module]:
+    """Five convolutions, the first of so many outputs, and four linear layers, the last of so many inputs."""
+    convolutions = [
+        (3, first),
+        (first, 2 * first),
+        (2 * first, 4 * first),
+        (4 * first, 4 * first),
+        (4 * first, 8 * first),
+    ]
+    linear = [(16 * 8 * first, 4 * last), (4 * last, 2 * last), (2 * last, last), (last, 10)]
     return [*(nn.Conv2d(*widths, 3, padding=1) for widths in convolutions), *(nn.Linear(*widths) for widths in linear)]
+
+
+def deep_baseline_layers(narrow_before: bool) -> list[nn.Module]:
+    lenet5_layers()
+    if narrow_before:
+        deep_layers(16, 64)
+    return deep_layers(32, 128)
 
 
 def check_weights(build, layers):
@@ -40,5 +55,7 @@ def test_lenet5_has_the_weights_of_a_program_that_shuffles_before_it():
     check_weights(published.lenet5, lenet5_layers)
 
 
-def test_the_deep_baseline_has_the_weights_of_a_program_that_shuffles_and_makes_a_lenet_before_it():
-    check_weights(published.deep_baseline, deep_baseline_layers)
+@pytest.mark.parametrize("narrow_before", [True, False])
+def test_the_deep_baseline_has_the_weights_of_a_program_that_makes_other_nets_before_it(narrow_before):
+    build = partial(published.deep_baseline, narrow_before=narrow_before)
+    check_weights(build, partial(deep_baseline_layers, narrow_before))
