@@ -82,7 +82,7 @@ def deep_baseline(num_classes: int = 10, weights_seed: int = 42, narrow_before: 
     with torch.random.fork_rng(devices=[]):
         seed_as_published(weights_seed)
         LeNet5(num_classes)
-        if narrow_before:
+        if narrow_before:  # for its draws alone
             for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 64), (64, 128)):
                 nn.Conv2d(inputs, outputs, 3, padding=1)
             for inputs, outputs in ((2048, 256), (256, 128), (128, 64), (64, num_classes)):
