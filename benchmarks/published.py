@@ -76,8 +76,9 @@ def deep_baseline(num_classes: int = 10, weights_seed: int = 42, narrow_before: 
     Args:
         num_classes: number of logits.
         weights_seed: as for `lenet5`.
-        narrow_before: before this net that code makes a LeNet-5 and, from the commit on whose README has the published
-            accuracies (7e81e91), a net of half its widths with BatchNorm. The log with batches of 256 is older.
+        narrow_before: before this net that code makes a LeNet-5 and, as of commit 7e81e91, whose README has the
+            published accuracies, a net of half its widths with BatchNorm. That which wrote the log with batches of 256
+            made the LeNet-5 alone.
     """
     with torch.random.fork_rng(devices=[]):
         seed_as_published(weights_seed)
