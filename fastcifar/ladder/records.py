@@ -144,7 +144,7 @@ def tested(metrics: Metrics, published: dict[str, Any] | None) -> tuple[float | 
     p = p_value(values, published["best"])
     if p is None:
         return None, f"n = {len(values)}: no test"
-    return p, f"two-sided one-sample t-test of best against the published best, n = {len(values)}"
+    return p, f"two-sided t-test of the published best as one more run of ours, n = {len(values)}"
 
 
 def read_records(folder: Path | None = None) -> list[Record]:

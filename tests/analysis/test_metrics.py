@@ -85,9 +85,16 @@ def test_standard_errors_are_scipys(rng):
 
 def test_the_p_value_is_that_of_students_t(rng):
     values = rng.normal(60.0, 0.5, size=4).tolist()
-    statistic = (np.mean(values) - 59.48) / sem(values)
+    statistic = (np.mean(values) - 59.48) / (np.std(values, ddof=1) * np.sqrt(1 + 1 / 4))
     assert p_value(values, 59.48) == pytest.approx(2 * t.sf(abs(statistic), 3))
     assert p_value([60.0, 61.0], 60.5) == pytest.approx(1.0)
+
+
+def test_a_published_run_that_is_one_of_ours_has_a_small_p_value_as_often_as_it_says(rng):
+    runs = rng.normal(60.0, 0.5, size=(2000, 4)).tolist()
+    small = [p_value(ours, published) < 0.05 for *ours, published in runs]
+    # Five standard deviations of a share of 2,000.
+    assert np.mean(small) == pytest.approx(0.05, abs=5 * np.sqrt(0.05 * 0.95 / 2000))
 
 
 @pytest.mark.parametrize("values", [[], [60.0], [60.0, 60.0, 60.0]])

@@ -56,7 +56,7 @@ def test_a_record_holds_log_recipe_environment_and_metrics_of_each_seed(tmp_path
     best = [seed.best for seed in record.seeds]
     error = stdev(best) / math.sqrt(2)
     assert record.best.model_dump() == pytest.approx({"mean": fmean(best), "standard_error": error, "n": 2})
-    assert record.p_value == pytest.approx(2 * t.sf(abs(fmean(best) - 59.48) / error, 1))
+    assert record.p_value == pytest.approx(2 * t.sf(abs(fmean(best) - 59.48) / (stdev(best) * math.sqrt(1.5)), 1))
     assert "t-test" in record.test
 
 
