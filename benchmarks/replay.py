@@ -1,9 +1,8 @@
 """Published training logs, followed epoch by epoch: our step, from a log's first weights, on the same batches.
 
-``python benchmarks/replay.py NAME [--epochs N] [--data PATH]`` prints what the log says beside what our step gives. An
-end-to-end check against numbers that we did not make: a wrong loss, optimizer, weight decay, schedule, normalization or
-evaluation moves the losses away from the log's within an epoch, and so does another order of the images, which
-``--other`` takes for comparison.
+``python benchmarks/replay.py NAME [--epochs N] [--data PATH]`` prints what the log says beside what our step gives: an
+end-to-end check of loss, optimizer, weight decay, schedule, normalization and evaluation against numbers of others.
+``--other`` takes another order of the images, for comparison.
 
 The code that wrote the logs (github.com/windopper/cifar) seeds torch once. All that it draws then can be drawn again:
 two seeds for a batch that it looks at, the weights of every net that it knows, of which it trains one, and for each
