@@ -223,7 +223,10 @@ def main() -> None:
             pairs = [f"{a:.{n}f}  {b:.{n}f}" for a, b, n in zip(theirs, found, (4, 4, 2), strict=True)]
             console.print(f"{epoch:3}  " + "  |  ".join(pairs))
     except UserError as error:
-        sys.exit(f"fastcifar: replay: {error}")
+        print(f"fastcifar: replay: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -137,3 +137,33 @@ def test_a_replay_is_a_plain_loop_over_the_same_batches():
         right = (logits.argmax(1) == test_labels).float().mean().item()
         assert accuracy == pytest.approx(100 * right, abs=100 / len(test_labels))
     assert len(found) == 3
+
+
+def test_without_data_it_says_so_and_ends_with_2(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["replay.py", "lenet5", "--data", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ended:
+        replay.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastcifar: replay: ")
+    assert "nowhere" in error
+
+
+@pytest.mark.parametrize("words", [["--epochs", "0"], ["--other", "-1"], ["--precision", "fp8"]])
+def test_bad_numbers_are_refused(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["replay.py", "lenet5", *words])
+    with pytest.raises(SystemExit) as ended:
+        replay.main()
+    assert ended.value.code == 2
+
+
+def test_it_prints_the_log_beside_what_the_step_gives(monkeypatch, capsys):
+    changes = ("data.source=synthetic", *replay.LOGS["lenet5"].changes, f"train.batch_size={BATCH}")
+    monkeypatch.setitem(replay.LOGS, "lenet5", replace(replay.LOGS["lenet5"], changes=changes, draws_after=0))
+    monkeypatch.setattr(sys, "argv", ["replay.py", "lenet5", "--epochs", "2"])
+    replay.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert [(row[0], row[1], row[4], row[7]) for row in rows] == [
+        ("1", "1.6945", "1.4948", "46.05"),
+        ("2", "1.4253", "1.3762", "50.72"),
+    ]
