@@ -212,7 +212,7 @@ def main() -> None:
         parser.error("--epochs begins at 1, --other at 0")
     log, console = LOGS[arguments.log], Console(highlight=False)
     console.print(log.path, soft_wrap=True)
-    console.print("epoch, training loss, test loss, test accuracy in percent; each as published, then ours")
+    console.print("epoch, training loss, test loss, test accuracy in %: as published, then ours", soft_wrap=True)
     published = zip(log.train_loss, log.test_loss, log.test_accuracy, strict=True)
     try:
         ours = replay(
