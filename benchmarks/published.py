@@ -55,8 +55,8 @@ def lenet5(num_classes: int = 10, weights_seed: int = 42) -> nn.Module:
     """Return LeNet-5 with the initial weights that the published code gives it.
 
     Before it makes its nets, that code takes a batch from its loader, which draws two seeds. The nets that it makes
-    after the one that it trains move its random generator on: the order of its images is not repeated here. To train
-    from these weights: ``fastcifar run lenet5 --set model.name=benchmarks.published:lenet5``.
+    after the one that it trains move its random generator on: the order of its images is not repeated here, but in
+    ``replay.py``. To train from these weights: ``fastcifar run lenet5 --set model.name=benchmarks.published:lenet5``.
 
     Args:
         num_classes: number of logits.

@@ -52,10 +52,17 @@ def test_the_draws_of_nets_that_others_have_too():
     assert replay.DRAWS["ResNet-18"] == drawn(resnet) + drawn_again(resnet) - 2 * first
     assert replay.DRAWS["DenseNet-121"] == drawn(dense) - stem(dense, dense.features.conv0)
     assert replay.DRAWS["VGG-16"] == drawn(vgg) + drawn(nn.Linear(512, 10))
+    # That code's MobileNetV2 expands in its first block, too, and has convolutions beside those that change the width.
+    beside = [nn.Conv2d(*widths, 1, bias=False) for widths in ((32, 32), (32, 16), (16, 24), (64, 96), (160, 320))]
+    mobile = torchvision.models.mobilenet_v2(num_classes=10)
+    assert replay.DRAWS["MobileNetV2"] == drawn(mobile) + sum(drawn(convolution) for convolution in beside)
     deep = DeepBaseline()
     assert replay.DRAWS["LeNet-5"] == drawn(LeNet5())
     assert replay.DRAWS["deep baseline"] == replay.DRAWS["deep, BatchNorm"] == drawn(deep)
     assert replay.DRAWS["deep, SiLU"] == drawn(deep) + drawn_again(deep)
+    assert replay.DRAWS["deep, dropout"] == drawn(deep)
+    convolutions = sum(drawn(layer) for layer in layers(deep) if isinstance(layer, nn.Conv2d))
+    assert replay.DRAWS["deep, average pooling"] == convolutions + drawn(nn.Linear(256, 10))
 
 
 def test_a_draw_for_each_number_leaves_torch_where_making_the_layers_does():
