@@ -35,11 +35,11 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return did_you_mean(closest(word, allowed))
 
 
-def closest(word: str, allowed: Iterable[str]) -> list[str]:
-    """Return the closest allowed spelling, alone in a list, or an empty list where none is close."""
+def closest(word: str, allowed: Iterable[str], similarity: float = 0.6) -> list[str]:
+    """Return the closest allowed spelling, alone in a list, or an empty list where none is as similar (0 to 1)."""
     if len(word) > 100:  # nobody's misspelling, and the search is quadratic
         return []
-    return difflib.get_close_matches(word, list(allowed), n=1)
+    return difflib.get_close_matches(word, list(allowed), n=1, cutoff=similarity)
 
 
 def did_you_mean(words: Sequence[str]) -> str:

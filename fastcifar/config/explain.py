@@ -6,17 +6,32 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fastcifar.config.schema import BY_IMPORT_PATH, OURS, PRESETS
+from fastcifar.config.schema import BY_IMPORT_PATH, OURS, PRESETS, Recipe
 from fastcifar.errors import closest, did_you_mean, nearest, plain, shown
 
 MOST_PROBLEMS = 10
 MOST_PLACES = 3
 OTHER_NAMES = {
-    "learning_rate": "lr", "wd": "weight_decay", "l2": "weight_decay", "bs": "batch_size", "num_epochs": "epochs",
-    "max_epochs": "epochs", "num_workers": "workers", "grad_accum": "accumulate", "clip_grad": "grad_clip",
-    "amp": "precision",
+    "learning_rate": "lr", "wd": "weight_decay", "l2": "weight_decay", "min_lr": "final", "eta_min": "final",
+    "warmup": "warmup_epochs", "bs": "batch_size", "batch": "batch_size", "num_epochs": "epochs",
+    "max_epochs": "epochs", "num_workers": "workers", "grad_accum": "accumulate",
+    "gradient_accumulation_steps": "accumulate", "clip": "grad_clip", "clip_grad": "grad_clip",
+    "max_grad_norm": "grad_clip", "amp": "precision", "dtype": "precision", "fp16": "precision", "bf16": "precision",
+    "compile": "mode", "torch_compile": "mode", "cuda_graph": "mode", "cuda_graphs": "mode", "arch": "model",
+    "transforms": "augment", "random_crop": "augment", "cutout": "augment", "autoaugment": "augment",
+    "val_split": "holdout", "validation": "holdout", "test_time_augmentation": "tta", "logger": "track",
+    "wandb": "track", "tensorboard": "track", "mlflow": "track", "gpu": "device",
 }  # fmt: skip
 """What other programs call keys of ours, where no spelling comes close."""
+OPTIONS = {
+    **dict.fromkeys(("devices", "gpus", "num_gpus", "ngpus", "world_size", "nproc_per_node"), "--devices"),
+    **dict.fromkeys(("out", "out_dir", "output", "output_dir", "save_dir", "run_dir"), "--out"),
+    **dict.fromkeys(("data_dir", "data_path", "data_root", "path", "root"), "--data"),
+}
+"""What other programs have as keys and ``fastcifar run`` as options: they are of a machine, not of a recipe."""
+ELSEWHERE = 0.8
+"""How similar (0 to 1) a key of another table must be to be named. At 0.6, as for a table's own keys, strangers
+come out, such as ``optimizer.eps`` for ``train.steps``."""
 
 
 def explain_all(path: Path, kind: type[BaseModel], errors: list[Any]) -> str:
@@ -50,7 +65,14 @@ def _meant(kind: type[BaseModel], where: list[str], allowed: list[str]) -> str:
     named: dict[str, list[str]] = {}
     for place in places:
         named.setdefault(place.rpartition(".")[2], []).append(place)
-    found = named.get(word) or closest(word, allowed) or [p for name in closest(word, named) for p in named[name]]
+    whole = {place.replace(".", "_"): [place] for place in places}  # ema_decay
+    if found := named.get(word) or whole.get(word):
+        return did_you_mean(found[:MOST_PLACES])
+    if kind is Recipe and (option := OPTIONS.get(word.lower())):
+        return f" (it is an option: fastcifar run {option})"
+    found = closest(word, allowed)
+    for others in (whole, named):
+        found = found or [place for name in closest(word, others, ELSEWHERE) for place in others[name]]
     return did_you_mean(found[:MOST_PLACES])
 
 
