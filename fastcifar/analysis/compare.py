@@ -9,6 +9,7 @@ import numpy as np
 from fastcifar.analysis.members import WHICH, marked, marked_names, same_test_images
 from fastcifar.analysis.published import differs
 from fastcifar.analysis.statistics import mcnemar, mean_of
+from fastcifar.config import CombineRecipe
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
 from fastcifar.text import resume_command, stopped_at
@@ -18,7 +19,8 @@ def group_by_recipe(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
     """Return one row per recipe (equal but for the seed): mean and standard error over its finished runs.
 
     Unfinished runs are in no mean: beside finished ones of their recipe they are left out, see `left_out`; without such
-    each is a row of its own, whose ``stopped`` says how far it has come.
+    each is a row of its own, whose ``stopped`` says how far it has come. Of runs with one seed the newest counts: they
+    are repetitions, and would make the standard error too small.
 
     Each row has ``name``, ``label`` (the name, with a folder where two rows have the same, and with ``stopped``),
     ``runs`` (folders), ``seeds`` and, for ``last``, ``best``, ``selected``, the mean, its standard error and their
@@ -34,7 +36,7 @@ def group_by_recipe(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
 
 
 def left_out(runs: Sequence[RunDirectory]) -> list[RunDirectory]:
-    """Return the unfinished runs that are in no row of `group_by_recipe`."""
+    """Return the runs that are in no row of `group_by_recipe`: unfinished ones, and older ones of a repeated seed."""
     shown = {id(run) for group in _groups(runs) for run in group}
     return [run for run in runs if id(run) not in shown]
 
@@ -46,9 +48,19 @@ def _groups(runs: Sequence[RunDirectory]) -> list[list[RunDirectory]]:
         alike.setdefault(_key(run), []).append(run)
     groups: list[list[RunDirectory]] = []
     for found in alike.values():
-        finished = [run for run in found if run.finished]
+        finished = _one_per_seed([run for run in found if run.finished])
         groups += [finished] if finished else [[run] for run in found]
     return groups
+
+
+def _one_per_seed(runs: list[RunDirectory]) -> list[RunDirectory]:
+    """Return the newest run of each seed, in the given order; combinations, whose members may differ, all of them."""
+    newest: dict[int, RunDirectory] = {}
+    for run in runs:
+        if isinstance(run.recipe, CombineRecipe):
+            return runs
+        newest[run.recipe.seed] = max(newest.get(run.recipe.seed, run), run, key=lambda run: run.ended_at)
+    return [run for run in runs if newest[run.recipe.seed] is run]
 
 
 def note_left_out(runs: Sequence[RunDirectory]) -> str:
@@ -59,9 +71,28 @@ def note_left_out(runs: Sequence[RunDirectory]) -> str:
     """
     if not runs:
         return ""
-    each = ", ".join(f"{run.folder} ({stopped_at(run.summary)})" for run in runs)
-    how = resume_command(runs[0].folder) if len(runs) == 1 else "fastcifar run --resume RUN_DIR"
-    return f"left out of the means: {each}; finish {'it' if len(runs) == 1 else 'each'} with `{how}`"
+    stopped, parts = [run for run in runs if not run.finished], []
+    if stopped:
+        each = ", ".join(f"{run.folder} ({stopped_at(run.summary)})" for run in stopped)
+        how = resume_command(stopped[0].folder) if len(stopped) == 1 else "fastcifar run --resume RUN_DIR"
+        parts.append(f"{each}; finish {'it' if len(stopped) == 1 else 'each'} with `{how}`")
+    if repeated := [run for run in runs if run.finished]:
+        each = ", ".join(f"{run.folder} (seed {run.summary['seed']})" for run in repeated)
+        parts.append(f"{each}: a newer run has the same recipe and seed; take another seed with `--set seed=N`")
+    return "left out of the means: " + "; ".join(parts)
+
+
+def refuse_twice(runs: Sequence[RunDirectory]) -> None:
+    """Refuse a run directory that is given twice.
+
+    Raises:
+        UserError: it is.
+    """
+    seen: set[Path] = set()
+    for run in runs:
+        if run.folder.resolve() in seen:
+            raise UserError(f"RUN...: {run.folder} is given twice")
+        seen.add(run.folder.resolve())
 
 
 def _key(run: RunDirectory) -> str:

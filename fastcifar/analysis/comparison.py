@@ -17,7 +17,7 @@ def comparison(runs: Sequence[RunDirectory]) -> dict[str, Any]:
     """Return the comparison of two or more runs.
 
     ``groups`` has a row per recipe, over its finished seeds, with its difference to the first one; ``left_out`` has the
-    folders of the unfinished runs that are in no row, and ``note`` says so in words; ``pairs`` has McNemar's test for
+    folders of the runs that are in no row, and ``note`` says so in words; ``pairs`` has McNemar's test for
     each two runs on the same test images; ``curves`` has each recipe's metrics by epoch; ``time`` has what each run of
     a row took and reached; ``published`` has the ladder's published accuracies.
     """

@@ -13,7 +13,8 @@ def compare(
 
     The test asks whether a run and the first one are equally often right on the same test images (last epoch).
 
-    Unfinished runs are left out of the means; a recipe that has no other run shows them one by one.
+    Unfinished runs are left out of the means; a recipe that has no other run shows them one by one. Of several runs
+    with one recipe and one seed the newest counts.
     """
     from fastcifar.console import out, say
     from fastcifar.errors import UserError
@@ -23,8 +24,9 @@ def compare(
         raise UserError("RUN...: a comparison needs at least two run directories")
     opened = [RunDirectory.open(folder) for folder in runs]
     # After the directories are known to be there: it imports numpy, and a mistyped path is answered without it.
-    from fastcifar.analysis.compare import group_by_recipe, left_out, note_left_out, pairs_against_first
+    from fastcifar.analysis.compare import group_by_recipe, left_out, note_left_out, pairs_against_first, refuse_twice
 
+    refuse_twice(opened)
     rows, pairs, without = group_by_recipe(opened), pairs_against_first(opened), left_out(opened)
     if json_:
         out({"recipes": rows, "left_out": [str(run.folder) for run in without], "mcnemar": pairs})

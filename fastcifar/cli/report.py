@@ -29,8 +29,10 @@ def report(
         raise UserError(f"{out}: there is no folder {out.parent}")
     opened = [RunDirectory.open(folder) for folder in runs]
     # After the directories are known to be there: it imports torch, and a mistyped path is answered without it.
+    from fastcifar.analysis.compare import refuse_twice
     from fastcifar.analysis.html import build_report
 
+    refuse_twice(opened)
     page, contents, compared = build_report(opened, data)
     target = out or runs[0] / "report.html"
     write_atomic(target, page)

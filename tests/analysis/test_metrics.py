@@ -1,5 +1,7 @@
 """Confusion, hard images, comparisons and label errors against scikit-learn, torch, scipy and injected errors."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +139,19 @@ def test_unfinished_runs_are_in_no_mean(tmp_path, rng):
     assert f"{runs[1].folder} (stopped at epoch 1 of 3)" in found["note"]
     assert [entry["name"] for entry in found["time"]] == ["a-1", "a-3"]
     assert found["pairs"][0]["names"] == ["a-1", "a-2, stopped at epoch 1 of 3"]
+
+
+def test_a_repeated_seed_counts_once(tmp_path, rng):
+    runs = seeds_of("a", tmp_path / "old", rng, [1, 2]) + seeds_of("a", tmp_path / "new", rng, [1])
+    os.utime(runs[0].folder / "summary.json", (0, 0))
+    (row,) = group_by_recipe(runs)
+    assert (row["seeds"], row["last"]["n"], row["runs"]) == ([2, 1], 2, [str(run.folder) for run in runs[1:]])
+    assert row["last"]["mean"] == pytest.approx(np.mean([run.summary["last"]["accuracy"] for run in runs[1:]]))
+    found = comparison(runs)
+    assert found["left_out"] == [str(runs[0].folder)]
+    assert f"{runs[0].folder} (seed 1): a newer run has the same recipe and seed" in found["note"]
+    assert [entry["name"] for entry in found["time"]] == [str(run.folder) for run in runs[1:]]
+    assert group_by_recipe(runs[::2])[0]["last"]["standard_error"] is None
 
 
 def test_without_a_finished_run_the_unfinished_ones_are_shown_one_by_one(tmp_path, rng):

@@ -78,6 +78,12 @@ def test_compare_names_what_it_leaves_out_and_how_to_finish_it(call, runs, tmp_p
     assert f"{note}." in (tmp_path / "m0/report.html").read_text()
 
 
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_run_given_twice_is_refused(call, runs, command):
+    code, _, err = call(command, "m0", "m1", "./m0")
+    assert (code, err) == (2, "fastcifar: RUN...: m0 is given twice\n")
+
+
 def test_a_published_accuracy_beside_another_recipe_says_so(call, runs, tmp_path):
     for name in ("m0", "m1"):
         new = (f'name = "{name}"', 'name = "lenet5"\npublished = { best = 59.48 }')
