@@ -65,6 +65,7 @@ class Member(Record):
     last: Percent | None = None
     best: Percent | None = None
     selected: Percent | None = None
+    tta: Percent | None = None
 
 
 class Published(Record):

@@ -25,6 +25,7 @@ PROTOCOLS = {
     "best": "members at their best epochs on the test set, as published",
     "selected": "members at the epochs chosen on their holdout",
 }
+WITH_TTA = ", under test-time augmentation"
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ def _vote(config: CombineConfig, members: Mapping[str, RunDirectory], which: str
     probabilities = ensemble.softmax(test.logits)
     weights, details = _weights(config, members, which)
     vote = ensemble.hard_vote if config.how == "hard" else ensemble.soft_vote
-    return _combined(np.log(np.maximum(vote(probabilities, weights), TINY)), test, PROTOCOLS[which], details)
+    details = {"protocol": PROTOCOLS[which], **details}
+    return _combined(np.log(np.maximum(vote(probabilities, weights), TINY)), test, details, tta)
 
 
 def _weights(
@@ -255,27 +257,28 @@ def _stack(config: CombineConfig, members: Mapping[str, RunDirectory], tta: bool
         test, holdout = collect(members, "test", which, tta), collect(members, "holdout", which)
         stacked = stacking.stack_honest(holdout, test, config.meta, config.meta_seed)
         counts = "selected"
-    protocol = stacked.details["protocol"]
     return {
-        "last": _combined(ensemble.log_softmax(stacked.last_logits), test, protocol, stacked.details),
-        counts: _combined(ensemble.log_softmax(stacked.logits), test, protocol, stacked.details),
+        "last": _combined(ensemble.log_softmax(stacked.last_logits), test, stacked.last_details, tta),
+        counts: _combined(ensemble.log_softmax(stacked.logits), test, stacked.details, tta),
     }
 
 
-def _combined(log_probabilities: np.ndarray, test: Scores, protocol: str, details: dict[str, Any]) -> Combined:
+def _combined(log_probabilities: np.ndarray, test: Scores, details: dict[str, Any], tta: bool) -> Combined:
+    """Score a combined prediction; where its test logits are under test-time augmentation, its protocol says so."""
     chosen = log_probabilities[np.arange(len(test.labels)), test.labels]
+    details = {**details, "protocol": details["protocol"] + (WITH_TTA if tta else ""), "tta": tta}
     metrics = {
         "epoch": details.get("meta_epoch", 0),
         "accuracy": accuracy(log_probabilities, test.labels),
         "loss": -float(chosen.mean()),
-        "protocol": protocol,
+        "protocol": details["protocol"],
     }
     return Combined(log_probabilities, metrics, details)
 
 
 def _entry(name: str, run: RunDirectory) -> dict[str, Any]:
     """Return what a combination's summary says of a member: where it is, how far it has come, its own accuracies."""
-    entries = {which: run.summary.get(which) for which in PROTOCOLS}
+    entries = {which: run.summary.get(which) for which in (*PROTOCOLS, "tta")}
     return {
         "name": name,
         "run": str(run.folder),

@@ -60,7 +60,7 @@ def _one_per_seed(runs: list[RunDirectory]) -> list[RunDirectory]:
         if isinstance(run.recipe, CombineRecipe):
             return runs
         newest[run.recipe.seed] = max(newest.get(run.recipe.seed, run), run, key=lambda run: run.ended_at)
-    return [run for run in runs if newest[run.recipe.seed] is run]
+    return [run for run in runs if run in newest.values()]
 
 
 def note_left_out(runs: Sequence[RunDirectory]) -> str:

@@ -135,11 +135,13 @@ def show(summary: dict[str, Any], out: Path | None) -> None:
     from fastcifar.text import stopped_at
 
     table = Table(box=None, header_style="dim")
+    tta = summary["combined"]["last"]["tta"]
     for heading in ("", "last", "best on test", "selected"):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading + ", TTA" * bool(heading and tta), justify="left" if not heading else "right")
     for member in summary["members"]:
-        name = marked(member["name"], stopped_at(member))
-        table.add_row(name, *(percent(member[which]) for which in ("last", "best", "selected")))
+        # Beside a combination of logits under test-time augmentation, the members' accuracies under it.
+        own = (member["tta"], None, None) if tta else [member[which] for which in ("last", "best", "selected")]
+        table.add_row(marked(member["name"], stopped_at(member)), *map(percent, own))
     metrics = [summary[which] for which in ("last", "best", "selected")]
     table.add_row(summary["how"], *(percent(entry and entry["accuracy"]) for entry in metrics), style="bold")
     answers().print(table)

@@ -99,7 +99,9 @@ def test_stacking_takes_the_last_epoch_with_test_time_augmentation(tmp_path, pro
         arrays = {key: member.logits(key) for key in member.logits_keys()}
         member.write_logits({**arrays, "test/last/raw/tta": arrays["test/last/raw"]})
     done = results_of(combination("stacking", members, protocol=protocol, meta="logistic"), members, tta=True)
-    assert done.summary()["last"]["accuracy"] > 50
+    last = done.summary()["last"]
+    assert last["accuracy"] > 50
+    assert last["protocol"].endswith(", under test-time augmentation")
 
 
 def test_runs_on_other_images_with_equal_labels_are_told_apart(tmp_path):
@@ -123,7 +125,11 @@ def test_published_stacking_is_labelled_as_what_it_is(tmp_path):
     members = make_members(tmp_path, train=300)
     summary = run_combine(combination("stacking", members, protocol="published"), members, tmp_path / "out")
     assert "chosen on the test set" in summary["best"]["protocol"]
-    assert summary["best"]["accuracy"] >= summary["last"]["accuracy"]
+    by_epoch = summary["combined"]["best"]["test_accuracy_by_epoch"]
+    assert summary["best"]["accuracy"] == max(by_epoch) == by_epoch[summary["best"]["epoch"] - 1]
+    assert summary["last"]["accuracy"] == by_epoch[-1]
+    assert summary["last"]["epoch"] == summary["combined"]["last"]["meta_epoch"] == len(by_epoch)
+    assert "chosen" not in summary["last"]["protocol"]
     assert summary["selected"] is None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +142,20 @@ def test_ensemble_votes_as_it_is_told(call, runs, options):
     code, out, err = call("ensemble", "m0", "m1", "m2", *options)
     assert (code, err) == (0, "")
     assert runs["m0"].recipe.name in out
+
+
+def test_a_combination_under_test_time_augmentation_says_so_beside_its_members_accuracies_under_it(call, runs):
+    for number, run in enumerate(runs.values()):
+        arrays = {key: run.logits(key) for key in run.logits_keys()}
+        run.write_logits({**arrays, "test/last/raw/tta": arrays["test/last/raw"]})
+        run.write_summary(run.summary | {"tta": {"kind": "flip", "accuracy": 71.0 + number, "loss": 1.0}})
+    _, out, _ = call("ensemble", "m0", "m1", "--tta", "--out", "vote")
+    assert ("last, TTA" in out, "71.00" in out, "72.00" in out) == (True, True, True)
+    assert f"{runs['m0'].summary['last']['accuracy']:.2f}" not in out
+    recorded = RunDirectory.open(Path("vote")).summary
+    assert recorded["combined"]["last"]["tta"]
+    assert recorded["last"]["protocol"] == "members at their last epoch, under test-time augmentation"
+    assert [member["tta"] for member in recorded["members"]] == [71.0, 72.0]
 
 
 @pytest.mark.parametrize("protocol", ["honest", "published"])
