@@ -21,7 +21,8 @@ PROTOCOLS = {
 
 
 def model_card(
-    recipe: "Recipe | CombineRecipe", summary: dict[str, Any], environment: dict[str, Any], images: int | None
+    recipe: "Recipe | CombineRecipe", summary: dict[str, Any], environment: dict[str, Any], images: int | None,
+    weights: str | None = None,
 ) -> str:
     """Return the card as Markdown with a head of YAML.
 
@@ -30,15 +31,17 @@ def model_card(
         summary: the content of ``summary.json``.
         environment: the content of ``environment.json``.
         images: in the test set; None where unknown.
+        weights: which (``last``, ``best`` or ``selected``) are in the ``model.safetensors`` beside the card, whose
+            accuracy its head then has; None where there is no such file.
     """
     title = recipe.title or recipe.name
     parts = [
-        _head(recipe, summary),
+        _head(recipe, summary, weights),
         f"# {_plain(title)}",
         _what(recipe, summary),
         "## Accuracy\n\n" + _accuracy(summary, images),
         "## How it was trained\n\n" + _facts(recipe, summary, environment),
-        "## Use\n\n" + _use(recipe),
+        "## Use\n\n" + _use(recipe, weights),
         "## Limits\n\n" + _limits(recipe, summary),
         "## The resolved recipe\n\n" + _recipe(recipe),
     ]
@@ -50,13 +53,13 @@ def _source(recipe: "Recipe | CombineRecipe", summary: dict[str, Any]) -> str:
     return data.source if data is not None else str(summary.get("source") or "unknown")
 
 
-def _head(recipe: "Recipe | CombineRecipe", summary: dict[str, Any]) -> str:
+def _head(recipe: "Recipe | CombineRecipe", summary: dict[str, Any], weights: str | None) -> str:
     """Return the YAML; JSON strings are YAML strings, whatever is in them."""
     source = _source(recipe, summary)
     lines = ["library_name: fastcifar", "pipeline_tag: image-classification", "tags:", "- image-classification"]
     if source in HUB_DATA:
         lines += ["datasets:", f"- {HUB_DATA[source]}"]
-    entry = summary.get("selected") or summary.get("last")
+    entry = summary.get(weights) if weights else summary.get("selected") or summary.get("last")
     if entry:
         lines += [
             "metrics:", "- accuracy", "model-index:", f"- name: {json.dumps(recipe.name)}", "  results:", "  - task:",
@@ -119,14 +122,15 @@ def _facts(recipe: "Recipe | CombineRecipe", summary: dict[str, Any], environmen
     return "\n".join(f"- **{name}**: {_plain(str(value))}" for name, value in rows.items() if value is not None)
 
 
-def _use(recipe: "Recipe | CombineRecipe") -> str:
+def _use(recipe: "Recipe | CombineRecipe", weights: str | None) -> str:
     if getattr(recipe, "model", None) is None:
         return "A combination has no weights of its own: `logits.npz` holds its probabilities on the test set."
+    held = f", of the {weights} epoch," if weights else ", where it was exported,"
     return (
         "```console\n$ fastcifar predict RUN image.png\n$ fastcifar evaluate RUN --data OTHER\n"
         "$ fastcifar export RUN model.onnx\n```\n\n"
-        "`model.safetensors`, where it was exported, holds the weights under torch's names, with the classes and the "
-        "normalization of the input in its metadata."
+        f"`model.safetensors`{held} holds the weights "
+        "under torch's names, with the classes and the normalization of the input in its metadata."
     )
 
 

@@ -628,14 +628,19 @@ class RunDirectory:
         self.commit({"README.md": self.model_card(content), "summary.json": as_json(content)})
         self.__dict__.pop("summary", None)
 
-    def model_card(self, summary: dict[str, Any] | None = None) -> str:
-        """Return the model card of a run; without ``summary`` that of the run as it ended."""
+    def model_card(self, summary: dict[str, Any] | None = None, weights: str | None = None) -> str:
+        """Return the model card of a run; without ``summary`` that of the run as it ended.
+
+        Args:
+            summary: of a run that is ending.
+            weights: which (``last``, ``best`` or ``selected``) are in the ``model.safetensors`` beside the card.
+        """
         from fastcifar.model_card import model_card
 
         images = None
         with suppress(UserError):  # a run without logits is told without an interval
             images = len(self.logits("test/labels"))
-        return model_card(self.recipe, summary or self.summary, self.environment, images)
+        return model_card(self.recipe, summary or self.summary, self.environment, images, weights)
 
     def clear(self) -> None:
         """Delete the run directory."""

@@ -29,8 +29,9 @@ def stage(run: RunDirectory, folder: Path, which: str | None = None, onnx: bool 
     Raises:
         UserError: there are no such weights, a file is damaged, the model cannot be exported, or the disk is full.
     """
+    which = which or run.default_weights()
     trained = load_trained(run, which)
-    contents = {"README.md": run.model_card().encode(), **{name: run.read(name) for name in RECORDS}}
+    contents = {"README.md": run.model_card(weights=which).encode(), **{name: run.read(name) for name in RECORDS}}
     with _disk_errors(folder):
         for name, content in contents.items():
             (folder / name).write_bytes(content)

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load as load_tensors
 from scipy.stats import binomtest
 
+from fastcifar.analysis.push import stage
 from fastcifar.errors import UserError
 from fastcifar.models import build_model
 from tests.command import fastcifar
@@ -45,6 +46,20 @@ def test_the_card_of_a_run_is_written_with_its_summary_and_read_by_the_hubs_libr
     assert "````toml" in text  # a longer fence than what the title holds
     for said in ("a test", "0123456789", "(60.0 s)", "## Limits"):
         assert said in text
+
+
+def test_the_head_of_a_pushed_card_has_the_accuracy_of_the_pushed_weights(run, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    best = run.summary["last"] | {"accuracy": 91.0, "epoch": 1}
+    run.write_summary(run.summary | {"best": best})
+    add_weights(run, "best", run.weights("last"))
+    for which, accuracy in {"best": 91.0, "last": run.summary["last"]["accuracy"]}.items():
+        folder = tmp_path / which
+        folder.mkdir()
+        stage(run, folder, which)
+        card = hub.ModelCard((folder / "README.md").read_text())
+        assert card.data.eval_results[0].metric_value == pytest.approx(accuracy / 100, abs=1e-4)
+        assert f"`model.safetensors`, of the {which} epoch, holds" in card.content
 
 
 def test_a_combination_has_a_card_too(tmp_path):
@@ -134,7 +149,7 @@ def test_a_push_is_one_commit_of_card_weights_and_records(run, hub, tmp_path):
     assert set(files) == {
         "README.md", "environment.json", "metrics.jsonl", "model.safetensors", "recipe.toml", "summary.json"
     }  # fmt: skip
-    assert files["README.md"].decode() == run.model_card()
+    assert files["README.md"].decode() == run.model_card(weights="last")
     assert files["metrics.jsonl"] == (run.folder / "metrics.jsonl").read_bytes()
     sent, kept = load_tensors(files["model.safetensors"]), run.weights("last")
     assert all(np.array_equal(sent[name], kept[name]) for name in kept)
