@@ -178,14 +178,14 @@ CORRUPTIONS: dict[str, Corruption] = {
 
 def to_uint8(x: Images) -> np.ndarray:
     """Return pixels, uint8, of values in 0..1; what lies outside is cut off, the fraction too, as CIFAR-10-C does."""
-    # A quarter of a value of tolerance keeps what was whole before the division by 255 whole.
+    # A millionth of a value of tolerance keeps what was whole before the division by 255 whole.
     return (np.clip(x, 0, 1) * 255 + 2**-20).astype(np.uint8)
 
 
 def corrupt(images: pixels.Images, name: str, level: int, seed: int = 0) -> np.ndarray:
     """Return corrupted images, uint8 (N, H, W, 3).
 
-    An image's noise depends on the seed, the corruption, the level and its row, not on how many others there are.
+    The same images, corruption, level and seed give the same noise; among other images an image's noise may be another.
 
     Args:
         images: uint8 (N, H, W, 3).

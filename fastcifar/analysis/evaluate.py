@@ -57,7 +57,7 @@ def read_labelled(
     Raises:
         UserError: no images there, a class that the model does not have, or another size than the model's.
     """
-    if data is not None and data.is_dir() and not is_store(data) and _class_folders(data, trained.classes):
+    if data is not None and data.is_dir() and not is_store(data) and _has_class_folders(data, trained.classes):
         found = _from_class_folders(data, trained)
     else:
         found = _from_store(_store(run, data), trained, split)
@@ -76,6 +76,12 @@ def _store(run: RunDirectory, data: Path | None) -> Store:
     return resolve_store(config, data)
 
 
+def _has_class_folders(folder: Path, classes: Sequence[str]) -> bool:
+    """Return whether a folder holds folders of classes, not of splits; CIFAR-100 has a class named ``train``."""
+    splits = all((folder / split).is_dir() for split in SPLITS)
+    return not splits and bool(_class_folders(folder, classes))
+
+
 def _class_folders(folder: Path, classes: Sequence[str]) -> list[Path]:
     """Return the folders that are named as classes of the model."""
     return sorted(p for p in folder.iterdir() if p.is_dir() and p.name in classes)
@@ -92,7 +98,8 @@ def _from_class_folders(folder: Path, trained: Trained) -> LabelledImages:
     ]
     if not files:
         raise UserError(f"{folder}: no images in its class folders ({', '.join(SUFFIXES)})")
-    images = np.stack([read_image(path, trained.image_px) for path, _ in files])
+    # Not turned as their EXIF data say, as training on such folders does not turn them.
+    images = np.stack([read_image(path, trained.image_px, upright=False) for path, _ in files])
     return LabelledImages(str(folder), images, np.array([label for _, label in files], np.int64))
 
 

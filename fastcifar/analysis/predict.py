@@ -65,15 +65,20 @@ def class_names(run: RunDirectory, num_classes: int) -> list[str]:
     return list(CIFAR10) if is_cifar10 else [str(i) for i in range(num_classes)]
 
 
-def read_image(path: Path, image_px: int) -> np.ndarray:
+def read_image(path: Path, image_px: int, *, upright: bool = True) -> np.ndarray:
     """Return an image file as uint8 (S, S, 3): its central square, reduced or enlarged to S x S (bicubic).
+
+    Args:
+        path: of the file.
+        image_px: S.
+        upright: turn it as its EXIF data says, as a photograph wants to be.
 
     Raises:
         UserError: the file is missing, not a regular file, no image, or too large.
     """
     from PIL import Image, ImageOps
 
-    picture = read_rgb(path, upright=True)
+    picture = read_rgb(path, upright=upright)
     if picture.size != (image_px, image_px):
         picture = ImageOps.fit(picture, (image_px, image_px), Image.Resampling.BICUBIC)
     return np.array(picture)

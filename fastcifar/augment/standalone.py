@@ -108,8 +108,13 @@ class Augmentation:
             images: uint8 (B, H, W, 3) on the device.
             indices: int64 (B,): each sample's number in the data set; by default its place in the batch.
             epoch: 0..2**32-1; by default the number of calls so far, so that each call draws anew.
+
+        Raises:
+            UserError: images or indices have another type or shape.
         """
         _check_pixels(images)
+        if indices is not None:
+            _check_indices(indices, len(images))
         rows = torch.arange(len(images), device=images.device)
         now, self._calls = (self._calls, self._calls + 1) if epoch is None else (epoch, self._calls)
         return self._augment(Batch(images, rows, rows, rows if indices is None else indices), now)
@@ -118,6 +123,13 @@ class Augmentation:
         """Return images normalized and nothing else, for evaluation: uint8 (B, H, W, 3) to (B, 3, H, W)."""
         _check_pixels(images)
         return self._augment.plain(images)
+
+
+def _check_indices(indices: Tensor, samples: int) -> None:
+    # The kernels read as many as there are images, unchecked.
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or tuple(indices.shape) != (samples,):
+        given = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
+        raise UserError(f"indices are {given.removeprefix('torch.')}: give int64 ({samples},), one for each image")
 
 
 def _check_pixels(images: Tensor) -> None:

@@ -51,10 +51,15 @@ class Metrics:
 
 
 def metrics_of(rows: Sequence[dict[str, Any]]) -> Metrics | None:
-    """Summarize one row's results, one object a seed; complete runs leave incomplete ones out of account."""
+    """Summarize one row's results, one object a seed.
+
+    Complete runs leave incomplete ones out of account, and of complete ones those count that have as many epochs as the
+    newest, for a recipe may have been given fewer.
+    """
     if not rows:
         return None
-    furthest = max((row["complete"], row["epochs_done"]) for row in rows)
+    newest = max(rows, key=lambda row: (row["complete"], 0 if row["complete"] else row["epochs_done"], row["date"]))
+    furthest = newest["complete"], newest["epochs_done"]
     used = [row for row in rows if (row["complete"], row["epochs_done"]) == furthest]
     return Metrics(
         last=mean_of(row["last"] for row in used),

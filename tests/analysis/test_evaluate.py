@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from scipy.ndimage import convolve1d, zoom
 from sklearn.metrics import accuracy_score, log_loss
 
@@ -14,6 +14,7 @@ from fastcifar.analysis.corruptions import CORRUPTIONS, LEVELS, corrupt
 from fastcifar.analysis.predict import load_trained, predict
 from fastcifar.data.store import resolve_store
 from fastcifar.models import build_model
+from fastcifar.run_directory import RunDirectory
 from tests.command import fastcifar
 from tests.run_directories import add_weights, logits_for, make_run, recipe
 
@@ -178,6 +179,26 @@ def test_a_folder_of_classes_is_matched_by_name(run, tmp_path, synthetic_store):
     done = fastcifar("evaluate", "run", "--data", "other", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert '"unicorn"' in done.stderr
+
+
+def test_image_folders_with_a_class_named_train_and_turned_photographs_are_read_as_for_training(
+    run, tmp_path, synthetic_store, rng
+):
+    """Training on an image folder reads pixels as they are stored, whatever the files' EXIF data say of them."""
+    classes = ["train", *synthetic_store.classes[1:]]
+    run.write_summary({**{k: v for k, v in run.summary.items() if k != "format"}, "classes": classes})
+    images, labels = rng.integers(0, 256, (20, 32, 32, 3), np.uint8), np.arange(20) % 2
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 3
+    for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+        for split in ("train", "test"):
+            folder = tmp_path / "photos" / split / classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{row:02}.png", exif=turned)
+    right = 100 * (predict(load_trained(RunDirectory.open(run.folder)), images).argmax(1) == labels).mean()
+    for data in ("photos", "photos/test"):
+        found = json.loads(fastcifar("evaluate", "run", "--data", data, "--json", cwd=tmp_path).stdout)
+        assert (found["clean"]["images"], found["clean"]["accuracy"]) == (20, pytest.approx(right)), data
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,12 @@ def test_the_augmentation_alone(rng):
     torch.testing.assert_close(augment.plain(pixels), pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
 
 
+@pytest.mark.parametrize("indices", [torch.arange(3), torch.arange(4.0), torch.arange(4).int(), [0, 1, 2, 3]])
+def test_indices_of_another_shape_or_type_are_refused(indices):
+    with pytest.raises(UserError, match=r"indices are .*: give int64 \(4,\), one for each image"):
+        fastcifar.augment.Augmentation(OPS)(torch.zeros(4, 32, 32, 3, dtype=torch.uint8), indices=indices)
+
+
 @pytest.mark.parametrize("images", [torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)])
 def test_normalized_images_or_another_layout_are_refused(images):
     augment = fastcifar.augment.Augmentation(OPS)

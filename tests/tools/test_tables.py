@@ -100,6 +100,13 @@ def test_a_complete_run_outweighs_incomplete_ones():
     assert (metrics.n, metrics.last.mean, metrics.complete) == (1, 59.8, True)
 
 
+def test_of_a_recipe_that_was_given_fewer_epochs_the_newer_runs_count():
+    newer = ENTRY | {"seed": 45, "date": "2026-06-01", "epochs_done": 8, "epochs": 8, "last": 58.0}
+    metrics = metrics_of([*SEEDS, newer])
+    assert (metrics.n, metrics.last.mean, metrics.epochs) == (1, 58.0, 8)
+    assert metrics_of([*SEEDS, newer | {"complete": False}]).n == len(SEEDS)
+
+
 def test_one_seed_has_no_standard_error_of_its_own():
     assert str(mean_of([97.5])) == "97.50"
     assert str(mean_of([97.5, None, 97.7])) == "97.60 ± 0.10"
