@@ -51,10 +51,8 @@ LATER_DRAWS = {
     "deep 2, BatchNorm": 6_501_386, "deep 2, residual": 10_432_330, "deep 2, pre-activation": 10_432_330,
     "deep 3, BatchNorm": 1_920_586,
 }  # fmt: skip
-"""Those of the nets that came after it. Commit 5961680, which brought the log of the deep baseline with batches of 16,
-has the first two; with the third, which came next, the log's first epoch is further off. Commit b50a5ec, which brought
-the log with batches of 256, has a ResNeXt (5,654,858), too. With it, or without the last of these, that log's first
-epoch is further off than without it alone."""
+"""Those of the nets that came after it. Commit b50a5ec, which brought the log of the deep baseline, has a ResNeXt
+(5,654,858), too. With it, or without the last of these, the log's first epoch is further off than without it alone."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +99,6 @@ LOGS = {
          1.0868, 1.0679, 1.0435, 1.0724, 1.0118, 1.0428, 1.0430, 1.0310, 1.0600, 1.0428),
         (46.05, 50.72, 53.77, 54.39, 57.28, 58.29, 58.80, 59.65, 61.47, 61.63,
          61.24, 62.68, 63.13, 62.48, 64.50, 63.83, 64.10, 64.57, 63.29, 64.47),
-    ),
-    "deep-bs16": Log(
-        "outputs/deep_baseline_adam_crossentropy_bs16_ep100_lr0.0003_mom0.9_schcosineannealinglr_tmax100_history.json",
-        deep_baseline,
-        "deep",
-        ("train.batch_size=16", "train.epochs=100", "schedule={name='cosine', per='epoch', final=0.0}"),
-        sum(DRAWS.values()) + LATER_DRAWS["deep 2, BatchNorm"] + LATER_DRAWS["deep 2, residual"]
-        - DRAWS["LeNet-5"] - DRAWS["deep baseline"],
-        (1.6354, 1.1321, 0.8876, 0.7248, 0.6146, 0.5218, 0.4447, 0.3732, 0.3094, 0.2572,
-         0.2134, 0.1861, 0.1537, 0.1422, 0.1269, 0.1158, 0.1104, 0.1033, 0.0922, 0.0919),
-        (1.3062, 1.1188, 0.8153, 0.7150, 0.6951, 0.6433, 0.6189, 0.6374, 0.6643, 0.6524,
-         0.6447, 0.7212, 0.7811, 0.7511, 0.7652, 0.7955, 0.8199, 0.7839, 0.8852, 0.8872),
-        (52.21, 61.04, 71.71, 75.40, 76.55, 78.04, 78.65, 79.08, 78.67, 80.08,
-         80.17, 80.60, 79.89, 80.47, 79.92, 80.41, 79.51, 80.94, 79.83, 78.88),
     ),
     "deep": Log(
         "outputs/deep_baseline_adam_crossentropy_bs256_ep20_lr0.0003_mom0.9_history.json",

@@ -95,11 +95,7 @@ def test_the_orders_are_those_of_two_loaders_that_share_a_generator(images, batc
 
 @pytest.mark.parametrize(
     ("name", "weights"),
-    [
-        ("lenet5", published.lenet5),
-        ("deep", lambda: published.deep_baseline(narrow_before=False)),
-        ("deep-bs16", lambda: published.deep_baseline(narrow_before=False)),
-    ],
+    [("lenet5", published.lenet5), ("deep", lambda: published.deep_baseline(narrow_before=False))],
 )
 def test_a_log_begins_with_the_published_weights_and_leaves_torch_alone(name, weights):
     before = torch.get_rng_state()
