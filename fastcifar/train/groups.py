@@ -26,7 +26,7 @@ class Group(NamedTuple):
 def rate_groups(
     flat: FlatParameters, rate: Callable[[Segment], float], lr: float, settings: SGDSettings, start: int = 0
 ) -> list[Group]:
-    """Return neighbouring parameters of one learning rate as one range each, in order, without gaps.
+    """Return neighbouring parameters of one learning rate as one range each, in order, without gaps; maybe none.
 
     Args:
         flat: where they lie.
@@ -37,6 +37,8 @@ def rate_groups(
     """
     segments = [segment for segment in flat.segments if segment.offset >= start]
     neighbours = [(value, next(same).offset) for value, same in groupby(segments, key=rate)]
+    if not neighbours:
+        return []
     stops = [offset for _, offset in neighbours[1:]] + [flat.weights.numel()]
     return [
         Group(slice(offset, stop), value / lr, settings)

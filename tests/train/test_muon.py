@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcifar.config.schema import MuonConfig
 from fastcifar.train.flat_parameters import FlatParameters, Segment
@@ -62,6 +62,26 @@ def test_steps_equal_the_transcription(normalize: bool, lr_head: float | None, p
     flat = FlatParameters(net)
     optimizer = Muon(config, flat, None, padded)
     for x, y in make_data(2, 20):
+        loss_of(net, x.to(memory_format=torch.channels_last), y).backward()
+        flat.collect_gradients()
+        with torch.no_grad():
+            optimizer.step(config.lr)
+        loss_of(expected, x.double(), y).backward()
+        reference_step(expected, momenta, config)
+    assert error(net.state_dict(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("decay_per", ["lr", "step"])
+def test_a_net_of_convolutions_alone_trains_as_the_transcription(decay_per: str) -> None:
+    """A fully convolutional net without BatchNorm or biases has nothing beside its matrices."""
+    config = MuonConfig(name="muon", lr=0.02, decay_per=decay_per)
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.SiLU(), nn.Conv2d(8, 10, 3, bias=False)]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(memory_format=torch.channels_last)
+    expected, momenta = copy.deepcopy(net).double(), {}
+    flat = FlatParameters(net)
+    optimizer = Muon(config, flat, None)
+    for x, y in make_data(4, 20):
         loss_of(net, x.to(memory_format=torch.channels_last), y).backward()
         flat.collect_gradients()
         with torch.no_grad():
