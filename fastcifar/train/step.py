@@ -59,7 +59,8 @@ class Step(StepState):
         # m-sharpness: each rank goes up along its own gradient.
         self._ascends_alone = self.recipe.asam is not None and self.recipe.asam.norm == "rank"
         self._skip = self.recipe.engine.on_nonfinite == "skip"
-        self._stats_before = self.flat.stats.clone() if self._skip else None
+        # The loss scaler skips steps as well, and what overflows within the model is in its statistics by then.
+        self._stats_before = self.flat.stats.clone() if self._skip or self.scaler is not None else None
         self.execution = Execution(self)
 
     def __call__(self, batch: Batch) -> None:

@@ -135,6 +135,32 @@ def test_fp16_overflow_leaves_the_step_out_and_halves_the_scale(asam: dict[str, 
     assert not torch.equal(before["flat.weights"], state(step)["flat.weights"])
 
 
+@pytest.mark.parametrize("spoilt", [1, 2])
+@pytest.mark.parametrize("batch_norm", ["update", "freeze"])
+def test_a_step_that_the_loss_scaler_leaves_out_leaves_no_statistics_behind(spoilt: int, batch_norm: str) -> None:
+    """Either pass of a step can overflow within the model; the running statistics would never recover from it."""
+    asam = {"rho": 0.5, "batch_norm": batch_norm}
+    step = make_step(recipe(engine={"precision": "fp16"}, asam=asam, ema={"decay": 0.9}), dropout=0.0)
+    step.begin_epoch(0)
+    step(batches(0)[0])
+    before, backward, passes = state(step), step.backward, []
+
+    def overflowing(images: torch.Tensor, *rest: Any) -> Any:
+        passes.append(images)
+        return backward(images * (float("inf") if len(passes) == spoilt else 1.0), *rest)
+
+    step.backward = overflowing  # type: ignore[method-assign]
+    step(batches(0)[1])
+    after = state(step)
+    assert len(passes) == 2
+    assert float(after["scaler.scale"]) == float(before["scaler.scale"]) / 2
+    for name in ("flat.weights", "flat.stats"):
+        assert torch.equal(before[name], after[name])
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in after.values())
+    step(batches(0)[2])
+    assert not torch.equal(after["flat.stats"], state(step)["flat.stats"])
+
+
 @pytest.mark.parametrize("asam", [None, {"rho": 0.5}])
 def test_fp16_and_bf16_follow_fp32(asam: dict[str, Any] | None) -> None:
     losses = {}
