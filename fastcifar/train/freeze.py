@@ -79,6 +79,11 @@ def step_shares(learning: Learning, rate: LearningRate, epochs: int, steps_per_e
     return torch.tensor([*shares, 0.0])
 
 
+def every_nth(shares: Tensor, every: int) -> Tensor:
+    """Return the shares at steps 0, ``every``, 2 ``every`` and so on of the run, and the last one, which holds on."""
+    return torch.cat([shares[:-1:every], shares[-1:]])
+
+
 def build_freeze(
     optimizer: Optimizer,
     recipe: Recipe,
@@ -86,12 +91,23 @@ def build_freeze(
     flat: FlatParameters,
     averages: Averages | None,
     steps_per_epoch: int,
+    every: int = 1,
 ) -> Optimizer:
-    """Return the optimizer with the freezing that the model asks for around it, or itself where it asks for none."""
+    """Return the optimizer with the freezing that the model asks for around it, or itself where it asks for none.
+
+    Args:
+        optimizer: what takes the whole step.
+        recipe: for the length of the run and its learning rates.
+        model: whose modules say how long their parameters learn, in epochs of the run.
+        flat: its flat buffers.
+        averages: the moving averages, which ``optimizer`` moves.
+        steps_per_epoch: steps of the run in an epoch.
+        every: the optimizer steps at every so many of them only, the run's first one among them.
+    """
     epochs = recipe.train.epochs
     rate = learning_rate(recipe.schedule, 1.0, epochs, steps_per_epoch)
     shares = {
-        name: step_shares(learning, rate, epochs, steps_per_epoch)
+        name: every_nth(step_shares(learning, rate, epochs, steps_per_epoch), every)
         for name, learning in learning_epochs(model).items()
         if learning.fade or learning.epochs < epochs
     }

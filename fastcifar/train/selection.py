@@ -47,7 +47,9 @@ class Selection:
         self._forward: Callable[[Tensor], Tensor] = self._model
         self.flat = FlatParameters(self._model)
         optimizer = build_optimizer(recipe.optimizer, self.flat, None)
-        self._optimizer = build_freeze(optimizer, recipe, self._model, self.flat, None, steps_per_epoch)
+        # It counts the proxy's own steps, of which a run has fewer than steps.
+        every = recipe.select.every
+        self._optimizer = build_freeze(optimizer, recipe, self._model, self.flat, None, steps_per_epoch, every)
 
     def compile(self, by: Callable[[nn.Module], Callable[[Tensor], Tensor]] | None) -> None:
         """Execute the proxy as ``by`` compiles it, or plainly."""

@@ -12,9 +12,12 @@ from torch.nn import functional as F
 from fastcifar.config.schema import Recipe
 from fastcifar.data.batch import Batch
 from fastcifar.errors import UserError
+from fastcifar.models import build_model
+from fastcifar.models.hooks import Learning
 from fastcifar.open_run import open_run
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.checks import check_division
+from fastcifar.train.freeze import every_nth, step_shares
 from fastcifar.train.run import train
 from fastcifar.train.step import Step, build_step
 from tests.train.reference import error, make_data, make_net
@@ -95,6 +98,37 @@ def test_a_run_resumes_to_the_same_bits_and_counts_what_it_trains_on(tmp_path: P
     run_in(tmp_path / "parts", selecting())
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert [row["images"] for row in RunDirectory.open(tmp_path / "whole").metrics()] == [40, 40]
+
+
+@pytest.mark.parametrize("rate", ["run", "fade"])
+def test_a_proxy_stops_learning_after_as_many_epochs_of_the_run_as_its_model_says(rate: str) -> None:
+    """It takes fewer steps than the run, of which the frozen parameter's share is that of the run's own steps."""
+    proxy = {"name": "speednet", "widths": [4, 4, 4], "whiten_bias_epochs": 1, "whiten_bias_rate": rate}
+    tables = {
+        "model": proxy, "optimizer": {"name": "sgd", "lr": 0.1, "weight_decay": 0.1},
+        "train": {"epochs": 3, "batch_size": 8}, "select": {"share": 0.5, "every": EVERY, "model": proxy},
+    }  # fmt: skip
+    wanted, steps, moved = Recipe.model_validate(TABLE | tables), 8, []
+    net, small = (build_model(config, seed=1) for config in (wanted.model, wanted.select.model))
+    images = torch.randn(8, 3, 16, 16).to(memory_format=torch.channels_last)
+    step = build_step(wanted, net, lambda batch, epoch: images, None, steps, torch.device("cpu"), proxy=small)
+    rows = torch.arange(8)
+    batch = Batch(torch.zeros(8, 16, 16, 3, dtype=torch.uint8), rows, rows, rows)
+    for epoch in range(3):
+        step.begin_epoch(epoch)
+        for _ in range(steps):
+            before = small.whitening.bias.detach().clone()
+            step(batch)
+            moved.append(not torch.equal(before, small.whitening.bias))
+        step.end_epoch()
+    assert [number for number, has in enumerate(moved) if has] == [0, 3, 6]
+
+
+def test_a_proxys_share_of_a_step_is_that_of_the_step_of_the_run() -> None:
+    run = step_shares(Learning(2, fade=True), lambda epoch, step: 1.0, epochs=5, steps_per_epoch=5)
+    assert every_nth(run, 4).tolist() == pytest.approx([1.0, 0.6, 0.2, 0.0])
+    assert torch.equal(every_nth(run, 1), run)
+    assert every_nth(run[-1:], 4).tolist() == [0.0]  # what never learns
 
 
 @pytest.mark.parametrize(
