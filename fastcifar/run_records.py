@@ -126,6 +126,7 @@ class Environment(Record):
     packages: dict[str, str] = {}
     git: str | None = None
     precision: Literal["bf16", "fp32"] | None = None
+    epoch_order: Literal["random", "block"] | None = None
 
 
 class Partial(Record):

@@ -59,7 +59,7 @@ class ContractRun:
     def __init__(self, recipe: Recipe, data: Path | None = None):
         device = pick_device(recipe.engine)
         recipe = with_precision(recipe, device)
-        store, rows, self._loader = open_data(recipe, data, device, True, ALONE)
+        store, rows, self._loader, _ = open_data(recipe, data, device, True, ALONE)
         self._augment = make_augment(recipe, store.image_shape, device)
         steps, px, classes = len(self._loader), store.image_shape[0], len(store.classes)
         mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=steps)

@@ -20,7 +20,7 @@ from fastcifar.augment.mix import build_mix
 from fastcifar.config.schema import DataConfig, Recipe
 from fastcifar.config.user_code import changes, check_user_code
 from fastcifar.data.batch import Batch
-from fastcifar.data.loaders import Loader, build_loader
+from fastcifar.data.loaders import Loader, build_loader, decide_order
 from fastcifar.data.loaders.resident import ResidentLoader
 from fastcifar.data.loaders.resized import WHOLE, ResizedLoader, first_epochs
 from fastcifar.data.pixels import Images, choose
@@ -31,7 +31,7 @@ from fastcifar.device import pick_device, with_precision
 from fastcifar.errors import UserError
 from fastcifar.models import build_model, hooks
 from fastcifar.open_run import teacher_digest
-from fastcifar.run_directory import RunDirectory
+from fastcifar.run_directory import RunDirectory, as_json
 from fastcifar.track import Callback, Callbacks, make_trackers
 from fastcifar.train.check_nan import check_finite
 from fastcifar.train.checks import check_data
@@ -96,9 +96,11 @@ def training(
     device, quiet = pick_device(recipe.engine, ranks.place), quiet or not ranks.first
     ranks = ranks.on(device)
     # As it was when the run began, wherever it goes on: the order of the samples and the rounding must stay.
-    memory, precision = ranks.from_first([run.environment.get(key) for key in ("memory_bytes", "precision")])
+    keys = ("memory_bytes", "precision", "epoch_order")
+    memory, precision, order = ranks.from_first([run.environment.get(key) for key in keys])
     recipe = with_precision(recipe, device, precision)
-    store, rows, loader = open_data(recipe, data, device, quiet, ranks, memory)
+    store, rows, loader, order = open_data(recipe, data, device, quiet, ranks, memory, order)
+    record_order(run, recipe, order)
     if together > 1 and loader.name != "resident":
         raise UserError(f"--seeds: the runs share one resident set, but: {loader.reason}")
     augment = make_augment(recipe, store.image_shape, device)
@@ -166,9 +168,12 @@ def check_every_layer(model: nn.Module, step: Step) -> None:
 
 
 def open_data(
-    recipe: Recipe, data: Path | None, device: torch.device, quiet: bool, ranks: Ranks, memory_bytes: int | None = None
-) -> tuple[Store, "Rows", Loader]:
-    """Return a recipe's store, the rows of it that take part, and this rank's loader of them.
+    recipe: Recipe, data: Path | None, device: torch.device, quiet: bool, ranks: Ranks,
+    memory_bytes: int | None = None, begun: str | None = None,
+) -> tuple[Store, "Rows", Loader, str]:
+    """Return a recipe's store, the rows of it that take part, this rank's loader of them, and the order that it has.
+
+    The two of a run that goes on are those that it began with: see `fastcifar.data.loaders.build_loader`.
 
     Raises:
         UserError: no such data, or it does not go with the recipe or the number of ranks; a missing package.
@@ -177,17 +182,32 @@ def open_data(
         store = resolve_store(recipe.data, data, progress=progress)
         rows = choose_rows(recipe.data, store, recipe.seed)
         check_data(recipe, store, rows, ranks.world)
+    config, count = recipe.data.loader, len(rows.train)
+    # What the first rank decides: another one's device may have less memory free, and streams what this one holds.
+    order = begun or ranks.from_first(decide_order(config, store, count, device, recipe.augment, memory_bytes))
+    with ranks.one_per_host_first(), conversion_steps(quiet) as progress:
         loader = build_loader(
-            recipe.data.loader, store, rows.train, seed=recipe.seed, batch_size=recipe.train.batch_size,
+            config, store, rows.train, seed=recipe.seed, batch_size=recipe.train.batch_size,
             drop_last=recipe.train.drop_last, device=device, augment=recipe.augment,
             rank=ranks.place.rank, world=ranks.world, progress=progress,
-            memory_bytes=memory_bytes,
+            memory_bytes=memory_bytes, begun=order,
         )
     if recipe.data.resize:
         if not isinstance(loader, ResidentLoader):
             raise UserError(f"data.resize needs the resident loader, but: {loader.reason}")
         loader = ResizedLoader(loader, loader.images, recipe.data.resize, recipe.train.epochs)
-    return store, rows, loader
+    return store, rows, loader, order
+
+
+def record_order(run: RunDirectory | Follower, recipe: Recipe, order: str) -> None:
+    """Keep what ``data.loader.order = "plan"`` has become with the run, which goes on with it wherever it is resumed.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    if recipe.data.loader.order == "plan" and not run.environment.get("epoch_order"):
+        run.environment["epoch_order"] = order
+        run.commit({"environment.json": as_json(run.environment)})
 
 
 def make_augment(recipe: Recipe, image_shape: tuple[int, int, int], device: torch.device) -> Augment | AugmentBySize:

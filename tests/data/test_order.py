@@ -8,7 +8,7 @@ import torch
 
 from fastcifar.config.schema import LoaderConfig
 from fastcifar.data import loaders, pixels
-from fastcifar.data.loaders import build_loader, choose_order, read_ahead
+from fastcifar.data.loaders import build_loader, choose_order, decide_order, read_ahead
 from fastcifar.data.loaders.base import Blocks, EpochOrder
 from fastcifar.data.store import store_as
 from fastcifar.kernels.philox import epoch_order
@@ -143,6 +143,37 @@ def test_the_plan_is_blocks_where_memory_is_short(synthetic_store, wanted, backe
     assert (found is not None) is blocks
     assert larger is (backend != "resident" and memory <= 7 << 20)
     assert why.endswith(said) if said else why == ""
+
+
+@pytest.mark.parametrize(("wanted", "begun", "memory", "blocks", "said"), [
+    ("plan", "block", 1 << 30, True, "; block order: as the run began"),
+    ("plan", "block", 7 << 20, True, "; block order: 6 MiB of images exceed 80% of 7 MiB of memory"),
+    ("plan", "random", 7 << 20, False, ""),
+    ("random", "block", 1 << 30, False, ""),
+])  # fmt: skip
+def test_the_plan_stays_what_it_has_become(synthetic_store, wanted, begun, memory, blocks, said):
+    for backend in ("resident", "torchvision"):
+        found, _, why = choose_order(LoaderConfig(order=wanted), backend, synthetic_store, 2_000, memory, begun)
+        assert (found is not None) is blocks
+        assert why == (said if backend != "resident" or not blocks else "; block order: as the run began")
+
+
+def test_an_order_that_is_decided_on_is_the_loaders_wherever_it_is_made(synthetic_store, monkeypatch):
+    """What is streamed in blocks where little memory is free would be resident, in random order, where more is."""
+    monkeypatch.setattr(Blocks, "of", classmethod(lambda cls, shape: cls(30, 4)))
+    settings, config = {"device": CPU, "memory_bytes": 7 << 20}, LoaderConfig(workers=1)
+    for free, decided in ((1 << 40, "random"), (7 << 20, "block")):
+        monkeypatch.setattr(loaders, "free_memory", lambda device, free=free: free)
+        assert decide_order(config, synthetic_store, 2_000, **settings) == decided
+    assert decide_order(LoaderConfig(order="random"), synthetic_store, 2_000, **settings) == "random"
+    monkeypatch.setattr(loaders, "free_memory", lambda device: 1 << 40)
+    for begun, blocks in (("block", Blocks(30, 4)), ("random", None)):
+        loader = build_loader(config, synthetic_store, None, seed=3, batch_size=100, drop_last=False, begun=begun,
+                              **settings)  # fmt: skip
+        assert loader.name == "resident"
+        visited = np.concatenate([batch.indices.numpy() for batch in loader.epoch(1)])
+        assert np.array_equal(visited, EpochOrder(np.arange(2_000), 3, 100, False, blocks=blocks).rows_of(1))
+        loader.close()
 
 
 def test_the_text_of_the_plan_names_the_share_of_memory_that_the_code_takes():

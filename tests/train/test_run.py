@@ -16,12 +16,15 @@ from safetensors.numpy import load_file
 from fastcifar import interrupt, run_directory
 from fastcifar.analysis.predict import load_trained
 from fastcifar.config import Recipe
+from fastcifar.data import loaders
+from fastcifar.data.loaders.base import Blocks
 from fastcifar.data.store import open_store, resolve_store
 from fastcifar.device import pick_device
 from fastcifar.environment import describe
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
-from fastcifar.train.run import choose_rows, evaluation_sets, train
+from fastcifar.train.ranks import Ranks
+from fastcifar.train.run import choose_rows, evaluation_sets, open_data, train
 from fastcifar.train.step import Step
 from tests.forked import CONTEXT
 from tests.train.tiny import assert_same_run, recipe
@@ -51,6 +54,40 @@ def test_the_record_is_complete(whole):
     assert run.environment["packages"]["torch"] == torch.__version__.split("+")[0]
     assert run.checkpoints() == ["epoch-00003", "epoch-00004"]
     assert not list(whole.rglob("*.tmp"))
+
+
+def test_a_run_goes_on_in_the_order_that_it_began_with(tmp_path, monkeypatch):
+    """It began where the set was streamed, in blocks, and goes on where the set is resident: to the same bits."""
+    monkeypatch.setattr(Blocks, "of", classmethod(lambda cls, shape: cls(10, 2)))
+    data = {"source": "synthetic", "subset": 200, "test_subset": 100, "loader": {"workers": 1}}
+    wanted, loaded = recipe(data=data, train={"epochs": 2, "batch_size": 32}), []
+    for name, free in (("whole", [1 << 20]), ("parts", [1 << 20, 1 << 40])):
+        RunDirectory.create(tmp_path / name, wanted, describe() | {"memory_bytes": 1 << 19})
+        for epochs, memory in enumerate(free, 3 - len(free)):
+            monkeypatch.setattr(loaders, "free_memory", lambda device, memory=memory: memory)
+            loaded.append(run_in(tmp_path / name, wanted, stop_after=epochs)["loader"])
+        assert RunDirectory.open(tmp_path / name).environment["epoch_order"] == "block"
+    assert loaded[1] == loaded[0] != loaded[2] == "resident"
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_first_rank_says_what_order_all_have():
+    class Second(Ranks):
+        def from_first(self, value):
+            assert value == "random"  # what this rank has decided
+            return "block"
+
+    wanted = recipe()
+    _, _, loader, order = open_data(wanted, None, torch.device("cpu"), True, Second())
+    loader.close()
+    assert order == "block"
+    assert loader.reason.endswith("; block order: as the run began")
+
+
+def test_an_order_that_the_recipe_says_is_not_kept_beside_it(tmp_path):
+    data = {"source": "synthetic", "subset": 64, "test_subset": 30, "loader": {"name": "resident", "order": "random"}}
+    run_in(tmp_path, recipe(data=data, train={"epochs": 1, "batch_size": 32}))
+    assert "epoch_order" not in RunDirectory.open(tmp_path).environment
 
 
 def test_metrics_follow_from_the_saved_logits(whole):

@@ -15,7 +15,7 @@ from fastcifar.errors import UserError
 from fastcifar.host_memory import available_bytes, total_bytes
 from fastcifar.locations import install_command
 
-__all__ = ["PACKAGES", "EpochOrder", "Loader", "build_loader", "choose_backend", "choose_order"]
+__all__ = ["PACKAGES", "EpochOrder", "Loader", "build_loader", "choose_backend", "choose_order", "decide_order"]
 
 PACKAGES = {"ffcv": ("ffcv", "ffcv"), "dali": ("nvidia.dali", "dali")}
 """The module that a backend needs, and the extra of fastcifar that installs it."""
@@ -37,6 +37,7 @@ def build_loader(
     augment: AugmentConfig | None = None,
     progress: Progress = no_progress,
     memory_bytes: int | None = None,
+    begun: str | None = None,
 ) -> Loader:
     """Return the loader of the training images.
 
@@ -56,15 +57,16 @@ def build_loader(
         progress: told of a conversion's steps.
         memory_bytes: the memory that decides between random and block order; None for this machine's, or for the limit
             of this process's control groups.
+        begun: the order that ``order = "plan"`` has become already, as `decide_order` says it; None decides now.
 
     Raises:
         UserError: a backend's package is missing, the images are of a kind that it cannot hold, or a batch has fewer
             samples than there are ranks.
     """
     chosen = np.arange(store.count("train")) if rows is None else np.asarray(rows, np.int64)
-    in_workers = augment if augment is not None and augment.where == "loader" else None
+    in_workers = _in_workers(augment)
     name, reason = choose_backend(config, store, len(chosen), device, in_workers)
-    blocks, larger, why = choose_order(config, name, store, len(chosen), memory_bytes)
+    blocks, larger, why = choose_order(config, name, store, len(chosen), memory_bytes, begun)
     order = EpochOrder(chosen, seed, batch_size, drop_last, rank, world, blocks)
     if name in PACKAGES:
         store = store_as(store, name, progress)
@@ -99,7 +101,8 @@ def choose_backend(
 
 
 def choose_order(
-    config: LoaderConfig, name: str, store: Store, count: int, memory_bytes: int | None = None
+    config: LoaderConfig, name: str, store: Store, count: int, memory_bytes: int | None = None,
+    begun: str | None = None,
 ) -> tuple[Blocks | None, bool, str]:
     """Return the blocks of a quasi-random order or None, whether the set exceeds the memory, and what to say of it.
 
@@ -109,16 +112,48 @@ def choose_order(
         store: the data.
         count: images that take part.
         memory_bytes: what to compare with, as in `build_loader`.
+        begun: the order that the plan has become already, as in `build_loader`.
     """
     set_bytes, memory = count * int(np.prod(store.image_shape)), memory_bytes or total_bytes()
     larger = name != "resident" and set_bytes > HELD * memory
     exceeds = f"{_readable(set_bytes)} of images exceed {HELD:.0%} of {_readable(memory)} of memory"
     if config.order == "block":
         return Blocks.of(store.image_shape), larger, "; block order"
-    if config.order == "plan" and larger:
-        return Blocks.of(store.image_shape), larger, f"; block order: {exceeds}"
+    if config.order == "plan" and (larger if begun is None else begun == "block"):
+        return Blocks.of(store.image_shape), larger, f"; block order: {exceeds if larger else 'as the run began'}"
     advice = f'; {exceeds}: data.loader.order = "block" reads faster' if config.order == "random" and larger else ""
     return None, larger, advice
+
+
+def decide_order(
+    config: LoaderConfig, store: Store, count: int, device: torch.device, augment: AugmentConfig | None = None,
+    memory_bytes: int | None = None,
+) -> str:
+    """Return the order that a run begins with here and now: ``random``, ``block`` or ``native``.
+
+    What ``plan`` becomes depends on the backend, and so on what a device has free at the moment.
+
+    Args:
+        config: of the loader.
+        store: the data.
+        count: images that take part.
+        device: where images go.
+        augment: the augmentations.
+        memory_bytes: what to compare with, as in `build_loader`.
+
+    Raises:
+        UserError: the backend that the recipe names is not installed.
+    """
+    if config.order != "plan":
+        return config.order
+    name, _ = choose_backend(config, store, count, device, _in_workers(augment))
+    blocks, _, _ = choose_order(config, name, store, count, memory_bytes)
+    return "random" if blocks is None else "block"
+
+
+def _in_workers(augment: AugmentConfig | None) -> AugmentConfig | None:
+    """Return the augmentations where the loader's workers execute them, else None."""
+    return augment if augment is not None and augment.where == "loader" else None
 
 
 def _streaming() -> tuple[str, str]:
