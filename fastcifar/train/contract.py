@@ -23,7 +23,7 @@ from fastcifar.train.distillation import build_teacher
 from fastcifar.train.evaluate import Evaluator
 from fastcifar.train.ranks import ALONE
 from fastcifar.train.results import diverged
-from fastcifar.train.run import evaluation_sets, make_augment, open_data, prepare_teachers, warm_up
+from fastcifar.train.run import evaluation_sets, make_augment, open_data, prepare_teachers, warm_up, with_order
 from fastcifar.train.selection import build_proxy
 from fastcifar.train.step import build_step
 
@@ -59,7 +59,8 @@ class ContractRun:
     def __init__(self, recipe: Recipe, data: Path | None = None):
         device = pick_device(recipe.engine)
         recipe = with_precision(recipe, device)
-        store, rows, self._loader, _ = open_data(recipe, data, device, True, ALONE)
+        store, rows, self._loader, order = open_data(recipe, data, device, True, ALONE)
+        recipe = with_order(recipe, order)
         self._augment = make_augment(recipe, store.image_shape, device)
         steps, px, classes = len(self._loader), store.image_shape[0], len(store.classes)
         mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=steps)

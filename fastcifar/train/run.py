@@ -104,7 +104,7 @@ def training(
     if together > 1 and loader.name != "resident":
         raise UserError(f"--seeds: the runs share one resident set, but: {loader.reason}")
     augment = make_augment(recipe, store.image_shape, device)
-    model, step = make_step(recipe, store, rows, augment, len(loader), device, ranks)
+    model, step = make_step(with_order(recipe, order), store, rows, augment, len(loader), device, ranks)
     if check_nan:
         check_every_layer(model, step)
     evaluator = Evaluator(model, augment, step.precision, device, recipe.eval.batch_size, step.execution.mode, ranks)
@@ -197,6 +197,12 @@ def open_data(
             raise UserError(f"data.resize needs the resident loader, but: {loader.reason}")
         loader = ResizedLoader(loader, loader.images, recipe.data.resize, recipe.train.epochs)
     return store, rows, loader, order
+
+
+def with_order(recipe: Recipe, order: str) -> Recipe:
+    """Return the recipe with the order of the samples that its loader has."""
+    loader = recipe.data.loader.model_copy(update={"order": order})
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"loader": loader})})
 
 
 def record_order(run: RunDirectory | Follower, recipe: Recipe, order: str) -> None:

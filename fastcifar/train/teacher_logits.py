@@ -25,7 +25,7 @@ from fastcifar.logits_file import write_arrays
 from fastcifar.run_directory import refuse_disk, write_atomic
 from fastcifar.teachers import teachers_digest
 
-VERSION = 1
+VERSION = 2
 """Of what is kept: raise it when the same recipe would see other pixels."""
 
 
@@ -38,12 +38,13 @@ def plan_key(recipe: Recipe, content: str, device: torch.device) -> str:
     """Return a hash of all that decides what the teachers say of an epoch's images.
 
     Args:
-        recipe: with a ``distill`` table.
+        recipe: with a ``distill`` table, and the order of the samples that the loader has instead of a plan.
         content: a hash of the data set.
         device: its kind decides the rounding.
     """
     assert recipe.distill is not None
     data, train = recipe.data.model_dump(exclude={"loader", "test_subset"}), recipe.train
+    order = recipe.data.loader.order
     seed = None if is_still(recipe) and not (recipe.data.subset or recipe.data.holdout) else recipe.seed
     plan = {
         "version": VERSION, "teachers": teachers_digest(recipe.distill), "content": content, "seed": seed,
@@ -51,7 +52,7 @@ def plan_key(recipe: Recipe, content: str, device: torch.device) -> str:
         "device": device.type, "code": record(recipe), "mix": recipe.mix and recipe.mix.model_dump(),
         "epochs": train.epochs if recipe.mix or recipe.data.resize else None,
         # Who is mixed with whom, and who is left out, depends on the batches; else they do not matter.
-        "batches": [train.batch_size, train.drop_last] if recipe.mix or train.drop_last else None,
+        "batches": [train.batch_size, train.drop_last, order] if recipe.mix or train.drop_last else None,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
@@ -60,7 +61,7 @@ class TeacherLogits:
     """The logits of one epoch on the device, and those of others on disk.
 
     Args:
-        recipe: with a ``distill`` table.
+        recipe: as in `plan_key`.
         shape: (T, M, K).
         content: a hash of the data set.
         device: where the student trains.

@@ -14,6 +14,7 @@ from fastcifar.analysis.combine import run_combine
 from fastcifar.augment import Augmentation
 from fastcifar.config.schema import CombineRecipe, DistillConfig, Recipe
 from fastcifar.data.batch import Batch
+from fastcifar.data.loaders.base import Blocks
 from fastcifar.data.store import resolve_store
 from fastcifar.environment import describe
 from fastcifar.errors import UserError
@@ -24,7 +25,7 @@ from fastcifar.teachers import teacher_runs, teachers_digest
 from fastcifar.train import teacher_logits
 from fastcifar.train.checks import check_division
 from fastcifar.train.distillation import TaughtBy, Teacher, divergence
-from fastcifar.train.run import choose_rows, train
+from fastcifar.train.run import choose_rows, train, with_order
 from fastcifar.train.step import build_step
 from fastcifar.train.teacher_logits import plan_key
 from tests.train.reference import error, make_data, make_net
@@ -252,6 +253,41 @@ def test_runs_share_what_is_kept_where_they_see_the_same_images(master: Path) ->
     ]  # fmt: skip
     assert {key(**changes) for changes in same} == {key()}
     assert len({key(), *(key(**changes) for changes in other)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "matters"),
+    [
+        ({"mix": {"name": "mixup"}}, True),
+        ({"train": {"epochs": 2, "batch_size": 50, "drop_last": True}}, True),
+        ({}, False),
+    ],
+)
+def test_the_order_counts_where_it_decides_who_is_mixed_or_left_out(master: Path, changes, matters: bool) -> None:
+    wanted = student(master, **({"distill": {"teacher": str(master), "cache": True}} | changes))
+    orders = [with_order(wanted, order) for order in ("random", "block", "native")]
+    assert len({plan_key(each, "content", torch.device("cpu")) for each in orders}) == (3 if matters else 1)
+
+
+def test_runs_whose_loaders_have_one_order_share_what_is_kept(
+    ensemble: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a plan has become counts: one that is block order on this machine may be random order on another."""
+    monkeypatch.setattr(Blocks, "of", classmethod(lambda cls, shape: cls(10, 2)))
+
+    def run(name: str, order: str) -> None:
+        data = {"source": "synthetic", "subset": 100, "test_subset": 40, "loader": {"name": "resident", "order": order}}
+        run_in(tmp_path / name, cached(ensemble, data=data))
+
+    run("random", "random")
+    run("plan", "plan")
+    assert len(list(own_cache.iterdir())) == 1
+    run("block", "block")
+    monkeypatch.setattr("fastcifar.train.run.decide_order", lambda *arguments: "block")
+    run("plan elsewhere", "plan")
+    assert len(list(own_cache.iterdir())) == 2
+    for one, other in (("random", "plan"), ("block", "plan elsewhere")):
+        assert_same_run(tmp_path / one, tmp_path / other)
 
 
 def test_images_that_stay_the_same_are_seen_once(

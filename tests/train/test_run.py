@@ -24,7 +24,7 @@ from fastcifar.environment import describe
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
 from fastcifar.train.ranks import Ranks
-from fastcifar.train.run import choose_rows, evaluation_sets, open_data, train
+from fastcifar.train.run import choose_rows, evaluation_sets, open_data, train, with_order
 from fastcifar.train.step import Step
 from tests.forked import CONTEXT
 from tests.train.tiny import assert_same_run, recipe
@@ -82,6 +82,7 @@ def test_the_first_rank_says_what_order_all_have():
     loader.close()
     assert order == "block"
     assert loader.reason.endswith("; block order: as the run began")
+    assert with_order(wanted, order).data.loader.order == "block"
 
 
 def test_an_order_that_the_recipe_says_is_not_kept_beside_it(tmp_path):
