@@ -57,7 +57,7 @@ def plan(
 def describe(
     recipe: "Recipe", data: Path | None, hardware: str, times: dict[str, float], devices: int = 1
 ) -> dict[str, Any]:
-    """Return the plan of a training run as plain values; memory in MiB, times in seconds."""
+    """Return the plan of a training run as plain values; memory in MiB on each device, times in seconds."""
     from fastcifar.config.user_code import is_import_path, record
     from fastcifar.device import pick_device, with_precision
     from fastcifar.models import budget
@@ -75,7 +75,7 @@ def describe(
     trained = budget.images_to_train(recipe, images)
     steps = budget.steps_per_epoch(recipe, trained)
     prediction = budget.predict(recipe, times, images)
-    memory = memory_mib(here, cost.parameters, trained, **facts)
+    memory = memory_mib(here, cost.parameters, trained, devices=devices, **facts)
     check_memory(recipe.name, memory, device)
     return {
         "recipe": recipe.name,
@@ -212,6 +212,7 @@ def lines(told: dict[str, Any]) -> list[str]:
     why = f" ({where['mode_reason']})" if where["mode_reason"] else ""
     passes = ", 2 passes each" if training["passes_per_step"] == 2 else ""
     time = f"{duration(total_s)} predicted for {told['time']['hardware']}" if total_s is not None else NOT_MEASURED
+    each = f" on each of {told['divided']['devices']}" if told["divided"] else ""
     return [
         f"recipe   {told['recipe']}",
         f"model    {model['name']}: {model['parameters']:,} parameters, {model['gmacs']:.4f} GMACs an image",
@@ -220,7 +221,7 @@ def lines(told: dict[str, Any]) -> list[str]:
         f"data     {data['source']}: {data['where']}",
         f"loader   {where['loader']}",
         f"engine   {where['device']}, {where['mode']}{why}, {where['precision']}",
-        f"memory   about {memory['total']:,.0f} MiB: {memory['weights_and_state']:,.0f} weights and their state, "
+        f"memory   about {memory['total']:,.0f} MiB{each}: {memory['weights_and_state']:,.0f} weights and their state, "
         f"{memory['activations']:,.0f} activations (eager), {memory['images']:,.0f} images where they are resident",
         f"time     {time}",
         *predicted_lines(told["predicted"]),

@@ -97,11 +97,11 @@ def lead(
     if here.restarts and not resume:
         resume = "auto"  # torchrun has started the ranks again after a failure: go on with the run that it began
     if loaded is not None:
-        refuse_early(loaded, data, verify)
+        refuse_early(loaded, data, verify, here.world)
     with open_run(loaded, out, resume) as found, handled(f"stopped; {go_on(found.folder, data)}"):
         say_how_to_go_on(go_on(found.folder, data))
         if loaded is None and verify:
-            refuse_early(found.recipe, data, verify)
+            refuse_early(found.recipe, data, verify, here.world)
         return execute(found, data, stop_after, quiet, check_nan, here, store, profile), found.folder
 
 
@@ -171,8 +171,8 @@ def without_devices(words: list[str]) -> list[str]:
     return kept
 
 
-def refuse_early(recipe: Any, data: Path | None, verify: bool = False) -> None:
-    """Refuse what is known to be impossible before a run directory is made."""
+def refuse_early(recipe: Any, data: Path | None, verify: bool = False, devices: int = 1) -> None:
+    """Refuse what is known to be impossible on so many devices before a run directory is made."""
     from fastcifar.config import Recipe
 
     if isinstance(recipe, Recipe):
@@ -182,7 +182,7 @@ def refuse_early(recipe: Any, data: Path | None, verify: bool = False) -> None:
 
         device, store = pick_device(recipe.engine), check_before(recipe, data, verify)
         facts = {"num_classes": len(store.classes), "image_px": store.image_shape[0]}
-        refuse_what_cannot_fit(with_precision(recipe, device), device, **facts)
+        refuse_what_cannot_fit(with_precision(recipe, device), device, devices=devices, **facts)
 
 
 def execute(

@@ -22,7 +22,9 @@ ACTIVATIONS_MARGIN = 2
 USUAL_BATCH, USUAL_WIDEN, USUAL_ALPHA, USUAL_WIDTH, USUAL_DEPTH = 8192, 20, 600, 1024, 300
 
 
-def refuse_what_cannot_fit(recipe: Recipe, device: torch.device, *, num_classes: int = 10, image_px: int = 32) -> None:
+def refuse_what_cannot_fit(
+    recipe: Recipe, device: torch.device, *, devices: int = 1, num_classes: int = 10, image_px: int = 32
+) -> None:
     """Refuse a recipe that is far beyond the device's memory, before a run directory or a model is made.
 
     The estimate costs seconds, so it is only made where a width, a depth or a batch is unusual.
@@ -30,6 +32,7 @@ def refuse_what_cannot_fit(recipe: Recipe, device: torch.device, *, num_classes:
     Args:
         recipe: what is to be trained.
         device: where.
+        devices: how many divide each batch.
         num_classes: of the data.
         image_px: side of its images.
 
@@ -40,7 +43,7 @@ def refuse_what_cannot_fit(recipe: Recipe, device: torch.device, *, num_classes:
         return
     facts = {"num_classes": num_classes, "image_px": image_px}
     parameters = count_parameters(_own(recipe.model, **facts) or meta_model(recipe.model, **facts))
-    check_memory(recipe.name, memory_mib(recipe, parameters, 0, **facts), device)
+    check_memory(recipe.name, memory_mib(recipe, parameters, 0, devices=devices, **facts), device)
 
 
 def is_large(recipe: Recipe) -> bool:
@@ -88,20 +91,22 @@ def device_bytes(device: torch.device) -> int:
     return total_bytes()
 
 
-def micro_batch(recipe: Recipe) -> int:
-    """Return how many samples go through the model at once."""
-    return -(-recipe.train.batch_size // recipe.train.accumulate)
+def micro_batch(recipe: Recipe, devices: int = 1) -> int:
+    """Return how many samples go through the model at once, on that one of so many devices that has the most."""
+    own = -(-recipe.train.batch_size // devices)
+    return -(-own // recipe.train.accumulate)
 
 
 def memory_mib(
-    recipe: Recipe, parameters: int, images: int, *, num_classes: int = 10, image_px: int = 32
+    recipe: Recipe, parameters: int, images: int, *, devices: int = 1, num_classes: int = 10, image_px: int = 32
 ) -> dict[str, float]:
-    """Return the expected memory on the training device in MiB, without what CUDA itself takes (about 500 MiB).
+    """Return the expected memory on each training device in MiB, without what CUDA itself takes (about 500 MiB).
 
     Args:
         recipe: what is to be trained.
         parameters: trained values of its model.
         images: how many of the training images lie on the device.
+        devices: how many divide each batch; each has all of the weights.
         num_classes: of the data.
         image_px: side of its images.
     """
@@ -110,7 +115,7 @@ def memory_mib(
     buffers += sum(1 for kept in (recipe.ema, recipe.asam, recipe.lookahead) if kept)  # one copy of the weights each
     parts = {
         "weights_and_state": 4 * parameters * buffers,
-        "activations": saved_bytes(recipe, num_classes=num_classes, image_px=image_px) * micro_batch(recipe),
+        "activations": saved_bytes(recipe, num_classes=num_classes, image_px=image_px) * micro_batch(recipe, devices),
         "images": 3 * image_px**2 * images,
     }
     return {name: round(size / 2**20, 1) for name, size in {**parts, "total": sum(parts.values())}.items()}

@@ -184,6 +184,43 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(overrides, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_memory_is_that_of_a_devices_own_part_of_the_batch(monkeypatch):
+    """Where one device could not hold a batch, eight that divide it can, and each has all weights and images."""
+    from fastcifar.cli import run_command
+    from fastcifar.models import memory
+
+    recipe = load_recipe("wrn-asam", ["model.widen=32", "train.batch_size=1999", "data.source=synthetic",
+                                      "train.drop_last=true", "engine.device=cpu"])  # fmt: skip
+    alone, divided = (memory.memory_mib(recipe, 1_000_000, 500, devices=devices) for devices in (1, 8))
+    assert divided["activations"] == pytest.approx(alone["activations"] * 250 / 1999, abs=0.1)
+    assert all(divided[name] == alone[name] for name in ("weights_and_state", "images"))
+    in_parts = recipe.model_copy(update={"train": recipe.train.model_copy(update={"accumulate": 3})})
+    assert [memory.micro_batch(in_parts, devices) for devices in (1, 2, 8)] == [667, 334, 84]
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 20 * 2**30)
+    for refuse in (
+        lambda devices: plan.describe(recipe, None, "nothing", {}, devices=devices),
+        lambda devices: run_command.refuse_early(recipe, None, devices=devices),
+    ):
+        with pytest.raises(UserError, match=r"needs about .* GiB"):
+            refuse(1)
+        told = refuse(8)
+        assert told is None or any("MiB on each of 8: " in line for line in plan.lines(told))
+
+
+def test_the_ranks_of_torchrun_count_as_devices(monkeypatch):
+    from fastcifar.cli import run_command
+    from fastcifar.launch import Place
+
+    def refuse(recipe, data, verify, devices):
+        raise UserError(f"{devices} devices")
+
+    monkeypatch.setattr(run_command, "refuse_early", refuse)
+    for world in (1, 6):
+        with pytest.raises(UserError, match=f"^{world} devices"):
+            run_command.lead(load_recipe("wrn-asam"), None, Place(world=world), None, data=None, out=None, resume=None,
+                             verify=False, stop_after=None, quiet=True, check_nan=False, profile=None)  # fmt: skip
+
+
 def test_usual_models_are_not_estimated():
     from fastcifar.config import shipped_recipes
     from fastcifar.models import memory
