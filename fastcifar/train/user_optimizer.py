@@ -38,6 +38,8 @@ class UserOptimizer:
         views = flat.named(flat.grads)
         self._grads = {name: views[name] if name else flat.grads for name in self._tensors}
         self.inner = self._make(config)
+        if config.parameters == "each":
+            self._refuse_fused_with_padding()
 
     def _make(self, config: UserOptimizerConfig) -> torch.optim.Optimizer:
         make = user_code.optimizer_class(config.name)
@@ -48,6 +50,22 @@ class UserOptimizer:
         if not isinstance(made, torch.optim.Optimizer):
             raise UserError(f"{self._key} made a {type(made).__name__}, not a torch.optim.Optimizer")
         return made
+
+    def _refuse_fused_with_padding(self) -> None:
+        """Refuse torch's fused kernels over padded weights, which are views with holes.
+
+        On a CPU they go through as many elements as a view has, holes included, and leave its last ones untrained.
+
+        Raises:
+            UserError: the optimizer is fused and a weight is padded.
+        """
+        padded = next((segment.name for segment in self._flat.segments if segment.padded), None)
+        if padded is not None and any(group.get("fused") for group in self.inner.param_groups):
+            raise UserError(
+                f'{self._key}: fused kernels do not work on padded weights (model.align), such as {padded}: set '
+                'optimizer.parameters = "flat", which hands over all parameters as one tensor, or fused = false in '
+                "optimizer.options, or model.align = 1"
+            )
 
     def step(self, lr: Tensor | float, *, saved: Tensor | None = None, coefficient: Tensor | None = None) -> None:
         """Take one step; on a GPU the host waits for the learning rate, and for the coefficient where it may skip."""

@@ -5,7 +5,9 @@ import torch
 
 from fastcifar.config.schema import EngineConfig
 from fastcifar.errors import UserError
+from fastcifar.models import build_model
 from fastcifar.train.execution import choose_mode
+from fastcifar.train.flat_parameters import FlatParameters
 from fastcifar.train.user_optimizer import UserOptimizer
 from tests.train.step_parts import Normalize, batches, make_step, recipe, same, state, train
 
@@ -58,6 +60,38 @@ def test_a_fused_optimizer_goes_through_a_checkpoint_to_the_same_bits(parameters
     again.load_state_dict({name: tensor.contiguous() for name, tensor in state(first).items()})
     train(again, 2, 3)
     assert same(state(again), state(whole))
+
+
+def padded_net(parameters, fused):
+    """Return the flat parameters of a net whose convolutions are padded between their channels, and its optimizer."""
+    table = {"name": "torch.optim:AdamW", "lr": 1e-2, "parameters": parameters, "options": {"fused": fused}}
+    config = recipe(model={"name": "pyramidnet", "depth": 8, "alpha": 11, "align": 8}, optimizer=table)
+    flat = FlatParameters(build_model(config.model, seed=1))
+    return flat, UserOptimizer(config.optimizer, flat, None, skip=False)
+
+
+@torch.no_grad()
+def test_a_fused_optimizer_that_has_all_parameters_as_one_trains_padded_weights(seed):
+    (whole, fused), (each, plain) = padded_net("flat", True), padded_net("each", False)
+    before, generator = whole.weights.clone(), torch.Generator().manual_seed(seed)
+    weights = sum(segment.view(before).numel() for segment in whole.segments)
+    for number in range(3):
+        for segment in whole.segments:
+            gradient = torch.randn(segment.shape, generator=generator)
+            for flat in (whole, each):
+                segment.view(flat.grads).copy_(gradient)
+        fused.step(1e-2)
+        plain.step(1e-2)
+        if number == 0:  # all moved by the learning rate, and no padding; later ones may come back
+            assert int((whole.weights != before).sum()) == weights < before.numel()
+    torch.testing.assert_close(whole.weights, each.weights, rtol=1e-5, atol=1e-6)
+    assert int((whole.weights != 0).sum()) <= weights
+
+
+def test_a_fused_optimizer_is_refused_each_padded_weight():
+    """Torch's kernel would go through a view's memory as if it had no holes, and not come to its end."""
+    with pytest.raises(UserError, match=r'padded weights \(model\.align\), such as .*parameters = "flat"'):
+        padded_net("each", fused=True)
 
 
 def test_a_count_that_was_on_the_device_goes_back_there():
