@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 FORMAT = manifests.FORMAT
 OWNER = ".lock-owner"
 """The file that names the process at work on a run."""
+END = ("summary.json", "README.md", "logits.npz", "weights/last.safetensors")
+"""What a run writes where it ends or stops, with the file that says so first; a run that goes on has not ended."""
 BEFORE_RECIPE = ("environment.json", manifests.NAME)
 """What `RunDirectory.begin` writes before ``recipe.toml``, the file that makes the folder a run."""
 # Far above what a run writes (a line of metrics has under 1 kB), far below what fills a memory.
@@ -530,7 +532,8 @@ class RunDirectory:
 
         Args:
             files: contents by name, written in this order.
-            remove: names of files to remove.
+            remove: names of files to remove, those of an end before anything is written, the others after it; a file
+                that the run does not have may be among them.
 
         Raises:
             UserError: the disk is full or cannot be written; nothing half written stays.
@@ -543,6 +546,7 @@ class RunDirectory:
             temporaries = {name: _temporary(self.folder / name) for name in contents}
             try:
                 self._commit(held, contents, temporaries, [n for n in remove if n in held.manifest.files])
+                self.__dict__.pop("summary", None)
             except OSError as error:
                 for temporary in temporaries.values():
                     _remove(temporary)
@@ -562,10 +566,15 @@ class RunDirectory:
             manifest.expect(name, digest)
         self._write_manifest(manifest)
         held.dirty = True
+        # The files of an end first: a process killed in between leaves no summary beside later epochs.
+        self._remove_files(manifest, [name for name in END if name in remove])
         for name in contents:
             temporaries[name].replace(self.folder / name)
             manifest.settle(name, hashes[name])
-        for name in remove:
+        self._remove_files(manifest, [name for name in remove if name not in END])
+
+    def _remove_files(self, manifest: Manifest, names: Iterable[str]) -> None:
+        for name in names:
             (self.folder / name).unlink(missing_ok=True)
             manifest.settle(name, None)
             if name.startswith("checkpoints/"):
@@ -626,7 +635,6 @@ class RunDirectory:
         content = {"format": FORMAT, **summary}
         # The card first: a run whose summary is there is complete.
         self.commit({"README.md": self.model_card(content), "summary.json": as_json(content)})
-        self.__dict__.pop("summary", None)
 
     def model_card(self, summary: dict[str, Any] | None = None, weights: str | None = None) -> str:
         """Return the model card of a run; without ``summary`` that of the run as it ended.

@@ -14,7 +14,7 @@ from fastcifar.config.schema import Recipe
 from fastcifar.console import err
 from fastcifar.errors import UserError
 from fastcifar.logits_file import write_arrays
-from fastcifar.run_directory import RunDirectory
+from fastcifar.run_directory import END, RunDirectory
 from fastcifar.train.evaluate import EvaluationSet, Metrics
 from fastcifar.train.follower import Follower
 from fastcifar.train.step import Step
@@ -124,13 +124,13 @@ class Results:
         return progress
 
     def _forget_later(self, run: RunDirectory, progress: Progress, damaged: list[str]) -> None:
-        """Drop the metrics of epochs that come after the checkpoint taken, and the damaged checkpoints."""
+        """Drop what comes after the checkpoint taken: metrics, the damaged checkpoints, and the end they had led to."""
         rows = run.metrics()
         # Those epochs will be trained again and write their rows again.
         later = rows[progress.epochs_done :]
         if later or damaged:
             kept = run.metrics_file(rows[: progress.epochs_done]) if later else {}
-            run.commit(kept, remove=run.files_of(damaged))
+            run.commit(kept, remove=[*END, *run.files_of(damaged)])
 
     def _load(self, run: RunDirectory, name: str) -> Progress:
         """Return a checkpoint's progress, its state taken up by the step.
@@ -211,11 +211,13 @@ class Results:
         self._commit()
 
     def _commit(self) -> None:
-        """Write what the epoch brought: all of it, or after a crash none."""
+        """Write what the epoch brought: all of it, or after a crash none. An earlier end is the run's no more."""
         name = progress_name(self.progress)
         wrote = any(file.startswith(f"checkpoints/{name}/") for file in self._files)
         outdated = self.run.outdated(name, self.recipe.checkpoint.keep) if wrote else []
-        self.run.commit(self._files, remove=outdated)
+        # A summary of an epoch that the run has gone beyond would pass for the result of the whole.
+        ended = [file for file in END if file not in self._files]
+        self.run.commit(self._files, remove=[*ended, *outdated])
         self._files = {}
 
     def _require_finite(self, epoch: int) -> None:

@@ -1,0 +1,135 @@
+"""What a run directory says of a run that has stopped and gone on: one epoch's results, or none."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastcifar import interrupt
+from fastcifar.analysis.compare import group_by_recipe
+from fastcifar.config import Recipe
+from fastcifar.environment import describe
+from fastcifar.errors import UserError
+from fastcifar.run_directory import END, RunDirectory
+from fastcifar.train.run import train
+from fastcifar.train.step import Step
+from tests.train.tiny import assert_same_run, recipe
+
+STEPS = 7
+"""The steps of an epoch of the tiny recipe."""
+
+
+def run_in(folder: Path, wanted: Recipe, **options: Any) -> dict[str, Any]:
+    """Begin a run or go on with it, each time with nothing remembered of the directory."""
+    there = (folder / "recipe.toml").exists()
+    made = RunDirectory.open(folder) if there else RunDirectory.create(folder, wanted, describe())
+    return train(wanted, made, quiet=True, **options)
+
+
+@contextmanager
+def after_step(number: int, act: Any) -> Iterator[None]:
+    """Call ``act`` after so many training steps of the block."""
+    calls, step = [], Step.__call__
+
+    def counted(self: Step, batch: object) -> None:
+        step(self, batch)
+        calls.append(batch)
+        if len(calls) == number:
+            act()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "__call__", counted)
+        yield
+
+
+def interrupt_after(number: int, folder: Path, wanted: Recipe, **options: Any) -> None:
+    """Begin a run or go on with it, and press Ctrl-C after so many steps."""
+    with after_step(number, lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(interrupt.Interrupted):
+        with interrupt.handled("go on"):
+            run_in(folder, wanted, **options)
+
+
+class Killed(BaseException):
+    """Ends a run as ``kill -9`` does: nothing is saved after it."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run of the tiny recipe."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    run_in(folder, recipe())
+    return folder
+
+
+# ------------------------------------------------------------------------------------------- no summary of a past epoch
+
+
+@pytest.mark.parametrize("steps", [2, 2 * STEPS], ids=["within its next epoch", "after two more epochs"])
+def test_a_stopped_run_that_goes_on_and_is_interrupted_has_no_summary(whole, tmp_path, steps):
+    folder = tmp_path / "run"
+    run_in(folder, recipe(), stop_after=1)
+    assert all((folder / name).is_file() for name in END)
+    interrupt_after(steps, folder, recipe())
+    run = RunDirectory.open(folder)
+    assert not any((folder / name).exists() for name in END)
+    assert not set(END) & set(run.manifest().files)
+    with pytest.raises(UserError, match="has no summary yet"):
+        group_by_recipe([run])
+    assert run_in(folder, recipe())["status"] == "finished"
+    assert_same_run(whole, folder)
+
+
+def test_a_run_object_that_has_read_the_summary_does_not_keep_it(tmp_path):
+    run_in(tmp_path / "run", recipe(), stop_after=1)
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.summary["epochs_done"] == 1
+    with after_step(STEPS + 1, kill), pytest.raises(Killed):
+        train(recipe(), run, quiet=True)
+    assert [row["epoch"] for row in run.metrics()] == [1, 2]
+    with pytest.raises(UserError, match="has no summary yet"):
+        _ = run.summary
+
+
+def test_a_stopped_run_that_is_killed_while_an_epoch_is_written_has_no_summary(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    run_in(folder, recipe(), stop_after=1)
+    replace = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if target.name == "metrics.jsonl":
+            raise Killed
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(Killed):
+            run_in(folder, recipe())
+    assert not RunDirectory.open(folder).has_summary
+    assert run_in(folder, recipe())["status"] == "finished"
+    assert_same_run(whole, folder)
+
+
+def test_a_stopped_run_keeps_its_summary_until_it_has_gone_on(tmp_path):
+    run_in(tmp_path / "run", recipe(), stop_after=1)
+    with after_step(1, kill), pytest.raises(Killed):
+        run_in(tmp_path / "run", recipe())
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.summary["epochs_done"] == len(run.metrics()) == 1
+
+
+def test_a_run_that_goes_back_to_an_earlier_checkpoint_has_no_summary_of_a_later_one(tmp_path):
+    run_in(tmp_path / "run", recipe(), stop_after=3)
+    (tmp_path / "run/checkpoints/epoch-00003/state.json").write_text("{}")
+    with after_step(1, kill), pytest.raises(Killed):
+        run_in(tmp_path / "run", recipe())
+    run = RunDirectory.open(tmp_path / "run")
+    assert len(run.metrics()) == 2
+    assert not run.has_summary
