@@ -238,9 +238,7 @@ class Results:
 
     def _evaluate(self, row: dict[str, Any]) -> None:
         """Evaluate every kind of weights on test and holdout; keep the metrics of the last, best and selected epoch."""
-        results = self._metrics([name for name in self.splits if name != "train"])
-        if not all(np.isfinite(found.loss) for by_kind in results.values() for found in by_kind.values()):
-            raise UserError(diverged(f"the predictions after epoch {row['epoch']} are not finite"))
+        results = self._finite_metrics(row["epoch"])
         for name, by_kind in results.items():
             row[name] = {kind: found.row() for kind, found in by_kind.items()}
         progress, test = self.progress, row["test"][self.reported]
@@ -257,6 +255,17 @@ class Results:
                 progress.selected = {**entry, "holdout_accuracy": holdout, "protocol": SELECTED}
                 self._keep("selected", results, weights=True)
 
+    def _finite_metrics(self, epoch: int) -> dict[str, dict[str, Metrics]]:
+        """Return the metrics after an epoch on test and holdout for each kind of weights.
+
+        Raises:
+            UserError: they are not finite.
+        """
+        results = self._metrics([name for name in self.splits if name != "train"])
+        if not all(np.isfinite(found.loss) for by_kind in results.values() for found in by_kind.values()):
+            raise UserError(diverged(f"the predictions after epoch {epoch} are not finite"))
+        return results
+
     def _metrics(self, names: list[str], tta: str = "none") -> dict[str, dict[str, Metrics]]:
         """Return the metrics of each named split for each kind of weights."""
         found: dict[str, dict[str, Metrics]] = {name: {} for name in names}
@@ -268,9 +277,7 @@ class Results:
 
     def _keep(self, which: str, results: dict[str, dict[str, Metrics]], weights: bool = False) -> None:
         """Keep an epoch's logits, and its reported weights where wanted, as the ``last``, ``best`` or ``selected``."""
-        for name, by_kind in results.items():
-            for kind, found in by_kind.items():
-                self.progress.logits[f"{name}/{which}/{kind}"] = found.logits
+        self.progress.logits |= _logits(which, results)
         if weights:
             self._write_weights(which)
 
@@ -299,13 +306,16 @@ class Results:
         Args:
             clocks: seconds by name.
             setting: what the run ran with, for the summary.
+
+        Raises:
+            UserError: what the last weights predict is not finite.
         """
         progress, recipe = self.progress, self.recipe
         finished = progress.epochs_done == recipe.train.epochs
+        last, arrays = self._last()
         if progress_name(progress) not in self.run.checkpoints():
             self._add_checkpoint(clocks)
             self._commit()
-        arrays = dict(progress.logits)
         tta = self._tta(arrays) if finished and recipe.eval.tta != "none" else None
         if finished and "train" in self.splits:
             arrays |= self._train_logits()
@@ -315,7 +325,7 @@ class Results:
         summary = {
             "name": recipe.name, "stage": recipe.stage, "status": "finished" if finished else "stopped",
             "epochs": recipe.train.epochs, "epochs_done": progress.epochs_done, "seed": recipe.seed,
-            "weights": self.reported, "last": progress.last, "best": progress.best, "selected": progress.selected,
+            "weights": self.reported, "last": last, "best": progress.best, "selected": progress.selected,
             "tta": tta, "published": recipe.published.model_dump() if recipe.published else None,
             "clocks": {k: round(v, 3) for k, v in clocks.items()}, "images": progress.images,
             "images_per_s": progress.timed_images / clocks["training_s"] if clocks["training_s"] else None,
@@ -326,6 +336,18 @@ class Results:
         self._commit()
         self.run.write_summary(summary)
         return self.run.summary
+
+    def _last(self) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
+        """Return the metrics of the last epoch, and all logits by key with those of the last epoch among them."""
+        progress = self.progress
+        evaluated = progress.last["epoch"] if progress.last else 0
+        if evaluated == progress.epochs_done:
+            return progress.last, dict(progress.logits)
+        # Stopped at an epoch that `eval.every_epochs` passes over. What is found is for this end alone: kept in the
+        # progress, it would be the resumed run's, which then ended in another way than one that never stopped.
+        results = self._finite_metrics(progress.epochs_done)
+        last = {"epoch": progress.epochs_done, **results["test"][self.reported].row()}
+        return last, progress.logits | _logits("last", results)
 
     def _train_logits(self) -> dict[str, np.ndarray]:
         """Return the logits of the training images by key: of the last weights, and of the best and selected ones."""
@@ -355,6 +377,12 @@ class Results:
         found = self._metrics(["test"], kind)["test"]
         arrays |= {f"test/last/{weights}/tta": f.logits for weights, f in found.items()}
         return {"kind": kind, **found[self.reported].row()}
+
+
+def _logits(which: str, results: dict[str, dict[str, Metrics]]) -> dict[str, np.ndarray]:
+    """Return an epoch's logits by key, as those of the ``last``, ``best`` or ``selected`` one."""
+    by_split = results.items()
+    return {f"{name}/{which}/{kind}": found.logits for name, kinds in by_split for kind, found in kinds.items()}
 
 
 def progress_name(progress: Progress) -> str:

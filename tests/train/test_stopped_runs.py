@@ -7,20 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from fastcifar import interrupt
 from fastcifar.analysis.compare import group_by_recipe
+from fastcifar.analysis.predict import load_trained
 from fastcifar.config import Recipe
+from fastcifar.data.store import resolve_store
 from fastcifar.environment import describe
 from fastcifar.errors import UserError
 from fastcifar.run_directory import END, RunDirectory
-from fastcifar.train.run import train
+from fastcifar.train.run import choose_rows, train
 from fastcifar.train.step import Step
 from tests.train.tiny import assert_same_run, recipe
 
 STEPS = 7
 """The steps of an epoch of the tiny recipe."""
+FP32 = {"device": "cpu", "precision": "fp32"}
 
 
 def run_in(folder: Path, wanted: Recipe, **options: Any) -> dict[str, Any]:
@@ -133,3 +138,37 @@ def test_a_run_that_goes_back_to_an_earlier_checkpoint_has_no_summary_of_a_later
     run = RunDirectory.open(tmp_path / "run")
     assert len(run.metrics()) == 2
     assert not run.has_summary
+
+
+# --------------------------------------------------------------------------- weights, logits and summary of one epoch
+
+
+def assert_weights_give_the_summary(folder: Path) -> None:
+    """Check that the saved weights predict the saved logits, and that the summary tells their accuracy."""
+    run = RunDirectory.open(folder)
+    store = resolve_store(recipe().data, None)
+    rows = choose_rows(recipe().data, store, 0)
+    images, labels = torch.from_numpy(store.split("test").images[rows.test]), run.logits("test/labels")
+    for which in ("last", "best"):
+        if run.summary[which] is None:
+            assert not (folder / f"weights/{which}.safetensors").exists()
+            continue
+        trained = load_trained(run, which)
+        with torch.no_grad():
+            theirs = trained.model(trained.normalized(images)).numpy()
+        np.testing.assert_allclose(run.logits(f"test/{which}/raw"), theirs, atol=1e-4)
+        assert run.summary[which]["accuracy"] == pytest.approx(100 * np.mean(theirs.argmax(1) == labels))
+    assert run.summary["last"]["epoch"] == run.summary["epochs_done"]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3], ids=["before the first evaluation", "after it"])
+def test_a_run_that_stops_at_an_epoch_without_an_evaluation_tells_the_results_of_that_epoch(tmp_path, stop_after):
+    wanted = recipe(eval={"every_epochs": 2}, engine=FP32)
+    run_in(tmp_path / "whole", wanted)
+    summary = run_in(tmp_path / "run", wanted, stop_after=stop_after)
+    assert summary["epochs_done"] == stop_after
+    assert (summary["best"] or {}).get("epoch") == (2 if stop_after == 3 else None)
+    assert_weights_give_the_summary(tmp_path / "run")
+    assert "test" not in RunDirectory.open(tmp_path / "run").metrics()[-1]
+    run_in(tmp_path / "run", wanted)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
