@@ -79,7 +79,8 @@ def train(
         data: where the images are: a store, or a CIFAR-10 release; see ``fastcifar data``.
         out: the run directory; a new one under ``runs/`` by default.
         resume: a run directory to go on with, or ``"auto"`` for the recipe's newest one.
-        stop_after: end after this many of the planned epochs, 1 or more; the run can be resumed.
+        stop_after: end after this many of the planned epochs, 1 or more; the run can be resumed. An epoch that was
+            interrupted is finished, also one after these.
         callbacks: told of the run's begin, of each epoch, and of the end; see `fastcifar.Callback`.
         profile: ``"10:20"`` traces these steps with torch.profiler into the run's ``profile/``.
         quiet: show no progress.

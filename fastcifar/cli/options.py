@@ -23,7 +23,8 @@ Resume = Annotated[
     str | None, typer.Option(help="A run directory to go on with, or `auto` for this recipe's newest one.")
 ]
 StopAfter = Annotated[
-    int | None, typer.Option(min=1, help="Stop after this many of the planned epochs; resume later.")
+    int | None,
+    typer.Option(min=1, help="Stop after this many of the planned epochs, one begun being finished; resume later."),
 ]
 Devices = Annotated[
     int, typer.Option(min=1, help="Train on so many GPUs of this machine (CPU processes where it has none).")

@@ -60,7 +60,8 @@ def train(
         recipe: the run's own recipe.
         run: its directory, on the first rank; training goes on from its newest checkpoint.
         data: where the images are, before every other place.
-        stop_after: end after this many of the planned epochs; the run can be resumed.
+        stop_after: end after this many of the planned epochs; the run can be resumed. An epoch that was interrupted is
+            finished, also one after these.
         quiet: show no progress.
         check_nan: train eagerly and end at the first layer whose output or gradient is not finite.
         ranks: the processes that train together, each with a slice of every batch.
@@ -111,7 +112,9 @@ def training(
     # Takes up the newest checkpoint, so that all after it is the same for a new run and a resumed one.
     results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, evaluator))
     done, epochs = results.progress.epochs_done, recipe.train.epochs
-    end = epochs if stop_after is None else min(stop_after, epochs)
+    # Half an epoch's weights would be no epoch's result: one that has begun is finished.
+    begun = done + bool(results.progress.partial)
+    end = epochs if stop_after is None else min(max(stop_after, begun), epochs)
     clock = Clock(device, results.progress.clocks)
     label = f"seed {recipe.seed}" if together > 1 else None
     with Display(recipe.name, recipe.train.epochs, len(loader), recipe.train.batch_size, quiet, label=label) as display:

@@ -172,3 +172,14 @@ def test_a_run_that_stops_at_an_epoch_without_an_evaluation_tells_the_results_of
     assert "test" not in RunDirectory.open(tmp_path / "run").metrics()[-1]
     run_in(tmp_path / "run", wanted)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_an_epoch_that_was_interrupted_is_finished_before_a_stop_after_an_earlier_one(tmp_path):
+    wanted = recipe(engine=FP32)
+    run_in(tmp_path / "whole", wanted)
+    interrupt_after(2 * STEPS + 3, tmp_path / "run", wanted)
+    assert RunDirectory.open(tmp_path / "run").checkpoints()[-1] == "epoch-00002-step-000003"
+    assert run_in(tmp_path / "run", wanted, stop_after=2)["epochs_done"] == 3
+    assert_weights_give_the_summary(tmp_path / "run")
+    run_in(tmp_path / "run", wanted)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
