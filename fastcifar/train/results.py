@@ -94,6 +94,7 @@ class Results:
         self.kinds = ("raw", "ema") if recipe.ema else ("raw",)
         self.reported = self.kinds[-1]
         self._files: dict[str, bytes | str] = {}  # to be written together, so that they belong together
+        self._weights: dict[str, bytes | str] = {}  # of the best and the selected epoch, to go with the next checkpoint
         self._position: dict[str, Tensor] = {}  # of the step within an epoch that was interrupted
         # Only rank 0 reads; the others take up what it has.
         progress = Progress() if isinstance(run, Follower) else self._restore(run)
@@ -279,14 +280,16 @@ class Results:
         """Keep an epoch's logits, and its reported weights where wanted, as the ``last``, ``best`` or ``selected``."""
         self.progress.logits |= _logits(which, results)
         if weights:
-            self._write_weights(which)
+            # Not before the next checkpoint: a killed run goes on from the last one, whose best epoch has its own.
+            self._weights |= self._weights_file(which)
 
-    def _write_weights(self, which: str) -> None:
+    def _weights_file(self, which: str) -> dict[str, bytes]:
+        """Return the name and content of the file of the weights that the run reports."""
         with self.step.weights(self.reported):
             # Copies: tied weights have one memory under two names, which safetensors refuses.
             plain = torch.contiguous_format
             state = {k: v.detach().cpu().clone(memory_format=plain) for k, v in self.model.state_dict().items()}
-            self._files[f"weights/{which}.safetensors"] = save(state)
+            return {f"weights/{which}.safetensors": save(state)}
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
@@ -296,6 +299,9 @@ class Results:
         # Copies: the last epoch's logits may be the best one's too, and safetensors refuses shared memory.
         tensors |= {f"logits/{k}": torch.tensor(v) for k, v in self.progress.logits.items()}
         state = {k: v for k, v in vars(self.progress).items() if k != "logits"}
+        # Before the checkpoint, which is complete when its last file is there.
+        self._files |= self._weights
+        self._weights = {}
         self._files |= self.run.checkpoint_files(progress_name(self.progress), tensors, state)
 
     # --------------------------------------------------------------------------------------------------------- the end
@@ -321,7 +327,7 @@ class Results:
             arrays |= self._train_logits()
         arrays |= {f"{name}/labels": split.labels.cpu().numpy() for name, split in self.splits.items()}
         self._files["logits.npz"] = write_arrays(arrays | {"holdout/indices": setting.holdout})
-        self._write_weights("last")
+        self._files |= self._weights_file("last")
         summary = {
             "name": recipe.name, "stage": recipe.stage, "status": "finished" if finished else "stopped",
             "epochs": recipe.train.epochs, "epochs_done": progress.epochs_done, "seed": recipe.seed,

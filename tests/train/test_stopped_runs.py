@@ -1,6 +1,7 @@
 """What a run directory says of a run that has stopped and gone on: one epoch's results, or none."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from tests.train.tiny import assert_same_run, recipe
 STEPS = 7
 """The steps of an epoch of the tiny recipe."""
 FP32 = {"device": "cpu", "precision": "fp32"}
+THIRD_BEST = {"engine": FP32, "seed": 1, "optimizer": {"name": "adam", "lr": 3e-3}}
+"""What makes the third epoch of the tiny recipe the best so far."""
 
 
 def run_in(folder: Path, wanted: Recipe, **options: Any) -> dict[str, Any]:
@@ -183,3 +186,18 @@ def test_an_epoch_that_was_interrupted_is_finished_before_a_stop_after_an_earlie
     assert_weights_give_the_summary(tmp_path / "run")
     run_in(tmp_path / "run", wanted)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_best_weights_are_those_of_the_checkpoint_that_a_killed_run_goes_on_from(tmp_path):
+    wanted = recipe(checkpoint={"every_epochs": 2}, **THIRD_BEST)
+    run_in(tmp_path / "whole", wanted)
+    accuracies = [row["test"]["raw"]["accuracy"] for row in RunDirectory.open(tmp_path / "whole").metrics()]
+    assert accuracies[2] > max(accuracies[:2]), "choose a seed whose third epoch is better than the first two"
+    with after_step(3 * STEPS + 1, kill), pytest.raises(Killed):
+        run_in(tmp_path / "run", wanted)
+    assert len(RunDirectory.open(tmp_path / "run").metrics()) == 3
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    assert run_in(tmp_path / "run", wanted, stop_after=2)["epochs_done"] == 2
+    assert_weights_give_the_summary(tmp_path / "run")
+    run_in(tmp_path / "killed", wanted)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
