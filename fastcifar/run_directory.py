@@ -381,9 +381,12 @@ class RunDirectory:
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def checkpoints(self) -> list[str]:
-        """Return the names of the complete checkpoints, oldest first."""
-        folder = self.folder / "checkpoints"
-        return sorted(p.name for p in folder.glob("epoch-*") if (p / "state.json").is_file())
+        """Return the names of the complete checkpoints, oldest first, those that have gone missing among them."""
+        there = {p.parent.name for p in (self.folder / "checkpoints").glob("epoch-*/state.json") if p.is_file()}
+        manifest = self.manifest()
+        # A checkpoint that the run has written and not removed is missed as a damaged one is.
+        paths = [Path(name) for name in (manifest.files if manifest else {}) if self._expects(name)]
+        return sorted(there | {path.parent.name for path in paths if path.match("checkpoints/epoch-*/state.json")})
 
     def checkpoint(self, name: str) -> "tuple[dict[str, Tensor], dict[str, Any]]":
         """Return the tensors and plain values of a checkpoint.

@@ -102,7 +102,7 @@ class Results:
         step.follow_first()
 
     def _restore(self, run: RunDirectory) -> Progress:
-        """Take up the newest intact checkpoint; name damaged ones, which are of no use any more, and remove them."""
+        """Take up the newest intact checkpoint; name damaged and missing ones, and forget them."""
         # From the newest back to the first intact one: a damaged file costs some epochs, not the run.
         names, damaged, progress = run.checkpoints(), [], Progress()
         run.check_weights()
@@ -129,6 +129,9 @@ class Results:
         rows = run.metrics()
         # Those epochs will be trained again and write their rows again.
         later = rows[progress.epochs_done :]
+        if later and not run.checkpoints():
+            told = f"{run.folder}: has no checkpoint: begins again with the first epoch, metrics.jsonl had {len(rows)}"
+            err.print(told, markup=False, soft_wrap=True)
         if later or damaged:
             kept = run.metrics_file(rows[: progress.epochs_done]) if later else {}
             run.commit(kept, remove=[*END, *run.files_of(damaged)])

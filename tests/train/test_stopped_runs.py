@@ -201,3 +201,43 @@ def test_the_best_weights_are_those_of_the_checkpoint_that_a_killed_run_goes_on_
     assert_weights_give_the_summary(tmp_path / "run")
     run_in(tmp_path / "killed", wanted)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+# ------------------------------------------------------------------------------------------------ missing checkpoints
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("missing", ["the folder", "their last files"])
+def test_a_run_whose_checkpoints_have_gone_is_not_begun_again(tmp_path, capsys, keep, missing):
+    wanted = recipe(checkpoint={"keep": keep})
+    run_in(tmp_path / "run", wanted, stop_after=2)
+    if missing == "the folder":
+        shutil.rmtree(tmp_path / "run/checkpoints")
+    else:
+        for path in (tmp_path / "run/checkpoints").glob("*/state.json"):
+            path.unlink()
+    metrics = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="no checkpoint is intact; restore the folder from a copy"):
+        run_in(tmp_path / "run", wanted)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
+    assert "epoch-00002/state.json: is missing; restore it from a copy" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_named_and_the_one_before_is_taken(whole, tmp_path, capsys):
+    run_in(tmp_path / "run", recipe(), stop_after=3)
+    shutil.rmtree(tmp_path / "run/checkpoints/epoch-00003")
+    assert RunDirectory.open(tmp_path / "run").checkpoints() == ["epoch-00002", "epoch-00003"]
+    assert run_in(tmp_path / "run", recipe())["status"] == "finished"
+    assert_same_run(whole, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "epoch-00003/state.json: is missing" in said
+    assert "goes on from the one before, epoch-00002" in said
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_again(tmp_path, capsys):
+    wanted = recipe(checkpoint={"every_epochs": 3})
+    with after_step(2 * STEPS + 1, kill), pytest.raises(Killed):
+        run_in(tmp_path / "run", wanted)
+    assert run_in(tmp_path / "run", wanted)["status"] == "finished"
+    said = capsys.readouterr().err
+    assert "has no checkpoint: begins again with the first epoch, metrics.jsonl had 2" in said
