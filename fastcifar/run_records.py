@@ -148,6 +148,7 @@ class State(Record):
 
     Attributes:
         recipe: the hash of the run's ``recipe.toml``.
+        weights: the hashes of the best and the selected weights; an earlier version wrote none.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -161,6 +162,7 @@ class State(Record):
     selected: EpochMetrics | None
     clocks: Clocks
     partial: Partial | None = None
+    weights: dict[Literal["best", "selected"], str] = {}
 
 
 def flat(table: dict[str, Any], separator: str) -> dict[str, Any]:

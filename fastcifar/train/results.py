@@ -14,6 +14,7 @@ from fastcifar.config.schema import Recipe
 from fastcifar.console import err
 from fastcifar.errors import UserError
 from fastcifar.logits_file import write_arrays
+from fastcifar.manifest import sha256
 from fastcifar.run_directory import END, RunDirectory
 from fastcifar.train.evaluate import EvaluationSet, Metrics
 from fastcifar.train.follower import Follower
@@ -35,6 +36,7 @@ class Progress:
         last, best, selected: metrics of an epoch, in percent and nats; None before the first evaluation.
         clocks: seconds by name.
         partial: how far the run is within an epoch, as `fastcifar.run_records.Partial`; None between epochs.
+        weights: the SHA-256 of the weights saved as ``best`` and ``selected``.
         logits: float32 (N, classes) by ``split/which/weights``.
     """
 
@@ -46,6 +48,7 @@ class Progress:
     selected: dict[str, Any] | None = None
     clocks: dict[str, float] = field(default_factory=dict)
     partial: dict[str, Any] | None = None
+    weights: dict[str, str] = field(default_factory=dict)
     logits: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -132,9 +135,32 @@ class Results:
         if later and not run.checkpoints():
             told = f"{run.folder}: has no checkpoint: begins again with the first epoch, metrics.jsonl had {len(rows)}"
             err.print(told, markup=False, soft_wrap=True)
-        if later or damaged:
+        replaced = self._forget_choices(run, progress)
+        if later or damaged or replaced:
             kept = run.metrics_file(rows[: progress.epochs_done]) if later else {}
-            run.commit(kept, remove=[*END, *run.files_of(damaged)])
+            run.commit(kept, remove=[*END, *replaced, *run.files_of(damaged)])
+
+    @staticmethod
+    def _forget_choices(run: RunDirectory, progress: Progress) -> list[str]:
+        """Return the files of best or selected weights that are of later epochs; forget the choices they have replaced.
+
+        There are such files where the newest checkpoint is damaged, or a process was killed while it wrote them.
+        """
+        replaced = []
+        for which in ("best", "selected"):
+            file, chosen = f"weights/{which}.safetensors", getattr(progress, which)
+            there = sha256(run.read(file)) if (run.folder / file).is_file() else None
+            known = progress.weights.get(which, there if chosen else None)
+            if there == known:
+                continue
+            if chosen:
+                told = f"is not of the {which} epoch {chosen['epoch']} any more: chosen anew from the epochs to come"
+                err.print(f"{run.folder / file}: {told}", markup=False, soft_wrap=True)
+            replaced.append(file)
+            setattr(progress, which, None)
+            progress.weights.pop(which, None)
+            progress.logits = {k: v for k, v in progress.logits.items() if k.split("/")[1] != which}
+        return replaced
 
     def _load(self, run: RunDirectory, name: str) -> Progress:
         """Return a checkpoint's progress, its state taken up by the step.
@@ -284,7 +310,9 @@ class Results:
         self.progress.logits |= _logits(which, results)
         if weights:
             # Not before the next checkpoint: a killed run goes on from the last one, whose best epoch has its own.
-            self._weights |= self._weights_file(which)
+            file = self._weights_file(which)
+            self._weights |= file
+            self.progress.weights[which] = sha256(*file.values())
 
     def _weights_file(self, which: str) -> dict[str, bytes]:
         """Return the name and content of the file of the weights that the run reports."""

@@ -69,6 +69,21 @@ def kill() -> None:
     raise Killed
 
 
+@contextmanager
+def killed_before(name: str) -> Iterator[None]:
+    """Kill the run before it puts a file of this name in its place; what its commit has before it is in place."""
+    replace = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if target.name == name:
+            raise Killed
+        return replace(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """An uninterrupted run of the tiny recipe."""
@@ -106,20 +121,11 @@ def test_a_run_object_that_has_read_the_summary_does_not_keep_it(tmp_path):
         _ = run.summary
 
 
-def test_a_stopped_run_that_is_killed_while_an_epoch_is_written_has_no_summary(whole, tmp_path, monkeypatch):
+def test_a_stopped_run_that_is_killed_while_an_epoch_is_written_has_no_summary(whole, tmp_path):
     folder = tmp_path / "run"
     run_in(folder, recipe(), stop_after=1)
-    replace = Path.replace
-
-    def killed(self: Path, target: Path) -> Path:
-        if target.name == "metrics.jsonl":
-            raise Killed
-        return replace(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
-        with pytest.raises(Killed):
-            run_in(folder, recipe())
+    with killed_before("metrics.jsonl"), pytest.raises(Killed):
+        run_in(folder, recipe())
     assert not RunDirectory.open(folder).has_summary
     assert run_in(folder, recipe())["status"] == "finished"
     assert_same_run(whole, folder)
@@ -201,6 +207,33 @@ def test_the_best_weights_are_those_of_the_checkpoint_that_a_killed_run_goes_on_
     assert_weights_give_the_summary(tmp_path / "run")
     run_in(tmp_path / "killed", wanted)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_best_weights_of_an_epoch_after_the_checkpoint_are_not_told_as_those_of_one_before_it(tmp_path, capsys):
+    wanted = recipe(**THIRD_BEST)
+    run_in(tmp_path / "whole", wanted)
+    run_in(tmp_path / "run", wanted, stop_after=3)
+    assert RunDirectory.open(tmp_path / "run").summary["best"]["epoch"] == 3
+    (tmp_path / "run/checkpoints/epoch-00003/state.json").write_text("{}")
+    shutil.copytree(tmp_path / "run", tmp_path / "damaged")
+    assert run_in(tmp_path / "run", wanted, stop_after=2)["best"] is None
+    assert "best.safetensors: is not of the best epoch 2 any more: chosen anew" in capsys.readouterr().err
+    assert_weights_give_the_summary(tmp_path / "run")
+    for folder in (tmp_path / "run", tmp_path / "damaged"):
+        run_in(folder, wanted)
+        assert_same_run(tmp_path / "whole", folder)
+
+
+def test_best_weights_written_by_a_commit_that_was_cut_short_are_not_told_as_those_of_the_checkpoint(tmp_path):
+    wanted = recipe(**THIRD_BEST)
+    run_in(tmp_path / "whole", wanted)
+    run_in(tmp_path / "run", wanted, stop_after=2)
+    with killed_before("state.safetensors"), pytest.raises(Killed):
+        run_in(tmp_path / "run", wanted)
+    assert run_in(tmp_path / "run", wanted, stop_after=2)["best"] is None
+    assert_weights_give_the_summary(tmp_path / "run")
+    run_in(tmp_path / "run", wanted)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------ missing checkpoints
