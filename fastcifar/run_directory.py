@@ -44,6 +44,7 @@ BEFORE_RECIPE = ("environment.json", manifests.NAME)
 """What `RunDirectory.begin` writes before ``recipe.toml``, the file that makes the folder a run."""
 # Far above what a run writes (a line of metrics has under 1 kB), far below what fills a memory.
 LARGEST_JSON = 64 << 20
+GONE = "its folder is gone, moved or removed while this was running"
 # A reader beside a training process may meet a file between two manifests; it looks again this often.
 LOOKS, LOOK_AGAIN_S = 10, 0.05
 
@@ -87,7 +88,7 @@ def _remove(path: Path) -> None:
 def refuse_disk(path: Path, error: OSError) -> NoReturn:
     """Turn a failed write into the message that a user needs."""
     if isinstance(error, FileNotFoundError):
-        raise UserError(f"{path}: cannot be written: its folder is gone, removed while this was running") from None
+        raise UserError(f"{path}: cannot be written: {GONE}") from None
     raise UserError(
         f"{path}: cannot be written: {error.strerror or error}. Free some space or choose another folder with --out; "
         "everything up to the last checkpoint is safe."
@@ -176,6 +177,7 @@ class RunDirectory:
                 time.sleep(LOOK_AGAIN_S)
             manifest = self.manifest()
             if not path.is_file():
+                self._require_folder(path)
                 raise UserError(f"{path}: is missing; {self._cure(name, manifest)}")
             data = self._bytes(path, largest)
             if manifest is None or sha256(data) in manifest.files.get(name, []):
@@ -186,6 +188,18 @@ class RunDirectory:
             f"{path}: is damaged: it is not what the run wrote (its SHA-256 is another than in {manifests.NAME}); "
             "restore it from a copy, or train the run again"
         )
+
+    def _require_folder(self, path: Path) -> None:
+        """Make sure that the run is still where it was when it was opened.
+
+        Raises:
+            UserError: it is not; the message names the file that was wanted and says how to go on.
+        """
+        if not self.folder.is_dir():
+            raise UserError(
+                f"{path}: {GONE}; if you have moved it, go on from its last checkpoint with "
+                "`fastcifar run --resume NEW_PLACE`"
+            ) from None
 
     def _cure(self, name: str, manifest: Manifest | None) -> str:
         """Return what helps where a file is missing: what a run had written does not come back by resuming it."""
@@ -553,7 +567,9 @@ class RunDirectory:
             except OSError as error:
                 for temporary in temporaries.values():
                     _remove(temporary)
-                refuse_disk(self.folder / next(iter(files), manifests.NAME), error)
+                path = self.folder / next(iter(files), manifests.NAME)
+                self._require_folder(path)
+                refuse_disk(path, error)
 
     def _commit(
         self, held: _Held, contents: dict[str, bytes], temporaries: dict[str, Path], remove: list[str]
@@ -561,8 +577,9 @@ class RunDirectory:
         manifest = held.manifest
         assert manifest is not None
         for name, data in contents.items():
-            if "/" in name:
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            # Never the run's own folder: one that was moved away would be begun anew, without what the run has so far.
+            for parent in list(Path(name).parents)[-2::-1]:
+                (self.folder / parent).mkdir(exist_ok=True)
             _write_synced(temporaries[name], data)
         hashes: dict[str, str | None] = {name: sha256(data) for name, data in contents.items()}
         for name, digest in [*hashes.items(), *((name, None) for name in remove)]:

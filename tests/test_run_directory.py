@@ -330,3 +330,19 @@ def test_a_folder_removed_during_the_run_is_one_message(run):
         shutil.rmtree(run.folder)
         with pytest.raises(UserError, match="its folder is gone"):
             run.write_metrics([])
+
+
+def test_a_folder_moved_during_the_run_is_not_made_anew(run, tmp_path):
+    moved = tmp_path / "moved"
+    with run.alone():
+        rows = run.metrics()
+        run.folder.rename(moved)
+        for write in (
+            lambda: run.write_metrics(rows), lambda: run.append_epoch(rows[0]),
+            lambda: run.commit({"weights/best.safetensors": tensors()}),
+            lambda: run.commit({"checkpoints/epoch-00001/state.json": "{}"}),
+        ):  # fmt: skip
+            with pytest.raises(UserError, match=r"its folder is gone, moved .*`fastcifar run --resume NEW_PLACE`"):
+                write()
+    assert not run.folder.exists()
+    read_everything(RunDirectory.open(moved))

@@ -53,6 +53,17 @@ def test_an_error_of_a_callback_is_its_own_and_loses_nothing(whole, tmp_path):
     assert_same_run(whole.folder, fastcifar.train(resume=tmp_path / "run", quiet=True).folder)
 
 
+@pytest.mark.parametrize("moment", ["on_run_begin", "on_epoch_end"])
+def test_a_run_that_is_moved_while_it_trains_says_so_and_goes_on_in_its_new_place(whole, tmp_path, moment):
+    told = Told()
+    setattr(told, moment, lambda run, _: run.folder.rename(tmp_path / "new"))
+    with pytest.raises(fastcifar.UserError, match=r"its folder is gone, moved .*--resume NEW_PLACE`"):
+        fastcifar.train(recipe(eval={"every_epochs": 2}), out=tmp_path / "old", quiet=True, callbacks=[told])
+    assert not (tmp_path / "old").exists()
+    run = fastcifar.train(resume=tmp_path / "new", quiet=True)
+    assert_same_run(whole.folder, run.folder)
+
+
 def test_metrics_are_arrays_of_the_lines(whole):
     arrays = whole.metrics_arrays()
     lines = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
