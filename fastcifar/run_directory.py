@@ -130,8 +130,17 @@ class RunDirectory:
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        """Whether a run lies there."""
-        return (folder / "recipe.toml").is_file()
+        """Whether a run lies there.
+
+        Raises:
+            UserError: the folder may not be read, or cannot be there, as its name is too long.
+        """
+        try:
+            return (folder / "recipe.toml").is_file()
+        except OSError as error:  # `is_file` answers the common ones itself
+            raise UserError(
+                f"{folder}: cannot be read: {error.strerror}; name a run directory that you may read"
+            ) from None
 
     @classmethod
     def open(cls, folder: str | Path) -> "RunDirectory":

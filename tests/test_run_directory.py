@@ -5,7 +5,7 @@ import os
 import random
 import time
 import tomllib
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -22,6 +22,7 @@ from fastcifar.locks import locked
 from fastcifar.manifest import parse
 from fastcifar.open_run import open_run
 from fastcifar.run_directory import RunDirectory
+from tests.command import fastcifar
 from tests.forked import CONTEXT
 from tests.run_directories import make_members, recipe
 from tests.storm import run_directories
@@ -346,3 +347,36 @@ def test_a_folder_moved_during_the_run_is_not_made_anew(run, tmp_path):
                 write()
     assert not run.folder.exists()
     read_everything(RunDirectory.open(moved))
+
+
+@contextmanager
+def without_roots_rights():
+    """Read files as a user does: root may read everything."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_run_that_may_not_be_read_is_one_message(run):
+    run.folder.chmod(0)
+    try:
+        with without_roots_rights(), pytest.raises(UserError, match="m0: cannot be read: Permission denied"):
+            RunDirectory.open(run.folder)
+    finally:
+        run.folder.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "words", [("evaluate",), ("report",), ("run", "--resume"), ("run", "smoke/lenet5", "--resume", "auto", "--out")]
+)
+def test_a_name_that_is_too_long_is_one_message(tmp_path, words):
+    done = fastcifar(*words, "x" * 300, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "x: cannot be read: File name too long" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -177,8 +177,8 @@ def newest_finished(names: Iterable[str], folders: Iterable[Path]) -> dict[str, 
 def _newest_in(folder: Path) -> dict[str, RunDirectory]:
     """Return the newest finished run of each recipe name in a folder."""
     newest: dict[str, RunDirectory] = {}
-    for path in filter(RunDirectory.exists, folder.glob("*")):
-        with suppress(UserError):  # a damaged or foreign directory is no candidate
+    for path in folder.glob("*"):
+        with suppress(UserError):  # what is no run, damaged or may not be read is no candidate
             run = RunDirectory.open(path)
             if run.finished:
                 newest[run.recipe.name] = max(newest.get(run.recipe.name, run), run, key=lambda run: run.ended_at)

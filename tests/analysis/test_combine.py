@@ -58,6 +58,7 @@ def test_damaged_and_edited_runs_beside_the_members_are_passed_over(tmp_path):
     edited = tmp_path / "edited" / "recipe.toml"
     edited.write_text(edited.read_text().replace("epochs = 3", "epochs = 4"))
     (tmp_path / "damaged" / "summary.json").write_bytes(b"{")
+    (tmp_path / "unreadable").symlink_to("x" * 300)
     for name in ("edited", "damaged"):  # each would be refused by itself
         with pytest.raises(UserError):
             _ = (found := RunDirectory.open(tmp_path / name)).finished and found.recipe

@@ -1,8 +1,10 @@
 """Executing the ladder: the order, what is skipped and resumed, failures, interrupts, the deadline."""
 
+import errno
 import json
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -100,6 +102,21 @@ def test_files_keep_the_rows_and_seeds_of_earlier_executions(tmp_path, view):
     ledger = execute_ladder(jobs_for(["lenet5"], 1, tmp_path), FakeRows(), tmp_path, view)
     assert [(row["name"], len(row["seeds"])) for row in table(tmp_path)["rows"]] == [("lenet5", 2), ("deep", 1)]
     assert [(row.name, len(row.seeds)) for row in ledger.table()] == [("lenet5", 1)]
+
+
+def test_a_run_directory_that_may_not_be_read_fails_its_row_and_the_others_go_on(tmp_path, view, monkeypatch):
+    jobs, is_file = jobs_for(["lenet5"], 3, tmp_path), Path.is_file
+
+    def refuse(path):
+        if jobs[1].folder in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    execute_ladder(jobs, FakeRows(), tmp_path, view)
+    first, second, third = table(tmp_path)["rows"][0]["seeds"]
+    assert [seed["state"] for seed in (first, second, third)] == ["done", "failed", "done"]
+    assert "seed-43: cannot be read: Permission denied" in second["message"]
 
 
 def test_a_cut_row_goes_on_where_it_was(tmp_path, view):
