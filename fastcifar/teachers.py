@@ -1,8 +1,9 @@
 """Which trained models a recipe learns from: one run, or the members of a combination with their weights."""
 
 import hashlib
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastcifar.config.schema import CombineRecipe, DistillConfig
 from fastcifar.errors import UserError
@@ -42,7 +43,7 @@ def teacher_runs(config: DistillConfig) -> list[TeacherRun]:
             f"distill.teacher: {run.folder} combines by {recipe.combine.how}, which gives no mean of its members' "
             f"probabilities to learn; name a combination with how = {' or '.join(MIXED)}"
         )
-    members = [_finished(_place_of(run, Path(member["run"]))) for member in run.summary["members"]]
+    members = [_finished(_place_of(run, member)) for member in run.summary["members"]]
     given = _weights(run, config.weights) or [1.0] * len(members)
     total = sum(given)
     return [
@@ -59,10 +60,36 @@ def _finished(folder: str | Path) -> RunDirectory:
     return run
 
 
-def _place_of(combination: RunDirectory, member: Path) -> Path:
-    """Return where a member is: as the combination wrote it down or, where both were moved together, beside it."""
-    beside = combination.folder.parent / member.name
-    return beside if not RunDirectory.exists(member) and RunDirectory.exists(beside) else member
+def _place_of(combination: RunDirectory, member: dict[str, Any]) -> Path:
+    """Return where a member is: as the combination wrote it down or, where both were moved together, near it.
+
+    Near it means beside it or, as a ladder lays its rows out, in ``<row>/seed-<n>`` beside the combination's own row.
+
+    Args:
+        combination: its directory.
+        member: its entry in the combination's summary.
+
+    Raises:
+        UserError: it is at none of these places.
+    """
+    written, own = Path(member["run"]), Path(os.path.abspath(combination.folder))
+    places = [written, own.parent.parent / written.parent.name / written.name, own.parent / written.name]
+    for place in places:
+        if _is_member(place, member["name"]) and place.resolve() != own.resolve():
+            return place
+    raise UserError(
+        f"distill.teacher: member {member['name']} of {combination.folder} is neither at {written} nor beside the "
+        f"combination ({places[1]}, {places[2]}); move it to one of these places, or combine the runs that you have"
+    )
+
+
+def _is_member(place: Path, name: str) -> bool:
+    """Whether a run lies there that a combination calls so: by its recipe's name, else by its folder's or its path."""
+    try:
+        there = RunDirectory.exists(place)
+    except UserError:  # where somebody else's runs lie nobody else may look
+        return False
+    return there and (Path(name).name == place.name or RunDirectory.open(place).recipe.name == name)
 
 
 def _weights(combination: RunDirectory, which: str | None) -> list[float] | None:

@@ -177,6 +177,41 @@ def test_a_combination_teaches_with_its_members_and_weights(ensemble: Path, tmp_
         teacher_runs(DistillConfig(teacher=str(ensemble), weights="selected"))
 
 
+def in_rows(ensemble: Path, ladder: Path) -> Path:
+    """Lay the combination and its members out as a ladder does; return where the combination is."""
+    members = {}
+    for name, row, run in (("tiny", "net-a", "one"), ("other", "net-b", "two")):
+        shutil.copytree(ensemble.parent / run, ladder / row / "seed-42")
+        members[name] = RunDirectory.open(ladder / row / "seed-42")
+    run_combine(RunDirectory.open(ensemble).recipe, members, ladder / "both" / "seed-42")
+    return ladder / "both" / "seed-42"
+
+
+def test_a_ladders_combination_teaches_from_any_folder_and_after_a_move(
+    ensemble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taught_by(teacher: Path) -> list[Path]:
+        return [each.run.folder.resolve() for each in teacher_runs(DistillConfig(teacher=str(teacher)))]
+
+    monkeypatch.chdir(tmp_path)
+    there = [tmp_path / "lad" / row / "seed-42" for row in ("net-a", "net-b")]
+    assert taught_by(place := in_rows(ensemble, Path("lad"))) == there
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert taught_by(".." / place) == there
+    (tmp_path / "lad").rename(tmp_path / "new")
+    new = tmp_path / "new"
+    assert taught_by(new / "both" / "seed-42") == [new / row / "seed-42" for row in ("net-a", "net-b")]
+
+
+def test_a_member_that_is_gone_is_named_and_no_other_run_taken_for_it(ensemble: Path, tmp_path: Path) -> None:
+    place = in_rows(ensemble, tmp_path)
+    (tmp_path / "net-b").rename(tmp_path / "away")
+    shutil.copytree(ensemble.parent / "one", tmp_path / "net-b" / "seed-42")  # a run of another recipe
+    with pytest.raises(UserError, match=r"member other of .*both/seed-42 is neither at .*seed-42 nor beside .*; move"):
+        teacher_runs(DistillConfig(teacher=str(place)))
+
+
 def test_a_combination_without_probabilities_is_refused(ensemble: Path, tmp_path: Path) -> None:
     members = {name: RunDirectory.open(ensemble.parent / place) for name, place in (("tiny", "one"), ("other", "two"))}
     table = {"how": "hard", "members": ["tiny", "other"]}
