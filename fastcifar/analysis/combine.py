@@ -149,10 +149,34 @@ def combine_run(run: RunDirectory, *, quiet: bool = False) -> dict[str, Any]:
     recipe = run.recipe
     if not isinstance(recipe, CombineRecipe):
         raise UserError(f"{run.folder}: is a training run; only a recipe with a [combine] table combines runs")
-    members = newest_finished(recipe.combine.members, (run.folder.parent, Path("runs")))
+    members = find_members(recipe, run.folder)
     if not quiet:
-        tell_members(_in_order(recipe, members))
+        tell_members(members)
     return run_combine(recipe, members, run.folder)
+
+
+def find_members(recipe: CombineRecipe, folder: Path) -> dict[str, RunDirectory]:
+    """Return the newest finished runs of a recipe's members beside its own run directory, else in ``runs/``.
+
+    Raises:
+        UserError: there is none of a member.
+    """
+    return _in_order(recipe, newest_finished(recipe.combine.members, (folder.parent, Path("runs"))))
+
+
+def refuse_missing_members(recipe: CombineRecipe, out: Path | None, resume: str | None) -> None:
+    """Refuse a combination whose members are missing before its run directory is made.
+
+    Args:
+        recipe: what is to run.
+        out: the run directory, or None for one under ``runs/``.
+        resume: a run directory that is there already, ``auto``, or None.
+
+    Raises:
+        UserError: there is no finished run of a member.
+    """
+    if resume in (None, "auto") and (out is None or not RunDirectory.exists(out)):
+        find_members(recipe, out or Path("runs") / recipe.name)
 
 
 def tell_members(members: Mapping[str, RunDirectory]) -> None:

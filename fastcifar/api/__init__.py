@@ -107,7 +107,12 @@ def train(
     place = None if data is None else Path(data)
     if isinstance(loaded, Recipe):
         _check(loaded, place)
-    with open_run(loaded, None if out is None else Path(out), None if resume is None else str(resume)) as run:
+    folder, resumed = None if out is None else Path(out), None if resume is None else str(resume)
+    if isinstance(loaded, CombineRecipe):
+        from fastcifar.analysis.combine import refuse_missing_members
+
+        refuse_missing_members(loaded, folder, resumed)
+    with open_run(loaded, folder, resumed) as run:
         try:
             with handled(f'stopped; fastcifar.train(resume="{run.folder}") goes on'):
                 _execute(run, place, stop_after, callbacks, profile, quiet)

@@ -98,6 +98,7 @@ def lead(
         resume = "auto"  # torchrun has started the ranks again after a failure: go on with the run that it began
     if loaded is not None:
         refuse_early(loaded, data, verify, here.world)
+        refuse_missing_members(loaded, out, resume)
     with open_run(loaded, out, resume) as found, handled(f"stopped; {go_on(found.folder, data)}"):
         say_how_to_go_on(go_on(found.folder, data))
         if loaded is None and verify:
@@ -183,6 +184,16 @@ def refuse_early(recipe: Any, data: Path | None, verify: bool = False, devices: 
         device, store = pick_device(recipe.engine), check_before(recipe, data, verify)
         facts = {"num_classes": len(store.classes), "image_px": store.image_shape[0]}
         refuse_what_cannot_fit(with_precision(recipe, device), device, devices=devices, **facts)
+
+
+def refuse_missing_members(recipe: Any, out: Path | None, resume: str | None) -> None:
+    """Refuse a combination that lacks members before its run directory is made."""
+    from fastcifar.config import CombineRecipe
+
+    if isinstance(recipe, CombineRecipe):
+        from fastcifar.analysis import combine
+
+        combine.refuse_missing_members(recipe, out, resume)
 
 
 def execute(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+import fastcifar
 from fastcifar.cli.main import main
 from fastcifar.config import load_recipe
 from fastcifar.models import build_model
@@ -163,6 +164,25 @@ def test_stack_names_its_protocol(call, runs, protocol):
     code, out, _ = call("stack", "m0", "m1", "--meta", "logistic", "--protocol", protocol, "--json")
     assert code == 0
     assert json.loads(out)["last"]["protocol"].startswith(protocol)
+
+
+def test_a_combination_without_its_members_is_refused_before_its_folder_is_made(call, runs, tmp_path):
+    before = set(tmp_path.iterdir())
+    for words in ([], ["--out", "vote"], ["--out", "vote", "--resume", "auto"]):
+        code, _, err = call("run", "ensemble-soft", *words)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "train it first (`fastcifar run " in err
+    with pytest.raises(fastcifar.UserError, match="train it first"):
+        fastcifar.train("ensemble-soft")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_finished_combination_is_shown_though_its_members_are_gone(call, runs, tmp_path):
+    (tmp_path / "vote.toml").write_text("[combine]\nhow = 'soft'\nmembers = ['m0', 'm1']\n")
+    assert call("run", "vote.toml", "--out", "vote")[0] == 0
+    runs["m1"].clear()
+    for words in ("--resume vote", "vote.toml --resume vote", "vote.toml --out vote --resume auto"):
+        assert call("run", *words.split())[0] == 0
 
 
 @pytest.mark.parametrize("name", ["ensemble-fitted", "stacking-honest"])
