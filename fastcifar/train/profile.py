@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastcifar.console import say
 from fastcifar.data.batch import Batch, Share
 from fastcifar.data.loaders import Loader
 from fastcifar.errors import UserError
@@ -39,10 +40,12 @@ class ProfiledLoader:
         loader: yields the batches.
         steps: the first step to trace, and the one after the last, counted over all epochs of this process.
         out: where the trace goes: Chrome's format, for Perfetto or ``chrome://tracing``.
+        done: steps of the first epoch that an earlier process has taken; their batches are handed out, not trained on.
     """
 
-    def __init__(self, loader: Loader, steps: tuple[int, int], out: Path) -> None:
-        self._loader, self._steps, self._out, self._count = loader, steps, out, 0
+    def __init__(self, loader: Loader, steps: tuple[int, int], out: Path, done: int = 0) -> None:
+        self._loader, self._steps, self._out = loader, steps, out
+        self._count = -done
         self.name, self.samples, self.reason = loader.name, loader.samples, loader.reason
         self.augmented = loader.augmented
         self._profiler: Any = None
@@ -76,15 +79,20 @@ class ProfiledLoader:
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._profiler.stop()
-        self._out.parent.mkdir(parents=True, exist_ok=True)
-        self._profiler.export_chrome_trace(str(self._out))
-        self._profiler = None
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        if self._out.parent.parent.is_dir():  # else the run was moved away, as its next write says
+            self._out.parent.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(self._out))
 
     def close(self) -> None:
-        """Write the trace of a run that was shorter, and close the loader."""
+        """Write the trace of a run that was shorter, or say that there is none, and close the loader."""
         with suppress(RuntimeError):  # a profiler that an error has left half done
             self._end()
+        if self._count <= self._steps[0]:
+            first, last = self._steps
+            taken = max(0, self._count)
+            say(f"--profile {first}:{last}: no trace was written, for this process took only {taken} steps")
         self._loader.close()
 
 
@@ -98,4 +106,10 @@ def profiled(loader: Loader, steps: str | None, run: RunDirectory | Follower) ->
     """
     if steps is None or isinstance(run, Follower):
         return loader
-    return ProfiledLoader(loader, read_steps(steps), run.folder / "profile" / "trace.json")
+    return ProfiledLoader(loader, read_steps(steps), run.folder / "profile" / "trace.json", _steps_done(run))
+
+
+def _steps_done(run: RunDirectory) -> int:
+    """Return how many steps of the epoch at hand a run that was interrupted in it has done: its checkpoint says so."""
+    newest = max(run.checkpoints(), default="")
+    return int(newest.partition("-step-")[2] or 0)

@@ -1,11 +1,14 @@
 """`fastcifar.train` is `fastcifar run`: the same bits, resumed too; callbacks are told; metrics come as arrays."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 
 import fastcifar
+from fastcifar.train.step import Step
 from tests.train.tiny import TABLE, assert_same_run, recipe
 
 
@@ -74,15 +77,44 @@ def test_metrics_are_arrays_of_the_lines(whole):
     assert whole.logits("test/last/raw").shape == (100, 10)
 
 
+def convolutions(folder):
+    """Return how many convolutions the trace of a run has; LeNet-5 has two a step."""
+    trace = json.loads((folder / "profile" / "trace.json").read_text())
+    return sum(event.get("name") == "aten::convolution" for event in trace["traceEvents"])
+
+
 def test_a_profile_has_the_steps_asked_for(tmp_path):
     run = fastcifar.train(recipe(train={"epochs": 1, "batch_size": 50}), out=tmp_path / "r", quiet=True, profile="1:3")
-    trace = json.loads((run.folder / "profile" / "trace.json").read_text())
-    convolutions = [event for event in trace["traceEvents"] if event.get("name") == "aten::convolution"]
-    assert len(convolutions) == 2 * 2, "LeNet-5 has two, the trace two steps"
+    assert convolutions(run.folder) == 2 * 2, "LeNet-5 has two, the trace two steps"
     for wrong in ("10", "5:5", "a:b", "0:100000"):
         with pytest.raises(fastcifar.UserError, match="--profile"):
             fastcifar.train(recipe(), out=tmp_path / "wrong", profile=wrong)
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_profile_of_a_run_that_goes_on_within_an_epoch_counts_no_step_of_the_earlier_process(tmp_path, monkeypatch):
+    step, calls = Step.__call__, []
+
+    def stop(self, batch):
+        step(self, batch)
+        calls.append(batch)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Step, "__call__", stop)
+    made = recipe(train={"epochs": 2, "batch_size": 50})
+    with pytest.raises(KeyboardInterrupt):
+        fastcifar.train(made, out=tmp_path / "r", quiet=True)
+    run = fastcifar.train(resume=tmp_path / "r", quiet=True, profile="1:3")
+    assert len(calls) == 8
+    assert convolutions(run.folder) == 2 * 2, "the second epoch's first two steps"
+
+
+def test_a_profile_of_steps_beyond_the_end_says_that_there_is_none(tmp_path, capsys):
+    made = recipe(train={"epochs": 1, "batch_size": 50})
+    run = fastcifar.train(made, out=tmp_path / "r", quiet=True, profile="4:6")
+    assert "--profile 4:6: no trace was written, for this process took only 4 steps" in capsys.readouterr().err
+    assert not (run.folder / "profile").exists()
 
 
 def test_load_recipe_takes_keys_as_a_dict_or_as_texts():
