@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from fastcifar.config import Recipe, load_recipe, to_toml
 from fastcifar.errors import UserError, root_cause
 from fastcifar.ladder.execute import Deadline, RowFailed, RunRow, places_for
@@ -36,6 +38,8 @@ STARTUP_TRIALS = 5
 NOT_SEARCHED = ("data.holdout", "data.holdout_seed", "seed")
 # So many failures, and nothing else, end a sweep.
 FIRST_FAILURES = 3
+# What a recipe says of itself, which decides nothing.
+TEXTS = ("title", "stage", "published", "target")
 STUDY = "study.db"
 # What a trial's user attributes in the study hold: its run directory's name, and why it failed.
 RUN, MESSAGE = "run", "message"
@@ -101,8 +105,21 @@ class Problem:
     def identity(self, recipe: Recipe) -> str:
         """Return what must be the same when a sweep goes on, as text."""
         searched = {space.key: [str(space)] for space in self.spaces}
-        model = recipe.model_dump(mode="json", exclude={"title", "stage", "published", "target"})
-        return json.dumps([_without(model, list(searched)), searched], sort_keys=True)
+        return json.dumps([_without(recipe.model_dump(mode="json"), [*TEXTS, *searched]), searched], sort_keys=True)
+
+    def is_same(self, stored: str, recipe: Recipe) -> bool:
+        """Whether a stored identity is that of this search.
+
+        A key that recipes did not have yet when it was stored stands there for its default.
+        """
+        known, searched = json.loads(stored)
+        if searched != json.loads(self.identity(recipe))[1]:
+            return False
+        try:
+            old = Recipe.model_validate(_with(known, recipe.model_dump(mode="json"), [*TEXTS, *searched]))
+        except ValidationError:  # it has a key that recipes have lost since, or a value that they refuse now
+            return False
+        return old == recipe
 
 
 def _without(table: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
@@ -113,6 +130,19 @@ def _without(table: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
         if name not in keys:
             kept[name] = _without(value, below) if isinstance(value, dict) else value
     return kept
+
+
+def _with(table: dict[str, Any], other: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of nested tables with some keys, written as ``optimizer.lr``, as another one has them."""
+    merged = dict(table)
+    for key in keys:
+        name, _, below = key.partition(".")
+        inner = merged.get(name)
+        if below and isinstance(inner, dict) and isinstance(other[name], dict):
+            merged[name] = _with(inner, other[name], [below])
+        elif name in other:
+            merged[name] = other[name]
+    return merged
 
 
 class Sweep:
@@ -291,7 +321,7 @@ def open_study(problem: Problem, recipe: Recipe, out: Path, jobs: int) -> "optun
     seed = (recipe.seed * 1_000_003 + len(study.get_trials(deepcopy=False))) % 2**32
     study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=jobs > 1)
     identity = problem.identity(recipe)
-    if study.user_attrs.setdefault("problem", identity) != identity:
+    if not problem.is_same(study.user_attrs.get("problem", identity), recipe):
         raise UserError(f"{out}: holds a sweep of another recipe or other spaces; choose another --out")
     study.set_user_attr("problem", identity)
     return study

@@ -234,6 +234,35 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path):
         sweep(tmp_path, FakeRuns(), fixed=[*FIXED, "optimizer.weight_decay=0.1"])
 
 
+def identity_of(out):
+    """Return the settings and spaces that a study has stored, and how to store others."""
+    study = stored(out)
+    content = json.loads(study.user_attrs["problem"])
+    return content, lambda: study.set_user_attr("problem", json.dumps(content, sort_keys=True))
+
+
+def test_a_search_from_before_recipes_had_some_key_goes_on(tmp_path):
+    spaces = "optimizer.lr=[0.01, 0.02]", "asam=[false, {rho = 0.5}]", 'schedule.name=["cosine", "constant"]'
+    words = {"fixed": [*FIXED, 'optimizer.name="sgd"']}
+    sweep(tmp_path, FakeRuns(), *spaces, trials=1, **words)
+    (settings, _), store = identity_of(tmp_path)
+    del settings["train"]["grad_clip"], settings["eval"]["tta"], settings["ema"]
+    store()
+    assert len(ended(sweep(tmp_path, FakeRuns(), *spaces, trials=2, **words).study)) == 2
+    store()
+    with pytest.raises(UserError, match="another recipe or other spaces"):
+        sweep(tmp_path, FakeRuns(), *spaces, fixed=[*words["fixed"], "train.grad_clip=1.0"])
+
+
+def test_a_search_with_a_key_that_recipes_have_lost_is_refused(tmp_path):
+    sweep(tmp_path, FakeRuns(), trials=1)
+    (settings, _), store = identity_of(tmp_path)
+    settings["train"]["forgotten"] = 1
+    store()
+    with pytest.raises(UserError, match="another recipe or other spaces"):
+        sweep(tmp_path, FakeRuns())
+
+
 @pytest.mark.parametrize("damage", ["cut", "no database"])
 def test_a_damaged_study_is_refused(tmp_path, damage):
     sweep(tmp_path, FakeRuns(), trials=1)
