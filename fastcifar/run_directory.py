@@ -44,6 +44,8 @@ BEFORE_RECIPE = ("environment.json", manifests.NAME)
 """What `RunDirectory.begin` writes before ``recipe.toml``, the file that makes the folder a run."""
 # Far above what a run writes (a line of metrics has under 1 kB), far below what fills a memory.
 LARGEST_JSON = 64 << 20
+# What `refuse_disk` and a folder that was moved say.
+CANNOT_WRITE = "cannot be written"
 GONE = "its folder is gone, moved or removed while this was running"
 # A reader beside a training process may meet a file between two manifests; it looks again this often.
 LOOKS, LOOK_AGAIN_S = 10, 0.05
@@ -88,9 +90,9 @@ def _remove(path: Path) -> None:
 def refuse_disk(path: Path, error: OSError) -> NoReturn:
     """Turn a failed write into the message that a user needs."""
     if isinstance(error, FileNotFoundError):
-        raise UserError(f"{path}: cannot be written: {GONE}") from None
+        raise UserError(f"{path}: {CANNOT_WRITE}: {GONE}") from None
     raise UserError(
-        f"{path}: cannot be written: {error.strerror or error}. Free some space or choose another folder with --out; "
+        f"{path}: {CANNOT_WRITE}: {error.strerror or error}. Free some space or choose another folder with --out; "
         "everything up to the last checkpoint is safe."
     ) from None
 

@@ -24,6 +24,8 @@ from fastcifar.run_directory import AtWorkError, RunDirectory, refuse_disk, writ
 POLL_S = 0.2
 # A stopped row finishes the checkpoint it is writing; one that does not end by then is killed and loses an epoch.
 GRACE_S = 60.0
+# How a row failed whose process did not say why.
+KILLED, ENDED_WITH = "was killed by", "ended with status"
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,12 @@ class Runner:
             finally:
                 stop(process)
         if process.returncode < 0:  # whatever the log says last, it does not say that
-            raise RowFailed(f"was killed by {signal.Signals(-process.returncode).name}; see {log}")
+            raise RowFailed(f"{KILLED} {signal.Signals(-process.returncode).name}; see {log}")
         if process.returncode:
             worker = RunDirectory(job.folder).process_at_work()
             if worker and worker.isdecimal() and worker != str(process.pid):  # not what this one has left of itself
                 raise AtWorkError(f"{job.folder}: process {worker} is at work on this run")
-            raise RowFailed(last_line(log) or f"ended with status {process.returncode}; see {log}")
+            raise RowFailed(last_line(log) or f"{ENDED_WITH} {process.returncode}; see {log}")
 
     def _command(self, job: Job) -> list[str]:
         """Return the command line that starts or resumes; a recipe travels as a file, so that this very one is run."""

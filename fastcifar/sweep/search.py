@@ -10,9 +10,10 @@ Akiba et al., "Optuna: A Next-generation Hyperparameter Optimization Framework",
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,10 @@ from fastcifar.config import Recipe, load_recipe, to_toml
 from fastcifar.errors import UserError, root_cause
 from fastcifar.ladder.execute import Deadline, RowFailed, RunRow, places_for
 from fastcifar.ladder.rows import Job
+from fastcifar.ladder.runner import ENDED_WITH, KILLED
 from fastcifar.ladder.state import DONE, stored_state
 from fastcifar.locations import install_command
-from fastcifar.run_directory import AtWorkError, RunDirectory, write_atomic
+from fastcifar.run_directory import CANNOT_WRITE, GONE, AtWorkError, RunDirectory, write_atomic
 from fastcifar.sweep.spaces import Space
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ TEXTS = ("title", "stage", "published", "target")
 STUDY = "study.db"
 # What a trial's user attributes in the study hold: its run directory's name, and why it failed.
 RUN, MESSAGE = "run", "message"
+# How failures read whose reason a trial's values never are: a full disk, where not even the log may have had room for
+# it, a folder that was moved, a killed process.
+NOT_BY_VALUES = (CANNOT_WRITE, ENDED_WITH, GONE, KILLED)
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ class Sweep:
             UserError: the first trials failed, so that all would.
             Interrupted: a signal came; the trials that were running are resumed by the next execution.
         """
-        revive(self.study)
+        revive(self.study, self.out)
         grid = self.problem.grid()
         if grid is None or len(grid) > trials:
             return self._search(trials - len(ended(self.study)))
@@ -273,7 +278,7 @@ class Sweep:
             UserError: with the last trial's message.
         """
         known = self.study.get_trials(deepcopy=False)
-        failed = [t for t in known if MESSAGE in t.user_attrs]
+        failed = [t for t in ended(self.study) if MESSAGE in t.user_attrs]
         if len(failed) >= FIRST_FAILURES and not any(t.intermediate_values for t in known):
             raise UserError(f"the first {len(failed)} trials failed; the last one: {message}")
 
@@ -375,21 +380,59 @@ def import_optuna() -> Any:
     return optuna
 
 
-def revive(study: "optuna.Study") -> None:
-    """Put trials that a stopped execution has left behind in the queue again, to go on in their run directories.
+def revive(study: "optuna.Study", out: Path) -> None:
+    """Put trials that an earlier execution has left behind in the queue again, to go on in their run directories.
 
-    Nobody else works on the study: the folder is locked. A trial cannot be taken back, so that another one with its
-    values and its run takes its place; `ended` leaves the old one out.
+    Those are the trials that it was stopped in, and those that failed without any fault of their values; see
+    `may_go_on`. Nobody else works on the study: the folder is locked. A trial cannot be taken back, so that another
+    one with its values and its run takes its place; `ended` leaves the old one out.
     """
     import optuna
 
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        # A trial that came from the queue, and got no further, has only what the queue said.
-        values = trial.params or trial.system_attrs.get("fixed_params")
-        if values:
-            run = {RUN: trial.user_attrs[RUN]} if RUN in trial.user_attrs else {}
-            study.enqueue_trial(values, user_attrs=run)
+        queue_again(study, trial)
+    for trial in ended(study):
+        if may_go_on(study, trial, out):
+            queue_again(study, trial)
+
+
+def queue_again(study: "optuna.Study", trial: "FrozenTrial") -> None:
+    """Queue a trial's values for its run directory once more, where it got as far as having values."""
+    # A trial that came from the queue, and got no further, has only what the queue said.
+    values = trial.params or trial.system_attrs.get("fixed_params")
+    if values:
+        run = {RUN: trial.user_attrs[RUN]} if RUN in trial.user_attrs else {}
+        study.enqueue_trial(values, user_attrs=run)
+
+
+def may_go_on(study: "optuna.Study", trial: "FrozenTrial", out: Path) -> bool:
+    """Whether a failed trial deserves another attempt.
+
+    One whose disk was full or whose process was killed does, each time. Any other one whose run has begun, and is not
+    finished, does once: what fails twice in the same way fails by its values.
+    """
+    message = trial.user_attrs.get(MESSAGE)
+    if message is None or trial.state.name != "FAIL":
+        return False
+    if any(reason in message for reason in NOT_BY_VALUES):
+        return True
+    run, earlier = trial.user_attrs[RUN], study.get_trials(deepcopy=False)[: trial.number]
+    failed = [other.user_attrs for other in earlier if MESSAGE in other.user_attrs]
+    before = [known[MESSAGE] for known in failed if known[RUN] == run]
+    return begun(out / run) and [_kind(text) for text in before[-1:]] != [_kind(message)]
+
+
+def begun(folder: Path) -> bool:
+    """Whether a run that is not finished lies there, in a folder that can be read."""
+    with suppress(UserError):
+        return RunDirectory.exists(folder) and not RunDirectory.open(folder).finished
+    return False
+
+
+def _kind(message: str) -> str:
+    """Return a message without its numbers: the same loss may cease to be finite a step later."""
+    return re.sub(r"\d+", "", message)
 
 
 def waiting(study: "optuna.Study") -> "list[FrozenTrial]":
@@ -410,8 +453,14 @@ def ended(study: "optuna.Study") -> "list[FrozenTrial]":
     import optuna
 
     states = optuna.trial.TrialState
-    trials = study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED, states.FAIL))
-    return [trial for trial in trials if trial.state != states.FAIL or MESSAGE in trial.user_attrs]
+    trials = study.get_trials(deepcopy=False)
+    newest = {trial.user_attrs[RUN]: trial.number for trial in trials if RUN in trial.user_attrs}
+
+    def counts(trial: "FrozenTrial") -> bool:
+        """Whether a failed trial failed by an error, after which no other one has taken up its run."""
+        return MESSAGE in trial.user_attrs and newest[trial.user_attrs[RUN]] == trial.number
+
+    return [t for t in trials if t.state in (states.COMPLETE, states.PRUNED) or (t.state == states.FAIL and counts(t))]
 
 
 def best_of(study: "optuna.Study") -> "FrozenTrial | None":

@@ -118,6 +118,75 @@ def test_a_failed_trial_is_told_and_the_others_go_on(tmp_path, error):
     assert "trial-0001: failed: diverged" in found.said
 
 
+NO_SPACE = "metrics.jsonl: cannot be written: No space left on device. Free some space"
+DIVERGED = "the loss was not finite at step 7 of epoch 3: lower optimizer.lr"
+
+
+@pytest.mark.parametrize(
+    ("reason", "grid"), [(NO_SPACE, LR), ("was killed by SIGKILL; see a.log", "optimizer.lr=[0.01, 0.02, 0.03]")]
+)
+def test_trials_that_a_full_disk_or_a_kill_has_failed_go_on_with_each_next_command(tmp_path, reason, grid):
+    def fail(job, epoch):
+        if (job.row, epoch) in (("trial-0001", 3), ("trial-0002", 1)):
+            raise RowFailed(reason)
+
+    first, second = FakeRuns(fail), FakeRuns(fail)
+    assert [t.state.name for t in ended(sweep(tmp_path, first, grid, trials=3).study)] == ["COMPLETE", "FAIL", "FAIL"]
+    assert len(ended(sweep(tmp_path, second, grid, trials=3).study)) == 3
+    assert second.trained == [], "each failed once more, and was not tried again within the command"
+    third = FakeRuns()
+    found = sweep(tmp_path, third, grid, trials=3)
+    assert [t.state.name for t in ended(found.study)] == ["COMPLETE"] * 3
+    assert sorted(first.trained + third.trained) == [(f"trial-{n:04d}", e + 1) for n in range(3) for e in range(EPOCHS)]
+    for trial in ended(found.study):
+        assert trial.value == holdout(float(trial.params["optimizer.lr"])) + EPOCHS
+    again = FakeRuns()
+    sweep(tmp_path, again, grid, trials=3)
+    assert again.trained == []
+
+
+def test_a_trial_that_a_full_disk_has_failed_before_its_run_began_is_tried_again(tmp_path):
+    class NoSpace(FakeRuns):
+        def __call__(self, job, deadline, progress):
+            if job.row == "trial-0001":
+                raise UserError(NO_SPACE)
+            super().__call__(job, deadline, progress)
+
+    sweep(tmp_path, NoSpace(), trials=3)
+    assert [t.state.name for t in ended(sweep(tmp_path, FakeRuns(), trials=3).study)] == ["COMPLETE"] * 3
+
+
+def test_a_trial_that_fails_twice_in_the_same_way_stays_failed(tmp_path):
+    attempts = []
+
+    def fail(job, epoch):
+        if (job.row, epoch) == ("trial-0001", 3):
+            attempts.append(job.row)
+            raise RowFailed(DIVERGED.replace("step 7", f"step {len(attempts)}"))
+
+    for expected in (1, 2, 2, 2):
+        found = sweep(tmp_path, FakeRuns(fail), trials=3)
+        assert len(attempts) == expected
+        assert sorted(t.state.name for t in ended(found.study)) == ["COMPLETE", "COMPLETE", "FAIL"]
+    failed = next(t for t in ended(found.study) if t.state.name == "FAIL")
+    assert failed.user_attrs["message"] == DIVERGED.replace("step 7", "step 2")
+
+
+def test_first_trials_that_a_full_disk_has_failed_do_not_count_against_the_next_command(tmp_path):
+    def fail(job, epoch):
+        raise RowFailed(NO_SPACE)
+
+    with pytest.raises(UserError, match="the first 3 trials failed"):
+        sweep(tmp_path, FakeRuns(fail), trials=5)
+
+    def fail_once(job, epoch):
+        if job.row == "trial-0000":
+            raise RowFailed(DIVERGED)
+
+    found = sweep(tmp_path, FakeRuns(fail_once), trials=5)
+    assert sorted(t.state.name for t in ended(found.study)) == ["COMPLETE"] * 4 + ["FAIL"]
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_where_no_trial_gets_anywhere_the_sweep_ends_with_the_reason(tmp_path, jobs):
     def fail(job, epoch):
