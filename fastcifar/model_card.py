@@ -117,6 +117,10 @@ def _facts(recipe: "Recipe | CombineRecipe", summary: dict[str, Any], environmen
         "in all": duration(clocks["total_s"]),
         "speed": f"{summary['images_per_s']:,.0f} images/s" if summary.get("images_per_s") else None,
         "code": f"revision `{summary['git']}`" if summary.get("git") else "revision unknown",
+        "went on": "; ".join(
+            f"after epoch {place['epochs_done']} on {place.get('hardware')}, revision {place.get('git')}"
+            for place in environment.get("resumed", [])
+        ) or None,
         "versions": ", ".join(f"{k} {packages[k]}" for k in ("fastcifar", "torch") if k in packages) or None,
     }
     return "\n".join(f"- **{name}**: {_plain(str(value))}" for name, value in rows.items() if value is not None)

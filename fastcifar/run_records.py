@@ -119,14 +119,24 @@ class EpochRow(Record):
     holdout: dict[Weights, Metrics] = {}
 
 
+class Resumption(Record):
+    """Where a run went on in another environment than before: after so many epochs."""
+
+    epochs_done: Count
+    hardware: str | None = None
+    git: str | None = None
+    packages: dict[str, str] = {}
+
+
 class Environment(Record):
-    """``environment.json``."""
+    """``environment.json``: where a run began and, in ``resumed``, where it went on, if that was another place."""
 
     hardware: str | None = None
     packages: dict[str, str] = {}
     git: str | None = None
     precision: Literal["bf16", "fp32"] | None = None
     epoch_order: Literal["random", "block"] | None = None
+    resumed: list[Resumption] = []
 
 
 class Partial(Record):

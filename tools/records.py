@@ -55,7 +55,8 @@ def add(folders: Sequence[Path], root: Path | None = None) -> list[Path]:
 
     Raises:
         UserError: not an ended run, not of a shipped recipe, of other settings than that recipe has, of a revision
-            that is dirty or unknown, the second of its row, hardware and seed, or of less worth than the recorded one.
+            that is dirty or unknown, of several revisions or kinds of hardware, the second of its row, hardware and
+            seed, or of less worth than the recorded one.
     """
     root = root or records_folder()
     groups = grouped([RunDirectory.open(folder) for folder in folders])
@@ -147,22 +148,38 @@ def hardware_of(run: RunDirectory) -> str:
     """Return what a run ran on.
 
     Raises:
-        UserError: its environment does not say.
+        UserError: its environment does not say, or it went on on other hardware.
     """
     hardware = run.environment.get("hardware")
     if not hardware:
         raise UserError(f"{run.folder}: environment.json does not name the hardware; train the run again")
+    refuse_change(run, "hardware", str(hardware))
     return str(hardware)
+
+
+def refuse_change(run: RunDirectory, key: str, begun: str) -> None:
+    """Refuse a run that went on with other code or on other hardware than it began with.
+
+    Raises:
+        UserError: it did.
+    """
+    for place in run.environment.get("resumed", []):
+        if place.get(key) != begun:
+            raise UserError(
+                f"{run.folder}: began with {key} {begun} and went on after epoch {place['epochs_done']} with "
+                f"{place.get(key) or 'an unknown one'}; a record is of one: train it again"
+            )
 
 
 def seed_result(run: RunDirectory) -> SeedResult:
     """Return what a run came to, accuracies in percent.
 
     Raises:
-        UserError: its git revision is unknown or dirty.
+        UserError: its git revision is unknown or dirty, or it went on with another one.
     """
     row = result_row(run)
     git = clean_revision(run, row["git"])
+    refuse_change(run, "git", git)
     kept = {key: row[key] for key in SeedResult.model_fields if key not in ("seed", "git", "precision", "absent")}
     absent = [name for name in FILES if not (run.folder / name).is_file()]
     told = run.recipe.engine.precision if isinstance(run.recipe, Recipe) else "auto"

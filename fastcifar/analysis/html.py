@@ -227,8 +227,11 @@ def _or_above_all(percent: float | None) -> float:
 def _environment_rows(run: RunDirectory) -> list[tuple[str, str]]:
     """Return the environment as rows of a table, versions in one."""
     known = dict(run.environment)
-    packages = known.pop("packages", {})
+    packages, resumed = known.pop("packages", {}), known.pop("resumed", [])
     rows = [(key, str(value)) for key, value in known.items() if value is not None and not isinstance(value, dict)]
     if isinstance(packages, dict) and packages:
         rows.append(("packages", ", ".join(f"{name} {version}" for name, version in packages.items())))
+    for place in resumed:
+        where = f"{place.get('hardware')}, revision {place.get('git')}"
+        rows.append((f"went on after epoch {place['epochs_done']}", where))
     return rows

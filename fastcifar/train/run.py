@@ -45,6 +45,7 @@ from fastcifar.train.precision import PRECISIONS
 from fastcifar.train.profile import profiled
 from fastcifar.train.ranks import ALONE, Ranks
 from fastcifar.train.results import Results, RunSetting, diverged
+from fastcifar.train.resumption import record_resumption
 from fastcifar.train.selection import build_proxy
 from fastcifar.train.step import Step, build_step
 
@@ -112,6 +113,8 @@ def training(
     # Takes up the newest checkpoint, so that all after it is the same for a new run and a resumed one.
     results = Results(recipe, run, model, step, evaluation_sets(recipe, store, rows, evaluator))
     done, epochs = results.progress.epochs_done, recipe.train.epochs
+    if done or results.progress.partial:
+        record_resumption(run, done)
     # Half an epoch's weights would be no epoch's result: one that has begun is finished.
     begun = done + bool(results.progress.partial)
     end = epochs if stop_after is None else min(max(stop_after, begun), epochs)

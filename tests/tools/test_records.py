@@ -17,7 +17,7 @@ from fastcifar.ladder.records import FILES, NAME, read_records, record_of, resul
 from fastcifar.ladder.rows import jobs_for
 from fastcifar.ladder.runner import combine
 from fastcifar.locations import records_folder
-from fastcifar.run_directory import RunDirectory
+from fastcifar.run_directory import RunDirectory, as_json
 from tests.ladder.fakes import FakeRows
 from tests.run_directories import change_recipe, make_members
 from tools import records
@@ -117,6 +117,25 @@ def test_seeds_of_a_combination_are_kept_apart(tmp_path, monkeypatch):
     (record,) = read_records(tmp_path / "records")
     assert [seed.seed for seed in record.seeds] == [42, 43]
     assert sorted(path.name for path in folder.glob("seed-*")) == ["seed-42", "seed-43"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"git": "1234567890"}, "began with git 0000000000 and went on after epoch 7 with 1234567890"),
+        ({"git": "0000000000+"}, "went on after epoch 7 with 0000000000[+]"),
+        ({"git": None}, "went on after epoch 7 with an unknown one"),
+        ({"hardware": "another"}, "began with hardware none and went on after epoch 7 with another"),
+    ],
+)
+def test_a_run_of_two_revisions_or_kinds_of_hardware_is_refused(tmp_path, run_dirs, changed, said):
+    run = RunDirectory.open(run_dirs[0])
+    place = {"epochs_done": 7, "hardware": run.environment["hardware"], "git": "0000000000"}
+    run.commit({"environment.json": as_json(run.environment | {"resumed": [place, place | changed]})})
+    with pytest.raises(UserError, match=said):
+        add(run_dirs, tmp_path / "records")
+    run.commit({"environment.json": as_json(run.environment | {"resumed": [place]})})  # other versions, say
+    assert add(run_dirs, tmp_path / "records")
 
 
 @pytest.mark.parametrize(("git", "said"), [("0123456789+", "files differed"), (None, "is unknown"), ("main", "none")])
