@@ -178,13 +178,12 @@ class RayRunner:
         task = self._submit(job)
         try:
             self._watch(task, job, deadline, progress)
-        except BaseException:
-            cancel(task)
-            raise
-        try:
             state, message = ray.get(task)
-        except ray.exceptions.RayError as error:
-            raise RowFailed(in_words(error)) from None
+        except BaseException as error:
+            cancel(task)
+            if isinstance(error, ray.exceptions.RayError):  # the task's own, or that the mailbox's machine is gone
+                raise RowFailed(in_words(error)) from None
+            raise
         if state == LOCKED:
             raise AtWorkError(message)
         if state != DONE:

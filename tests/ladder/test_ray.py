@@ -155,6 +155,14 @@ def test_what_fails_in_a_worker_is_the_rows_message(tmp_path, ray):
         runner(job, Deadline(), lambda text: None)
 
 
+def test_a_row_fails_with_one_message_where_the_ladders_own_actor_is_gone(tmp_path, ray):
+    (job,) = small_jobs(tmp_path)[:1]
+    with RayRunner(tmp_path) as runner:
+        ray.kill(runner.mailbox)
+        with pytest.raises(RowFailed, match="actor"):
+            runner(job, Deadline(None), lambda text: None)
+
+
 def test_a_request_that_no_machine_can_meet_is_refused(tmp_path, ray):
     runner = RayRunner(tmp_path, None, 3, 0.5)
     with pytest.raises(UserError, match=r"^3 CPUs and 0\.5 GPUs: no machine has so many"), runner:
