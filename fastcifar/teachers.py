@@ -43,7 +43,7 @@ def teacher_runs(config: DistillConfig) -> list[TeacherRun]:
             f"distill.teacher: {run.folder} combines by {recipe.combine.how}, which gives no mean of its members' "
             f"probabilities to learn; name a combination with how = {' or '.join(MIXED)}"
         )
-    members = [_finished(_place_of(run, member)) for member in run.summary["members"]]
+    members = [_finished(member_folder(run, member)) for member in run.summary["members"]]
     given = _weights(run, config.weights) or [1.0] * len(members)
     total = sum(given)
     return [
@@ -60,7 +60,7 @@ def _finished(folder: str | Path) -> RunDirectory:
     return run
 
 
-def _place_of(combination: RunDirectory, member: dict[str, Any]) -> Path:
+def member_folder(combination: RunDirectory, member: dict[str, Any]) -> Path:
     """Return where a member is: as the combination wrote it down or, where both were moved together, near it.
 
     Near it means beside it or, as a ladder lays its rows out, in ``<row>/seed-<n>`` beside the combination's own row.
@@ -78,8 +78,8 @@ def _place_of(combination: RunDirectory, member: dict[str, Any]) -> Path:
         if _is_member(place, member["name"]) and place.resolve() != own.resolve():
             return place
     raise UserError(
-        f"distill.teacher: member {member['name']} of {combination.folder} is neither at {written} nor beside the "
-        f"combination ({places[1]}, {places[2]}); move it to one of these places, or combine the runs that you have"
+        f"{combination.folder}: its member {member['name']} is neither at {written} nor beside it ({places[1]}, "
+        f"{places[2]}); move it to one of these places, or combine the runs that you have"
     )
 
 

@@ -20,6 +20,7 @@ from fastcifar.data.split import subset_rows
 from fastcifar.data.store import Store, resolve_store
 from fastcifar.errors import UserError
 from fastcifar.run_directory import RunDirectory
+from fastcifar.teachers import member_folder
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 METHOD = (
@@ -74,11 +75,11 @@ def data_config(run: RunDirectory) -> DataConfig:
     """Return the data section of a run's recipe; a combination has its first member's.
 
     Raises:
-        UserError: the member's run directory is gone.
+        UserError: the member's run directory is neither where it was nor near the combination.
     """
     recipe = run.recipe
     if isinstance(recipe, CombineRecipe):
-        return data_config(RunDirectory.open(run.summary["members"][0]["run"]))
+        return data_config(RunDirectory.open(member_folder(run, run.summary["members"][0])))
     return recipe.data
 
 

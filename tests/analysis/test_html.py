@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
 from fastcifar.analysis.combine import run_combine
-from fastcifar.analysis.content import Images, content, find_images
+from fastcifar.analysis.content import Images, content, data_config, find_images
 from fastcifar.analysis.html import build_report
 from fastcifar.analysis.sprite import COLUMNS, Sprite
 from fastcifar.config.schema import CombineRecipe, DataConfig
@@ -136,6 +136,19 @@ def test_a_combination_is_reported_too(members, tmp_path):
 def test_data_that_was_named_and_is_not_there_is_an_error(members, tmp_path):
     with pytest.raises(UserError):
         find_images(members["m0"], tmp_path / "nothing")
+
+
+def test_a_combination_that_was_moved_with_its_members_still_finds_their_data(tmp_path):
+    members = make_members(tmp_path / "here", classes=10)
+    made = CombineRecipe.model_validate({"name": "vote", "combine": {"how": "soft", "members": list(members)}})
+    vote = run_combine(made, members, tmp_path / "here/vote")
+    assert vote["members"][0]["run"].startswith(str(tmp_path / "here"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    source = members["m0"].recipe.data.source
+    assert data_config(RunDirectory.open(tmp_path / "there/vote")).source == source
+    (tmp_path / "there/m0").rename(tmp_path / "there/m9")
+    with pytest.raises(UserError, match=r"vote: its member m0 is neither at .*here/m0 nor beside it"):
+        data_config(RunDirectory.open(tmp_path / "there/vote"))
 
 
 def test_a_sheet_holds_each_picture_once_and_in_its_place(rng):

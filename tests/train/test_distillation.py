@@ -208,7 +208,7 @@ def test_a_member_that_is_gone_is_named_and_no_other_run_taken_for_it(ensemble: 
     place = in_rows(ensemble, tmp_path)
     (tmp_path / "net-b").rename(tmp_path / "away")
     shutil.copytree(ensemble.parent / "one", tmp_path / "net-b" / "seed-42")  # a run of another recipe
-    with pytest.raises(UserError, match=r"member other of .*both/seed-42 is neither at .*seed-42 nor beside .*; move"):
+    with pytest.raises(UserError, match=r"both/seed-42: its member other is neither at .*seed-42 nor beside .*; move"):
         teacher_runs(DistillConfig(teacher=str(place)))
 
 
