@@ -12,7 +12,9 @@ class Best(fastcifar.Callback):
 
     def on_epoch_end(self, run, row):
         """Take in an epoch's line of `metrics.jsonl`."""
-        self.accuracy = max(self.accuracy, row["test"]["raw"]["accuracy"])
+        if "test" in row:  # not every recipe evaluates each epoch
+            weights = row["test"].get("ema", row["test"]["raw"])  # those that the summary tells of
+            self.accuracy = max(self.accuracy, weights["accuracy"])
 
 
 name, data = (*sys.argv[1:], None, None)[:2]

@@ -151,6 +151,8 @@ class ASAM(SAM):
 class EMA:
     """Exponential moving average of weights and floating-point buffers (BatchNorm statistics), without warm-up.
 
+    A value that does not change stays as it is, an infinity of a mask too.
+
     Args:
         model: what is averaged; the averages start at its present state.
         decay: share of the old average that a step keeps, from 0 to below 1.
@@ -164,6 +166,7 @@ class EMA:
             raise UserError(f"decay: {decay} is not from 0 to below 1")
         self.model, self.decay = model, decay
         self._averages = {name: tensor.detach().clone() for name, tensor in self._present().items()}
+        self._infinite = [name for name, tensor in self._averages.items() if not torch.isfinite(tensor).all()]
 
     def _present(self) -> dict[str, Tensor]:
         return {name: t for name, t in self.model.state_dict().items() if t.is_floating_point()}
@@ -174,6 +177,10 @@ class EMA:
         present = self._present()
         averages = [self._averages[name] for name in present]
         torch._foreach_lerp_(averages, list(present.values()), 1 - self.decay)
+        for name in self._infinite:
+            # Between two equal infinities lies no number.
+            average = self._averages[name]
+            average.copy_(torch.where(torch.isfinite(average), average, present[name]))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -285,6 +285,12 @@ class SpeedNetConfig(ModelBase):
     head_std: NotNegative = 0.0
     scale: Positive = 1 / 9
 
+    @model_validator(mode="after")
+    def _one_initialization_of_the_head(self) -> "SpeedNetConfig":
+        if self.head_std and self.init == "kaiming_normal_fan_out":
+            raise ValueError('head_std scales torch\'s weights, which init = "kaiming_normal_fan_out" replaces')
+        return self
+
 
 def _whole_heads(config: "ViTConfig | CCTConfig") -> None:
     if config.dim % config.heads:
@@ -481,7 +487,7 @@ class AdamConfig(OptimizerBase):
 
     name: Literal["adam", "adamw"]
     decay: Literal["all", "matrices"] = "all"
-    betas: list[Fraction] = Field([0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: Positive = 1e-8
 
 
@@ -861,7 +867,7 @@ class CombineConfig(Section):
     Attributes:
         how: ``hard`` majority vote, ``soft`` mean of softmax, ``weighted`` mean, or ``stacking`` by a meta-model.
         members: recipe names whose runs are combined, in the order of ``weights`` and of stacking's columns.
-        weights: for ``weighted``; None fits them on the holdout.
+        weights: for ``weighted``, where None fits them on the holdout, and for ``hard``: how much each vote counts.
         meta: stacking's meta-model.
         protocol: ``published`` fits on training-set logits and chooses the epoch on the test set; ``honest`` fits
             on the holdout by cross-validation and scores the test set once.
@@ -881,6 +887,8 @@ class CombineConfig(Section):
             raise ValueError(f"{len(self.weights)} weights for {len(self.members)} members")
         if self.weights is not None and not any(self.weights):
             raise ValueError("weights are all 0; at least one member must count")
+        if self.weights is not None and self.how in ("soft", "stacking"):
+            raise ValueError(f"weights are for how = weighted or hard, not {self.how}; leave them out")
         return self
 
 

@@ -14,7 +14,7 @@ def build(config: UserModelConfig, num_classes: int, image_px: int) -> nn.Module
 
     Raises:
         UserError: it cannot be found or made, is no `torch.nn.Module`, gives something else than one logit a class, or
-            has a parameter or a buffer of another floating-point type than float32.
+            has a parameter or a buffer that is not finite, or of another floating-point type than float32.
     """
     builder = user_code.model_builder(config.name)
     options = user_code.offered(builder, config.name, num_classes, image_px) | config.options
@@ -22,7 +22,8 @@ def build(config: UserModelConfig, num_classes: int, image_px: int) -> nn.Module
     if not isinstance(model, nn.Module):
         raise UserError(f'model.name: "{config.name}" made a {type(model).__name__}, not a torch.nn.Module')
     _check_types(model, config.name)
-    _check_logits(model, config.name, num_classes, image_px)
+    check_logits(model, config.name, num_classes, image_px)
+    _check_finite(model, config.name)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f'model.name: "{config.name}" has no parameter that learns')
     return model
@@ -37,8 +38,18 @@ def _check_types(model: nn.Module, name: str) -> None:
             )
 
 
+def _check_finite(model: nn.Module, name: str) -> None:
+    # An average of such a value is not a number, and a run ends where a value of its state ceases to be one.
+    for key, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f'model.name: "{name}": {key} has values that are not finite; a mask of infinities is no state: '
+                "keep it with register_buffer(..., persistent=False)"
+            )
+
+
 @torch.no_grad()
-def _check_logits(model: nn.Module, name: str, num_classes: int, image_px: int) -> None:
+def check_logits(model: nn.Module, name: str, num_classes: int, image_px: int) -> None:
     """Run two black images through a model in evaluation mode, which also gives lazy modules their shapes."""
     training = model.training
     bind_counter(model, torch.zeros(1, dtype=torch.int64), seed=0)

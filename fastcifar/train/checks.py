@@ -108,16 +108,20 @@ def check_division(recipe: Recipe, count: int, ranks: int) -> None:
 def _check_shape(recipe: Recipe, store: Store) -> None:
     """Refuse images of a shape that the model or an operation cannot take."""
     height, width, _ = store.image_shape
-    name = recipe.model.name
-    if height != width and name in FIXED_SIZE:
-        raise UserError(
-            f"{store.name}: images of {width}x{height} pixels; model.name = {name!r} needs square ones. Cut or pad "
-            "them, or choose residual15, wide_resnet, pyramidnet or speednet, which take any shape"
-        )
+    models = {"model": recipe.model} | ({"select.model": recipe.select.model} if recipe.select else {})
+    for key, model in models.items():
+        if height != width and model.name in FIXED_SIZE:
+            raise UserError(
+                f"{store.name}: images of {width}x{height} pixels; {key}.name = {model.name!r} needs square ones. Cut "
+                "or pad them, or choose residual15, wide_resnet, pyramidnet or speednet, which take any shape"
+            )
     if height != width and recipe.data.resize:
         raise UserError(f"{store.name}: images of {width}x{height} pixels; data.resize needs square ones")
     for wide, high in ((width, height), *((px, px) for _, px in recipe.data.resize)):
-        if min(wide, high) < (least := smallest_px(recipe.model)):
-            where = "data.resize" if (wide, high) != (width, height) else store.name
-            raise UserError(f"{where}: images of {wide}x{high} pixels; model.name = {name!r} needs {least} px or more")
+        where = "data.resize" if (wide, high) != (width, height) else store.name
+        for key, model in models.items():
+            if min(wide, high) < (least := smallest_px(model)):
+                raise UserError(
+                    f"{where}: images of {wide}x{high} pixels; {key}.name = {model.name!r} needs {least} px or more"
+                )
         check_size(recipe.augment.ops, min(wide, high))

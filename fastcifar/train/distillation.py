@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from fastcifar.config.schema import FIXED_SIZE, DistillConfig, Recipe
 from fastcifar.data.store import Store
 from fastcifar.errors import UserError
+from fastcifar.models import smallest_px
 from fastcifar.models.trained import trained_model
 from fastcifar.teachers import TeacherRun, teacher_runs
 from fastcifar.train.teacher_logits import TeacherLogits
@@ -149,6 +150,8 @@ def _taught_by(teacher: TeacherRun, recipe: Recipe, num_classes: int, image_px: 
     sizes = {image_px, *(px for _, px in recipe.data.resize)}
     if theirs.model.name in FIXED_SIZE and sizes != {side_px}:
         raise UserError(f"distill.teacher: {run.folder} was made for images of {side_px} px, not {sorted(sizes)}")
+    if min(sizes) < (least := smallest_px(theirs.model)):
+        raise UserError(f"distill.teacher: {run.folder} takes images of {least} px or more, not of {min(sizes)}")
     ours = zip(recipe.data.std, recipe.data.mean, theirs.data.std, theirs.data.mean, strict=True)
     # (x * std + mean - mean_t) / std_t, channel by channel.
     scale, shift = zip(*((std / std_t, (mean - mean_t) / std_t) for std, mean, std_t, mean_t in ours), strict=True)

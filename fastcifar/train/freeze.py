@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.config.schema import Recipe
+from fastcifar.errors import UserError, nearest
 from fastcifar.kernels.sgd_ema import Averages
 from fastcifar.models.hooks import Learning, learning_epochs
 from fastcifar.train.flat_parameters import FlatParameters, Segment
@@ -55,8 +56,15 @@ class Freeze:
 
 
 def _find(flat: FlatParameters, name: str) -> slice:
-    """Return where a parameter lies in the flat buffers."""
-    segment: Segment = next(s for s in flat.segments if s.name == name)
+    """Return where a parameter lies in the flat buffers.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    segment: Segment | None = next((s for s in flat.segments if s.name == name), None)
+    if segment is None:
+        meant = nearest(name, [s.name for s in flat.segments])
+        raise UserError(f'model: learning_epochs names "{name}", which is no parameter that learns{meant}')
     return slice(segment.offset, segment.offset + segment.size)
 
 

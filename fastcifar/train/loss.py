@@ -39,8 +39,8 @@ def cross_entropy(
     if logits.dtype != torch.float64:
         logits = logits.float()
     smoothing = config.label_smoothing
-    # The common case takes torch's own fused kernel.
-    if isinstance(target, Tensor) and divide is None:
+    # The common case takes torch's own fused kernel, which divides by 0 where no label of a batch has a weight.
+    if isinstance(target, Tensor) and divide is None and 0 not in (config.class_weights or []):
         return F.cross_entropy(logits, target, weight=weights, label_smoothing=smoothing)
     by_a, by_b = divisors(target, weights) if divide is None else divide
     log_p = F.log_softmax(logits, dim=1)
@@ -65,7 +65,8 @@ def _losses(log_p: Tensor, labels: Tensor, weights: Tensor | None, smoothing: fl
 def divisors(target: Any, weights: Tensor | None, total: int | None = None, ranks: Ranks = ALONE) -> Divisors:
     """Return what the loss of each of a mixed target's labels is divided by (twice the same for plain labels).
 
-    It is the batch size or, with class weights, the sum of the labels' weights, over all ranks.
+    It is the batch size or, with class weights, the sum of the labels' weights, over all ranks. Where that sum is 0 it
+    is infinite: a batch whose labels all have a weight of 0 has a loss of 0.
 
     Args:
         target: labels int64 (B,), or mixed labels.
@@ -77,7 +78,8 @@ def divisors(target: Any, weights: Tensor | None, total: int | None = None, rank
     if weights is None:
         size = float(len(labels_a) if total is None else total)
         return size, size
-    by_a, by_b = ranks.sum(torch.stack([weights[labels_a].sum(), weights[labels_b].sum()]))
+    sums = ranks.sum(torch.stack([weights[labels_a].sum(), weights[labels_b].sum()]))
+    by_a, by_b = torch.where(sums > 0, sums, torch.inf)
     return by_a, by_b
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastcifar import interrupt
 from fastcifar.augment.augment import Augment, AugmentBySize, build_augment
 from fastcifar.augment.mix import build_mix
-from fastcifar.config.schema import DataConfig, Recipe
+from fastcifar.config.schema import DataConfig, Recipe, UserModelConfig
 from fastcifar.config.user_code import changes, check_user_code
 from fastcifar.data.batch import Batch
 from fastcifar.data.loaders import Loader, build_loader, decide_order
@@ -29,7 +29,7 @@ from fastcifar.data.split import holdout_split, subset_rows
 from fastcifar.data.store import Store, resolve_store
 from fastcifar.device import pick_device, with_precision
 from fastcifar.errors import UserError
-from fastcifar.models import build_model, hooks
+from fastcifar.models import build_model, hooks, user
 from fastcifar.open_run import teacher_digest
 from fastcifar.run_directory import RunDirectory, as_json
 from fastcifar.track import Callback, Callbacks, make_trackers
@@ -147,6 +147,9 @@ def make_step(
     mix = build_mix(recipe.mix, seed=recipe.seed, epochs=recipe.train.epochs, steps_per_epoch=steps)
     px, classes = store.image_shape[0], len(store.classes)
     model = build_model(recipe.model, num_classes=classes, image_px=px, seed=recipe.seed).to(device)
+    if isinstance(recipe.model, UserModelConfig):
+        for _, smaller in recipe.data.resize:
+            user.check_logits(model, recipe.model.name, classes, smaller)
     teacher, proxy = build_teacher(recipe, store, device), build_proxy(recipe, classes, px, device)
     # Before the step: its averages begin as copies of the weights.
     fit_images((model, proxy), store, rows, augment, device)

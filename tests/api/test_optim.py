@@ -89,6 +89,22 @@ def test_averages_are_lent_to_the_model_and_given_back_after_an_error(seed):
     assert all(torch.equal(t, ema.state_dict()[name]) for name, t in other.state_dict().items())
 
 
+def test_an_infinity_that_stays_is_averaged_as_it_is(seed):
+    net = make_net(seed)
+    net.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    ema, mask = fastcifar.optim.EMA(net, decay=0.5), net.mask.clone()
+    with torch.no_grad():
+        net.head.bias += 1
+        net.mask[2, 0] += 4
+    ema.update()
+    mask[2, 0] = 2
+    assert torch.equal(ema.state_dict()["mask"], mask)
+    with torch.no_grad():
+        net.mask[0, 1] = 5.0
+    ema.update()
+    assert ema.state_dict()["mask"][0, 1] == 5.0
+
+
 @pytest.mark.parametrize("wrong", [{"rho": 0.0}, {"rho": -1.0}, {"rho": float("nan")}, {"eta": -0.1}])
 def test_what_is_no_radius_is_refused(wrong):
     net = torch.nn.Linear(2, 2)

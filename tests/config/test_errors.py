@@ -126,6 +126,14 @@ BAD_COMBINATIONS = {
         '[combine]\nhow = "weighted"\nmembers = ["a", "b"]\nweights = [1.0]\n',
         ["combine", "1 weights for 2 members"],
     ),
+    "weights of a vote without": (
+        '[combine]\nhow = "soft"\nmembers = ["a", "b"]\nweights = [1.0, 2.0]\n',
+        ["combine.weights: are for how = weighted or hard, not soft"],
+    ),
+    "a moment that never forgets": (
+        GOOD.replace('"sgd"', '"adam"\nbetas = [0.9, 1.0]'),
+        ["optimizer.betas.1: 1.0", "less than 1"],
+    ),
     "a combination of one": ('[combine]\nhow = "soft"\nmembers = ["a"]\n', ["combine.members", "at least 2"]),
 }
 BAD_FILES = {

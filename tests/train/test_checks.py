@@ -67,6 +67,15 @@ def test_images_that_are_too_small(folder, name, smallest):
     assert f"needs {smallest} px or more" in message(folder(8, 8), data={"source": "folder"}, model={"name": name})
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "said"), [("speednet", (8, 8), "needs 9 px or more"), ("lenet5", (20, 24), "needs square ones")]
+)
+def test_images_that_the_net_that_selects_cannot_take(folder, name, shape, said):
+    select = {"model": {"name": name}, "share": 0.5, "every": 1}
+    found = message(folder(*shape), data={"source": "folder"}, model={"name": "wide_resnet"}, select=select)
+    assert f"select.model.name = {name!r} {said}" in found
+
+
 @pytest.mark.parametrize("name", ["residual15", "wide_resnet", "pyramidnet", "speednet"])
 def test_models_that_take_any_shape(folder, name):
     import torch

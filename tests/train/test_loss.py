@@ -39,6 +39,23 @@ def test_equals_torch(smoothing: float, weighted: bool, lam: float | None) -> No
     torch.testing.assert_close(total, expected)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_batch_whose_labels_all_have_no_weight_has_a_loss_of_zero(mixed: bool, smoothing: float) -> None:
+    logits, a, _ = draw(4)
+    weights = torch.ones(10, dtype=torch.float64)
+    weights[3] = 0
+    config = LossConfig(label_smoothing=smoothing, class_weights=weights.tolist())
+    plain = F.cross_entropy(logits, a, weight=weights, label_smoothing=smoothing)
+    torch.testing.assert_close(cross_entropy(logits, a, config, weights=weights), plain)
+    none, logits = torch.full_like(a, 3), logits.requires_grad_()
+    target = (none, none, torch.tensor(0.3)) if mixed else none
+    loss = cross_entropy(logits, target, config, weights=weights)
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
 def test_lambda_per_sample_equals_soft_targets() -> None:
     logits, a, b = draw(1)
     lam = torch.rand(13, dtype=torch.float64)

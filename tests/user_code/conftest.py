@@ -32,6 +32,28 @@ class Tied(Net):
         return self.again(super().forward(x))
 
 
+class Masked(Net):
+    def __init__(self, num_classes, persistent=True):
+        super().__init__(num_classes)
+        self.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1), persistent=persistent)
+
+
+class Flat(nn.Module):
+    def __init__(self, num_classes, image_px):
+        super().__init__()
+        self.head = nn.Linear(3 * image_px**2, num_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+class Frozen(Net):
+    def learning_epochs(self):
+        from fastcifar.models.hooks import Learning
+
+        return {"haed.bias": Learning(1, fade=False)}
+
+
 def thousand(**options):
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1000))
 

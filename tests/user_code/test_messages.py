@@ -1,5 +1,7 @@
 """Whatever is wrong with an import path is told when the recipe is loaded, in one message."""
 
+import re
+
 import pytest
 
 from fastcifar.config import load_recipe
@@ -70,6 +72,7 @@ def test_the_command_says_so_and_makes_nothing(workplace):
         ("collections:OrderedDict", ["made a OrderedDict, not a torch.nn.Module"]),
         ("torch.nn:Flatten", ["(2, 3072)"]),
         ("theirs.nets:double", ["conv.weight is float64", "float32"]),
+        ("theirs.nets:Masked", ["mask has values that are not finite", "persistent=False"]),
     ],
 )
 def test_what_is_no_classifier_is_refused_before_training(workplace, name, parts):
@@ -77,6 +80,29 @@ def test_what_is_no_classifier_is_refused_before_training(workplace, name, parts
         build_model(load_recipe("smoke", [f"model.name={name}"]).model, seed=0)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_mask_of_infinities_that_is_no_state_is_taken(workplace):
+    config = load_recipe("smoke", ["model.name=theirs.nets:Masked", "model.options={persistent=false}"]).model
+    assert build_model(config, seed=0).mask.isinf().any()
+
+
+SMALL = ["data.source=synthetic", "data.subset=200", "data.test_subset=100", "train.epochs=2", "train.batch_size=50"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["model.name=theirs.nets:Flat", "data.resize=[[0.0, 32], [0.5, 24]]"], "theirs.nets:Flat.*be multiplied"),
+        (["model.name=theirs.nets:Frozen"], r'learning_epochs names "haed.bias".*did you mean "head.bias"'),
+    ],
+)
+def test_what_a_model_cannot_do_later_is_said_before_the_first_step(workplace, tmp_path, changes, said):
+    words = [word for change in [*SMALL, *changes] for word in ("--set", change)]
+    done = fastcifar("run", "smoke", *words, "--out", str(tmp_path / "run"), cwd=workplace)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert re.search(said, done.stderr), done.stderr
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_timm_is_an_extra(workplace, monkeypatch):
