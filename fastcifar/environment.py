@@ -13,6 +13,8 @@ from fastcifar.host_memory import total_bytes
 from fastcifar.locations import clone
 
 PACKAGES = ("torch", "torchvision", "triton", "numba", "numpy", "ffcv", "nvidia-dali-cuda120", "pillow")
+RESULTS = ("benchmarks/results", "records")
+"""What benchmarks and records write into a clone; no code runs differently for it."""
 
 
 def describe() -> dict[str, Any]:
@@ -57,6 +59,9 @@ def cpu_name() -> str:
 def git_revision() -> str | None:
     """Return the clone's short revision, with ``+`` where files differ from it; None outside a clone.
 
+    Results do not count: with them the first benchmark that wrote some would make every later result one of unknown
+    code, which is neither gone on with nor taken as a record.
+
     What ``git archive`` wrote has no history to compare with: its revision is the one it was written from.
     """
     folder = clone()
@@ -64,7 +69,8 @@ def git_revision() -> str | None:
         return None if folder is None else archived_revision(folder)
     try:
         head = _git(folder, "rev-parse", "--short=10", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        others = [f":(exclude){path}" for path in RESULTS]
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")

@@ -44,6 +44,24 @@ def test_a_clone_and_its_archive_have_the_same_revision(
     assert environment.git_revision() == head + "+"
 
 
+def test_results_that_were_written_do_not_make_the_revision_another(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, code = ["benchmarks/results/launches.json", "records/row/record.json"], "benchmarks/launches.py"
+    for name in (*results, code):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text("before\n")
+    git(repository, "add", ".")
+    git(repository, "commit", "-q", "-m", "t")
+    head = git(repository, "rev-parse", "--short=10", "HEAD")
+    monkeypatch.setattr(environment, "clone", lambda: repository)
+    (repository / results[0]).write_text("after\n")
+    (repository / results[1]).unlink()
+    assert environment.git_revision() == head
+    (repository / code).write_text("after\n")
+    assert environment.git_revision() == head + "+"
+
+
 @pytest.mark.parametrize("content", [None, b"node: $Format:%H$\n", b"node: abc\n", b"\xff", b""])
 def test_a_copy_without_a_history_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
