@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Row, report_of
-from fastcifar.cli.bench import hardware, merge, read_results, recipes_of, results_name
+from fastcifar.cli.bench import hardware, is_complete, merge, read_results, recipes_of, results_name
 from fastcifar.locations import new_results_folder
 from fastcifar.models.budget import results_of
 
@@ -20,7 +20,7 @@ def unfinished(benchmark: str) -> tuple[Path, dict[str, Any] | None]:
     """
     now = report_of(benchmark, False, [])
     found = reports(benchmark)
-    if not found or found[-1][1].get("complete", True) or not same_sources(found[-1][1], now):
+    if not found or is_complete(found[-1][1]) or not same_sources(found[-1][1], now):
         return new_results_folder() / results_name(now["environment"]), None
     return found[-1]
 
@@ -36,7 +36,7 @@ def kept_runs(benchmark: str) -> dict[str, Any]:
     """Return the runs that these sources made and that unfinished reports hold; a finished one takes its own along."""
     now, pending = report_of(benchmark, False, []), {}
     for _, report in reports(benchmark):
-        unfinished_here = not report.get("complete", True) and same_sources(report, now)
+        unfinished_here = not is_complete(report) and same_sources(report, now)
         pending[recipes_of(report)] = report.get("runs", {}) if unfinished_here else {}
     return {key: run for runs in pending.values() for key, run in runs.items()}
 

@@ -234,7 +234,10 @@ def measured(metrics: Metrics) -> str:
 
 
 def benchmark_tables(root: Path) -> dict[str, str]:
-    """Return a table per benchmark, named ``bench:NAME``: the newest full result on each hardware."""
+    """Return a table per benchmark, named ``bench:NAME``: the newest full result on each hardware.
+
+    An unfinished one is shown where there is no complete one.
+    """
     from fastcifar.cli.bench import NAMES
 
     reports = list(_reports(root / "benchmarks" / "results"))
@@ -257,7 +260,7 @@ def _reports(folder: Path) -> Iterator[dict[str, Any]]:
 def _benchmark(name: str, reports: list[dict[str, Any]]) -> str:
     if not reports:
         return f"{NOT_MEASURED}: `fastcifar bench {name}`"
-    newest = {_what(report): report for report in sorted(reports, key=_date)}
+    newest = {_what(report): report for report in sorted(reports, key=_worth)}
     return "\n\n".join(_benchmark_table(report) for report in newest.values())
 
 
@@ -270,7 +273,7 @@ def _what(report: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
 
 def speed_table(root: Path) -> str:
     """Return the table of the `HEADLINES`: a line for each and for each hardware that measured it."""
-    reports, cells = sorted(_reports(root / "benchmarks" / "results"), key=_date), []
+    reports, cells = sorted(_reports(root / "benchmarks" / "results"), key=_worth), []
     for file, name, baseline, words in HEADLINES:
         newest = {_what(r): r for r in reports if r["benchmark"] == file}
         found = [
@@ -329,6 +332,13 @@ def _times(row: dict[str, Any]) -> str:
 
 def _date(report: dict[str, Any]) -> str:
     return str(report["environment"]["date"])
+
+
+def _worth(report: dict[str, Any]) -> tuple[bool, str]:
+    """Return what decides between two reports of the same: a complete one before an unfinished one, then the newer."""
+    from fastcifar.cli.bench import is_complete
+
+    return is_complete(report), _date(report)
 
 
 def _benchmark_table(report: dict[str, Any]) -> str:

@@ -169,7 +169,9 @@ def hardware(environment: dict[str, Any]) -> str:
 
 
 def merge(path: Path, report: dict[str, Any]) -> None:
-    """Put a report into a results file, in place of an older one of the same benchmark and the same recipes.
+    """Put a report into a results file, in place of the older ones of the same benchmark and the same recipes.
+
+    An unfinished report replaces an unfinished one only: it stands beside a complete one until it is complete itself.
 
     Raises:
         UserError: the file is there and is not a results file.
@@ -178,13 +180,20 @@ def merge(path: Path, report: dict[str, Any]) -> None:
 
     held = read_results(path) if path.exists() else {"benchmarks": []}
     same = [b for b in held["benchmarks"] if b["benchmark"] == report["benchmark"]]
-    older = next((b for b in same if recipes_of(b) == recipes_of(report)), None)
-    if older and report.get("quick") and not older.get("quick"):
+    older = [b for b in same if recipes_of(b) == recipes_of(report)]
+    if report.get("quick") and any(not b.get("quick") for b in older):
         return
-    others = [b for b in held["benchmarks"] if b is not older]
+    replaced = [b for b in older if is_complete(report) or not is_complete(b)]
+    others = [b for b in held["benchmarks"] if not any(b is each for each in replaced)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = sorted([*others, report], key=lambda b: (b["benchmark"], recipes_of(b)))
+    # Of two of the same the unfinished one is the newer and the last, which `benchmarks/resuming.py` goes on with.
+    merged = sorted([*others, report], key=lambda b: (b["benchmark"], recipes_of(b), not is_complete(b)))
     write_json(path, {"environment": report["environment"], "benchmarks": merged})
+
+
+def is_complete(report: dict[str, Any]) -> bool:
+    """Return whether a benchmark had ended when it was reported; else another start goes on with it."""
+    return bool(report.get("complete", True))
 
 
 def recipes_of(report: dict[str, Any]) -> tuple[str, ...]:

@@ -76,6 +76,22 @@ def test_a_quick_result_never_replaces_a_full_one(tmp_path):
     assert bench.read_results(path)["benchmarks"][0]["results"][0]["value"] == 2.0
 
 
+def test_an_unfinished_report_never_replaces_a_complete_one(tmp_path):
+    path = tmp_path / "results.json"
+
+    def values() -> list[float]:
+        return [b["results"][0]["value"] for b in bench.read_results(path)["benchmarks"]]
+
+    bench.merge(path, report("step_times", 1.0))
+    bench.merge(path, report("step_times", 2.0) | {"complete": False})
+    bench.merge(path, report("step_times", 3.0) | {"complete": False})
+    assert values() == [1.0, 3.0]
+    bench.merge(path, report("step_times", 4.0, quick=True))
+    assert values() == [1.0, 3.0]
+    bench.merge(path, report("step_times", 5.0))
+    assert values() == [5.0]
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"benchmarks": [1]}', '{"benchmarks": [{"results": []}]}'])
 def test_another_file_is_not_overwritten(tmp_path, text):
     path = tmp_path / "results.json"

@@ -69,6 +69,18 @@ def test_a_finished_report_is_measured_anew(measured, tmp_path):
     assert measured == [*NAMES, *NAMES]
 
 
+def test_a_stopped_start_after_a_finished_one_is_gone_on_with_and_loses_nothing(measured, tmp_path, monkeypatch):
+    rows = step_times.run(False)
+    (path,) = tmp_path.glob("*.json")
+    bench.merge(path, common.report_of("step_times", False, rows))
+    resuming.keep(resuming.unfinished("step_times")[0], "step_times", rows[:2])
+    finished, stopped = bench.read_results(path)["benchmarks"]
+    assert [len(finished["results"]), len(stopped["results"])] == [6, 2]
+    assert resuming.unfinished("step_times") == (path, stopped)
+    step_times.run(False)
+    assert measured == [*NAMES, *NAMES[1:]]
+
+
 def test_other_sources_begin_anew(measured, tmp_path):
     rows = {row["name"]: row for row in step_times.run(False)}
     (path,) = tmp_path.glob("*.json")

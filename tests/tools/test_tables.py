@@ -161,6 +161,26 @@ def test_a_benchmark_table_shows_the_newest_full_result_of_each_hardware(tmp_pat
     assert tables.benchmark_tables(tmp_path)["bench:loaders"] == f"{NOT_MEASURED}: `fastcifar bench loaders`"
 
 
+def test_a_complete_benchmark_is_shown_before_a_newer_unfinished_one(tmp_path):
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    file, name, baseline, _ = tables.HEADLINES[0]
+    row = {"name": name, "unit": "images/s", "spread": [1.0, 3.0], "n": 5, "baseline": baseline}
+    row |= {"ratio": 1.5, "ratio_spread": [1.25, 2.0]}
+
+    def report(date, value, **more):
+        environment = {"hardware": "A", "date": date}
+        return {"benchmark": file, "environment": environment, "results": [row | {"value": value}], **more}
+
+    unfinished = report("2026-01-02", 222.0, complete=False)
+    (folder / "b.json").write_text(json.dumps({"benchmarks": [unfinished]}))
+    assert "222" in tables.benchmark_tables(tmp_path)[f"bench:{file}"]
+    (folder / "a.json").write_text(json.dumps({"benchmarks": [report("2026-01-01", 111.0)]}))
+    for text in (tables.benchmark_tables(tmp_path)[f"bench:{file}"], tables.speed_table(tmp_path)):
+        assert "111" in text
+        assert "222" not in text
+
+
 def test_the_speed_table_takes_its_rows_from_the_newest_results(tmp_path):
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
