@@ -167,26 +167,56 @@ def all_pieces(minutes: float) -> int:
 def attempt(piece: Piece, minutes: float) -> int:
     """Go on with a piece for at most so long: 0 when it is done, 3 when it wants to be run again, else it failed.
 
-    Each command leaves a mark when it is done; those that have one are skipped.
+    Each command leaves a mark when it is done; those that have one are skipped. So are those that have failed, until
+    all others are done: the time is these others', and the failure is the piece's status only then.
     """
-    started, statuses = time.monotonic(), [0]
+    from fastcifar.run_directory import write_json
+
+    started, failures, unfinished = time.monotonic(), failed_before(piece), False
     for number, command in enumerate(commands(piece, minutes), 1):
         done = FOLDER / f"{piece.name}-{number}.done"
-        if not done.exists():
-            left_s = 60 * minutes - (time.monotonic() - started)
-            statuses.append(limited(command, left_s, FOLDER / f"{piece.name}.log"))
-            if statuses[-1] == 0 and (not piece.rows or ladder_done(piece)):
-                done.touch()
-            elif statuses[-1] == 0:
-                statuses[-1] = UNFINISHED
-            elif statuses[-1] == UNFINISHED and not resumable(piece, command) and left_s > 55 * minutes:
-                statuses[-1] = 1  # it had nearly all the time there is, so another try would end the same
-    status = next((s for s in statuses if s not in (0, UNFINISHED)), UNFINISHED if UNFINISHED in statuses else 0)
+        if done.exists() or number in failures:
+            continue
+        left_s = 60 * minutes - (time.monotonic() - started)
+        status = outcome(piece, command, left_s, minutes)
+        if status == 0:
+            done.touch()
+        elif status == UNFINISHED:
+            unfinished = True
+        else:
+            failures[number] = status
+            write_json(failure_file(piece), failures)
+    status = UNFINISHED if unfinished else next(iter(failures.values()), 0)
+    if not unfinished:
+        failure_file(piece).unlink(missing_ok=True)  # another start tries them again
     if status == 0:
         mark(piece).touch()
     word = {0: "done", UNFINISHED: "stopped at its time limit; run it again"}.get(status, f"failed (status {status})")
+    if unfinished and failures:
+        word += f", failed so far: command {', '.join(map(str, failures))}"
     print(f"gpu: {piece.name}: {word} after {time.monotonic() - started:.0f} s", file=sys.stderr)
     return status
+
+
+def outcome(piece: Piece, command: list[str], left_s: float, minutes: float) -> int:
+    """Run a command for at most so long: 0 when it is done, 3 when it wants to be run again, else it failed."""
+    status = limited(command, left_s, FOLDER / f"{piece.name}.log")
+    if status == 0 and piece.rows and not ladder_done(piece):
+        return UNFINISHED
+    if status == UNFINISHED and not resumable(piece, command) and left_s > 55 * minutes:
+        return 1  # it had nearly all the time there is, so another try would end the same
+    return status
+
+
+def failed_before(piece: Piece) -> dict[int, int]:
+    """Return the status of each command that failed in an attempt since which others are not finished, by number."""
+    path = failure_file(piece)
+    return {int(number): status for number, status in json.loads(path.read_text()).items()} if path.exists() else {}
+
+
+def failure_file(piece: Piece) -> Path:
+    """Return the file that keeps a piece's failures from one attempt to the next, each of which may be a process."""
+    return FOLDER / f"{piece.name}.failed"
 
 
 def resumable(piece: Piece, command: list[str]) -> bool:

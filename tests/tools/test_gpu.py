@@ -141,6 +141,30 @@ def test_an_interrupted_piece_is_run_again_and_a_failed_one_is_not(gpu, monkeypa
     assert [gpu.mark(piece).exists() for piece in gpu.PIECES] == [True, False, True]
 
 
+def test_a_failed_command_keeps_no_other_from_being_gone_on_with(gpu, monkeypatch, capsys):
+    statuses, started = {"tests": [1], "step": [3, 0], "models": [2], "seeds": [3, 3, 0]}, []
+    piece = gpu.Piece("suite", benchmarks=tuple(statuses))
+    monkeypatch.setattr(gpu, "PIECES", (piece,))
+    monkeypatch.setattr(gpu, "commands", lambda piece, minutes: [[name] for name in piece.benchmarks])
+    monkeypatch.setattr(gpu, "RESUMABLE", tuple(statuses))
+
+    def limited(command, left_s, log):
+        started.append(command[0])
+        return statuses[command[0]].pop(0)
+
+    monkeypatch.setattr(gpu, "limited", limited)
+    assert gpu.attempt(piece, 9.0) == gpu.UNFINISHED
+    assert "run it again, failed so far: command 1, 3" in capsys.readouterr().err
+    assert gpu.all_pieces(9.0) == 1  # another process would go on just so
+    assert statuses == {"tests": [], "step": [], "models": [], "seeds": []}
+    assert started == ["tests", "step", "models", "seeds", "step", "seeds", "seeds"]
+    assert "suite: failed (status 1)" in capsys.readouterr().err
+    statuses |= {"tests": [0], "models": [0]}  # what had failed is tried again once all others are done
+    assert gpu.attempt(piece, 9.0) == 0
+    assert started[7:] == ["tests", "models"]
+    assert gpu.mark(piece).exists()
+
+
 def test_a_piece_without_progress_is_given_up(gpu, monkeypatch):
     tried = []
     monkeypatch.setattr(gpu, "PIECES", (gpu.Piece("a", benchmarks=("step-times",)),))
