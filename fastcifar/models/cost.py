@@ -15,11 +15,14 @@ Forward and backward, in values per value of the operation's input and output:
 Weights are not counted: they are read once per batch, not per image.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -150,9 +153,21 @@ def cost_of(model: nn.Module, image_px: int = 32) -> Cost:
 
 def _count(model: nn.Module, image: torch.Tensor) -> Cost:
     counter = OperationCounter()
-    with torch.no_grad(), counter:
+    with torch.no_grad(), attention_in_parts(), counter:
         model(image)
     return Cost(count_parameters(model), counter.operations)
+
+
+@contextmanager
+def attention_in_parts() -> Iterator[None]:
+    """Let attention run as matrix products; no formula is known for the fused operations that a CPU has for it."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def count_parameters(model: nn.Module) -> int:

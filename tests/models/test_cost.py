@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from fastcifar.cli.models import CATALOGUE, chosen, metrics, models
+from fastcifar.config.schema import UserModelConfig
 from fastcifar.errors import UserError
-from fastcifar.models.cost import cost_of
+from fastcifar.models.cost import cost_of, cost_of_config
 
 LADDER = {
     "lenet5": (62_006, 0.0007),
@@ -105,3 +107,46 @@ def test_costs_are_those_of_torchs_counter():
     # Training needs no gradient of the image, which cost_of counts like every other.
     first = 2 * 49 * 4 * 27
     assert cost.flops == counter.get_total_flops() + first
+
+
+class Encoder(nn.Module):
+    """Patches of 4 pixels, one encoder layer of four heads over them, and a classifier of their mean."""
+
+    def __init__(self, num_classes: int, image_px: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 4, 4)
+        self.encode = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.classify = nn.Linear(32, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.encode(self.patches(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Attention(nn.Module):
+    """The same patches, attention of four heads without a layer for its output, and the classifier."""
+
+    def __init__(self, num_classes: int, image_px: int) -> None:
+        super().__init__()
+        self.patches, self.qkv, self.classify = nn.Conv2d(3, 32, 4, 4), nn.Linear(32, 96), nn.Linear(32, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).unflatten(2, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return self.classify(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
+
+
+PATCHES, QKV, ATTENTION, CLASSIFY = 64 * 48 * 32, 64 * 32 * 96, 2 * 64 * 64 * 32, 32 * 10
+OUTPUT, FEED_FORWARD = 64 * 32 * 32, 2 * 64 * 32 * 64
+
+
+@pytest.mark.parametrize(
+    ("name", "macs"),
+    [
+        ("Encoder", PATCHES + QKV + ATTENTION + OUTPUT + FEED_FORWARD + CLASSIFY),
+        ("Attention", PATCHES + QKV + ATTENTION + CLASSIFY),
+    ],
+)
+def test_attention_of_a_users_own_model_is_counted(name: str, macs: int):
+    fused = torch.backends.mha.get_fastpath_enabled()
+    assert cost_of_config(UserModelConfig(name=f"{__name__}:{name}")).macs == macs
+    assert torch.backends.mha.get_fastpath_enabled() == fused
