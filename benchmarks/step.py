@@ -4,8 +4,8 @@ Each kind of step is the one of a shipped recipe, on synthetic images that are r
 tensors that are normalized beforehand and lie in memory: nothing but indexing, forward, backward and Adam. The other,
 ``published.py``, is our reimplementation of the training loop of github.com/windopper/cifar (commit 70ec89d):
 DataLoader with four workers, PIL transforms, fp32, ASAM and averages per tensor. On a GPU there is a third: WRN-16-8 in
-bf16 and channels-last, compiled, with torch's fused SGD, on images that are normalized beforehand and not augmented.
-``--recipe`` takes other recipes.
+channels-last, compiled, with torch's fused SGD, on images that are normalized beforehand and not augmented. Both bare
+loops have the precision of our step, bf16 where there are instructions for it. ``--recipe`` takes other recipes.
 """
 
 import resource
@@ -35,7 +35,7 @@ from published import PublishedLoop
 
 IMAGES, BATCH = 50_000, 128
 BARE = {
-    "cpu": "bare PyTorch loop over tensors in memory", "cuda": "bare compiled bf16 loop over tensors in memory",
+    "cpu": "bare PyTorch loop over tensors in memory", "cuda": "bare compiled {} loop over tensors in memory",
 }  # fmt: skip
 
 
@@ -85,13 +85,20 @@ class Ours:
 
 
 class Bare:
-    """What a user writes by hand: normalized tensors in memory, bf16 autocast; compiled and fused on a GPU."""
+    """What a user writes by hand: normalized tensors in memory, autocast; compiled and fused on a GPU.
+
+    Attributes:
+        precision: as our step resolves it on this device.
+    """
 
     def __init__(self, recipe: Recipe, images: np.ndarray, labels: np.ndarray) -> None:
         self.device = device()
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.5)
-        # Neither a slower layout nor a slower precision than ours.
-        self.x = x.to(self.device, torch.bfloat16, memory_format=torch.channels_last)
+        # Neither a slower layout nor a slower precision than ours: bf16 is slow without instructions for it.
+        self.precision = with_precision(recipe, self.device).engine.precision
+        self.autocast = self.precision == "bf16"
+        dtype = torch.bfloat16 if self.autocast else torch.float32
+        self.x = x.to(self.device, dtype, memory_format=torch.channels_last)
         self.y = torch.from_numpy(labels).to(self.device)
         self.model = build_model(recipe.model, seed=0).to(self.device, memory_format=torch.channels_last).train()
         gpu = self.device.type == "cuda"
@@ -110,7 +117,7 @@ class Bare:
             rows = self.order[self.at : self.at + BATCH]
             self.at = (self.at + BATCH) % (len(self.x) - BATCH)
             self.optimizer.zero_grad()
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
                 loss = F.cross_entropy(self.forward(self.x[rows]), self.y[rows])
             loss.backward()
             self.optimizer.step()
@@ -144,7 +151,7 @@ def against_bare(name: str, images: np.ndarray, labels: np.ndarray, rounds: int,
     sides = {"ours": rate(ours.take, steps, BATCH), "bare": rate(bare.take, steps, BATCH)}
     found = alternate(sides, rounds, warmup=2)
     return [
-        result(name, found["ours"], "images/s", BARE[bare.device.type], found["bare"]),
+        result(name, found["ours"], "images/s", BARE[bare.device.type].format(bare.precision), found["bare"]),
         result(f"{name}: peak host memory", [peak], "GiB"),
     ]
 
