@@ -168,6 +168,11 @@ class PublishedLoop:
         while True:
             yield from self.loader
 
+    @property
+    def ahead(self) -> int:
+        """How many batches the loader's workers make ready, at most, before they are asked for."""
+        return self.loader.num_workers * (self.loader.prefetch_factor or 0)
+
     def close(self) -> None:
         """Stop the loader's workers."""
         self._batches.close()
