@@ -21,6 +21,8 @@ from fastcifar.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 SYNTHETIC_VERSION = "2"
+FOLDER_VERSION = 2
+"""Of an image folder's fingerprint, and so of what the cache holds of it; the first one missed what links changed."""
 SYNTHETIC_COUNTS = {"train": 2000, "test": 1000}
 
 
@@ -136,39 +138,56 @@ def _fingerprint(path: Path, release: Release | None) -> str:
     Raises:
         UserError: one of them cannot be looked at.
     """
-    digest, between = hashlib.sha256(), ""
+    files = _files_read(path.resolve(), release) if release else _files_of_folder(path.resolve())
+    lines = [f"image folder {FOLDER_VERSION}"] if release is None else []
     try:
-        for file in _files_read(path.resolve(), release):
+        for told, file in files:
             found = os.stat(file)
-            digest.update(f"{between}{file} {found.st_size} {found.st_mtime_ns}".encode(errors="surrogateescape"))
-            between = "\n"
+            lines.append(f"{told} {found.st_size} {found.st_mtime_ns}")
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
-def _files_read(path: Path, release: Release | None) -> Iterator[str]:
-    """Yield the files of a data set, not others that lie beside them, such as runs."""
+def _files_read(path: Path, release: Release) -> Iterator[tuple[str, str]]:
+    """Yield the files of a release, not others that lie beside them, such as runs; each as told and as it is opened."""
     if path.is_file():
-        yield str(path)
-    elif release is None:
-        for split in ("test", "train"):
-            if (path / split).is_dir():
-                yield from _files_under(str((path / split).resolve()))
-    else:
-        names = sorted({file.name for file in release.all_files} | {release.names_file})
-        yield from (str((path / name).resolve()) for name in names if (path / name).is_file())
+        yield str(path), str(path)
+        return
+    names = sorted({file.name for file in release.all_files} | {release.names_file})
+    for file in (str((path / name).resolve()) for name in names if (path / name).is_file()):
+        yield file, file
 
 
-def _files_under(folder: str) -> Iterator[str]:
-    """Yield the files in a folder and below it, resolved, by name; links to folders are not followed."""
+def _files_of_folder(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the files of an image folder, as in `_files_read`.
+
+    What is told of a file is its place in the folder, which decides its label and its row, and where links lead from
+    there, which decides its pixels.
+    """
+    for split in ("test", "train"):
+        if (folder / split).is_dir():
+            for place, file in _files_under(str(folder / split), os.path.realpath(folder / split), classes=True):
+                yield f"{place}\0{file}\0", file
+
+
+def _files_under(folder: str, real: str, classes: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield the files in a folder and below it, by name: the path of each, and the same with links resolved.
+
+    Args:
+        folder: where to look.
+        real: the same folder, resolved.
+        classes: the folders in it are those of classes: images are read from them where they are links, too. Other
+            links to folders are not followed.
+    """
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files_under(entry.path)
+        inside = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+        if entry.is_dir(follow_symlinks=classes and not entry.name.startswith(".")):
+            yield from _files_under(entry.path, inside)
         elif entry.is_file():
-            yield os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+            yield entry.path, inside
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

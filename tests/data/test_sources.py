@@ -269,6 +269,53 @@ def test_what_lies_beside_the_images_is_not_looked_at(rng, tmp_path):
     assert find_source(tmp_path, "folder") != before
 
 
+def _link_classes(root: Path, into: Path) -> None:
+    """Make an image folder whose class folders are links to those of another."""
+    for split in ("train", "test"):
+        (into / split).mkdir(parents=True)
+        for name in ("cat", "dog"):
+            (into / split / name).symlink_to(root / split / name)
+
+
+def test_class_folders_that_are_links_are_told_apart_by_what_they_lead_to(rng, tmp_path):
+    truths = []
+    for name in ("a", "b"):
+        truths.append(_image_folder(rng, tmp_path / name))
+        _link_classes(tmp_path / name, tmp_path / f"links {name}")
+    for name, truth in zip("ab", truths, strict=True):
+        store = resolve_store(DataConfig(source="folder"), tmp_path / f"links {name}")
+        assert np.array_equal(store.split("train").images[0], truth["train/cat/0"])
+    before = find_source(tmp_path / "links a", "folder")
+    assert find_source(tmp_path / "links a", "folder") == before
+    os.utime(tmp_path / "a/train/dog/4.png", (1, 1))
+    assert find_source(tmp_path / "links a", "folder") != before
+
+
+def test_images_that_are_links_have_the_label_of_the_folder_that_the_link_is_in(rng, tmp_path):
+    _image_folder(rng, tmp_path / "pool")
+    root = tmp_path / "set"
+    for image in (tmp_path / "pool").rglob("*.png"):
+        link = root / image.relative_to(tmp_path / "pool")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(image)
+    first = resolve_store(DataConfig(source="folder"), root)
+    assert first.split("train").labels.tolist() == [0] * 5 + [1] * 5
+    (root / "train/dog/0.png").rename(root / "train/cat/9.png")  # in the same order as before
+    moved = resolve_store(DataConfig(source="folder"), root).split("train")
+    assert moved.labels.tolist() == [0] * 6 + [1] * 4
+    assert np.array_equal(moved.images, first.split("train").images)
+    for split in ("train", "test"):
+        (root / split / "dog").rename(root / split / "zebra")
+    assert resolve_store(DataConfig(source="folder"), root).classes == ["cat", "zebra"]
+
+
+def test_links_that_lead_in_a_circle_are_walked_once(rng, tmp_path):
+    _image_folder(rng, tmp_path / "set")
+    (tmp_path / "set/train/dog/again").symlink_to(tmp_path / "set")
+    (tmp_path / "set/train/whole").symlink_to(tmp_path / "set/train")
+    assert find_source(tmp_path / "set", "folder") == find_source(tmp_path / "set", "folder")
+
+
 def test_a_full_temporary_disk_is_not_called_damage(tmp_path, smalls, monkeypatch):
     release = smalls["cifar10", "python"]
     write_release(tmp_path, release, 0)
