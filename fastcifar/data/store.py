@@ -313,9 +313,13 @@ def convert(source: Source | Store, to: str, out: Path, progress: Progress = no_
         if there and there.format == to and there.manifest.content == content_hash(data, progress):
             return there, False
         if not out.is_dir() or any(out.iterdir()):
-            raise UserError(f"{out}: already there, with other content; remove it or choose another folder with --out")
+            raise _other_content(out)
     named = source.manifest.content if isinstance(source, Store) else source.fingerprint
-    return _write(data, to, out, progress, f"{to} {manifest.VERSION} {__version__} {named}"), True
+    return _write(data, to, out, progress, f"{to} {manifest.VERSION} {__version__} {named}")
+
+
+def _other_content(out: Path) -> UserError:
+    return UserError(f"{out}: already there, with other content; remove it or choose another folder with --out")
 
 
 def _same_source(out: Path, source: Source | Store, to: str) -> Store | None:
@@ -336,7 +340,7 @@ def _as_data_set(source: Source | Store, progress: Progress) -> DataSet:
     return DataSet(splits, source.classes, source.manifest.source.model_dump(), source.notes)
 
 
-def _write(data: DataSet, to: str, out: Path, progress: Progress, key: str = "") -> Store:
+def _write(data: DataSet, to: str, out: Path, progress: Progress, key: str = "") -> tuple[Store, bool]:
     """Write a data set; its content and its files are hashed while they are written, and not read again.
 
     Args:
@@ -346,6 +350,12 @@ def _write(data: DataSet, to: str, out: Path, progress: Progress, key: str = "")
         progress: told of each step.
         key: names data and format: what a killed conversion of the same key left is gone on with. Empty: from the
             beginning.
+
+    Returns:
+        The store, and whether it is this one: False where another process made an equal one there meanwhile.
+
+    Raises:
+        UserError: it cannot be written, or another process put something else there meanwhile.
     """
     with (
         whole_or_nothing(out, key) as folder,
@@ -375,12 +385,14 @@ def _write(data: DataSet, to: str, out: Path, progress: Progress, key: str = "")
         written.write(folder)
     store = Store(out, read_manifest(out / MANIFEST))
     if store.manifest != written:  # another process made it meanwhile
-        return open_store(out)
+        if (store.format, store.manifest.content) != (to, written.content):
+            raise _other_content(out)
+        return open_store(out), False
     known = _Remembered(store)
     for name in written.files:
         known.look(name)
     known.save()
-    return store
+    return store, True
 
 
 def _describe(path: Path, sha256: str) -> FileEntry:

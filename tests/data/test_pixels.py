@@ -45,7 +45,7 @@ def small_parts(monkeypatch):
 
 def stored(folder: Path, to: str, splits: dict[str, Split]) -> Store:
     data = stores.DataSet(splits, list("abcde"), {"kind": "folder"}, [])
-    return stores._write(data, to, folder / to, stores.no_progress)
+    return stores._write(data, to, folder / to, stores.no_progress)[0]
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -288,9 +288,30 @@ def test_two_at_once_agree(tmp_path, synthetic_store, monkeypatch):
             made.append(True)
             convert(synthetic_store, "raw", tmp_path / "set")
 
-    store, _ = convert(synthetic_store, "raw", tmp_path / "set", other)
+    store, written = convert(synthetic_store, "raw", tmp_path / "set", other)
+    assert not written
     assert verify(store.root).count("train") == 2000
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("other", [("other images", "raw"), ("the same images", "dali")], ids="-".join)
+def test_a_store_of_something_else_that_was_made_meanwhile_is_not_taken_for_ours(tmp_path, synthetic_store, rng, other):
+    content, to = other
+    splits = {name: Split(rng.integers(0, 256, (9, 8, 8, 3), np.uint8), np.arange(9)) for name in ("train", "test")}
+    data, made = stores.DataSet(splits, synthetic_store.classes, {"kind": "folder"}, []), []
+
+    def finish(what: str, done: int, total: int) -> None:
+        if what == "write test as raw" and not made:
+            made.append(True)
+            if content == "other images":
+                stores._write(data, to, tmp_path / "set", stores.no_progress)
+            else:
+                convert(synthetic_store, to, tmp_path / "set")
+
+    with pytest.raises(UserError, match="set: already there, with other content; remove it or choose another folder"):
+        convert(synthetic_store, "raw", tmp_path / "set", finish)
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+    assert verify(tmp_path / "set").format == to
 
 
 def test_unwritable_place_is_named(synthetic_store):
