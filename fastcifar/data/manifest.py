@@ -12,6 +12,8 @@ from fastcifar.errors import UserError, plain, shown
 NAME = "manifest.json"
 VERSION: Literal[2] = 2
 MAX_BYTES = 64 << 20
+CURE = "remove the store and convert again"
+"""Of a damaged store, at the end of a message: a conversion does not replace what somebody has named."""
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -109,7 +111,7 @@ def read_manifest(path: Path) -> Manifest:
     table = _read_json(path)
     version = table.get("fastcifar_store")
     if version != VERSION or type(version) is not int:
-        update = "; update fastcifar" if type(version) is int and version > VERSION else "; convert again"
+        update = "; update fastcifar" if type(version) is int and version > VERSION else f"; {CURE}"
         raise UserError(f"{path}: store version {shown(version)}, this fastcifar reads {VERSION}{update}")
     claimed = table.pop("sha256", None)
     try:
@@ -117,21 +119,21 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(plain(str(part)) for part in first["loc"])
-        raise UserError(f"{path}: {where}: {first['msg']} ({shown(first['input'])}); convert again") from None
+        raise UserError(f"{path}: {where}: {first['msg']} ({shown(first['input'])}); {CURE}") from None
     if claimed != manifest.digest:
-        raise UserError(f"{path}: changed since it was written (its own SHA-256 differs); convert again")
+        raise UserError(f"{path}: changed since it was written (its own SHA-256 differs); {CURE}")
     return manifest
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes are no manifest; convert again")
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes are no manifest; {CURE}")
         table = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path.parent}: no store ({NAME} is missing)") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable manifest ({plain(str(error), 200)}); convert again") from None
+        raise UserError(f"{path}: not a readable manifest ({plain(str(error), 200)}); {CURE}") from None
     if not isinstance(table, dict):
-        raise UserError(f"{path}: not a readable manifest (no table); convert again")
+        raise UserError(f"{path}: not a readable manifest (no table); {CURE}")
     return table

@@ -4,12 +4,14 @@ A store is made once, from a source (`fastcifar.data.sources`) or from another s
 all: it is written under a temporary name, synchronized and renamed.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ import numpy as np
 from fastcifar import __version__
 from fastcifar.cache import cache_folder
 from fastcifar.config.schema import DataConfig
+from fastcifar.console import say
 from fastcifar.data import formats, manifest
 from fastcifar.data.formats import Split
 from fastcifar.data.formats.journal import Journal
 from fastcifar.data.formats.target import Hashing, Target
-from fastcifar.data.manifest import FileEntry, Manifest, Origin, SplitEntry, read_manifest
+from fastcifar.data.manifest import CURE, FileEntry, Manifest, Origin, SplitEntry, read_manifest
 from fastcifar.data.part_folder import whole_or_nothing
 from fastcifar.data.pixels import Continued, Images, Passing, Pieces, chunks
 from fastcifar.data.sources import DataSet, Source, find_source, known_place, read_source
@@ -119,7 +122,7 @@ class Store:
         try:
             return readers[self.format](self.root, split, self.count(split), self.image_shape)
         except (OSError, ValueError, OverflowError, MemoryError, IndexError) as error:
-            raise UserError(f"{self.root}: {split} cannot be read ({error}); convert again") from None
+            raise UserError(f"{self.root}: {split} cannot be read ({error}); {CURE}") from None
 
     def _check_labels(self, split: str, labels: np.ndarray) -> None:
         """Refuse labels that are no position in the list of classes: an index beyond it, or one that losses ignore."""
@@ -127,7 +130,7 @@ class Store:
         if len(wrong):
             raise UserError(
                 f"{self.root}: image {wrong[0]} of {split} has label {labels[wrong[0]]}, "
-                f"not in 0..{len(self.classes) - 1}; convert again"
+                f"not in 0..{len(self.classes) - 1}; {CURE}"
             )
 
 
@@ -145,20 +148,23 @@ def open_store(root: Path) -> Store:
     """
     store = Store(root, read_manifest(root / MANIFEST))
     known = _Remembered(store)
-    for name, file in store.manifest.files.items():
-        _check_size(root / name, file)
-        if not known.look(name):
-            _check_hash(root / name, file.sha256)
+    try:
+        for name, file in store.manifest.files.items():
+            _check_size(root / name, file)
+            if not known.look(name):
+                _check_hash(root / name, file.sha256)
+    except OSError as error:
+        raise UserError(f"{error.filename or root}: cannot be read: {error.strerror}") from None
     known.save()
     return store
 
 
 def _check_size(path: Path, file: FileEntry) -> None:
     if not path.is_file():
-        raise UserError(f"{path}: this file of the store is missing; convert again")
+        raise UserError(f"{path}: this file of the store is missing; {CURE}")
     size = path.stat().st_size
     if size != file.bytes:
-        raise UserError(f"{path}: {size:,} bytes instead of {file.bytes:,} (truncated?); convert again")
+        raise UserError(f"{path}: {size:,} bytes instead of {file.bytes:,} (truncated?); {CURE}")
 
 
 # A file system's clock may move in ticks of up to 10 ms: what is written twice within one of them looks the same after.
@@ -219,7 +225,7 @@ def hash_file(path: Path, algorithm: str = "sha256") -> str:
 
 def _check_hash(path: Path, expected: str) -> None:
     if hash_file(path) != expected:
-        raise UserError(f"{path}: damaged (its SHA-256 differs from the manifest's); convert again")
+        raise UserError(f"{path}: damaged (its SHA-256 differs from the manifest's); {CURE}")
 
 
 def verify(root: Path, progress: Progress = no_progress) -> Store:
@@ -241,7 +247,7 @@ def verify(root: Path, progress: Progress = no_progress) -> Store:
         raise UserError(f"{root / min(foreign)}: this file does not belong to the store; remove it")
     splits = {name: store.split(name) for name in ("train", "test")}
     if content_hash(DataSet(splits, store.classes, {}, [])) != store.manifest.content:
-        raise UserError(f"{root / MANIFEST}: classes, labels or pixels are not those that it names; convert again")
+        raise UserError(f"{root / MANIFEST}: classes, labels or pixels are not those that it names; {CURE}")
     known.save()
     return store
 
@@ -411,13 +417,65 @@ def store_as(source: Source | Store, to: str, progress: Progress = no_progress) 
         name, key, given = source.manifest.source.kind, source.manifest.content, source.name
     else:
         name, key, given = source.kind, source.fingerprint, source.name
-    return replace(convert(source, to, _cached(name, to, key), progress)[0], made_from=given)
+    place = _cached(name, to, key)
+    try:
+        store = convert(source, to, place, progress)[0]
+    except UserError:
+        if not _remove_damaged(place):
+            raise
+        store = convert(source, to, place, progress)[0]
+    return replace(store, made_from=given)
+
+
+def _remove_damaged(place: Path) -> bool:
+    """Remove a store from the cache, and say so, where it is damaged or of another version.
+
+    Returns:
+        Whether to convert again: nothing damaged is left there.
+
+    Raises:
+        UserError: it cannot be removed.
+    """
+    if not place.is_dir():
+        return False
+    with _alone(place.parent):
+        try:
+            open_store(place)
+            return False
+        except UserError as error:
+            reason = str(error).removesuffix(f"; {CURE}")
+        if place.exists():  # else another process removed it while this one waited
+            say((f"note: {reason}; this store in the cache is removed and made again", "yellow"))
+            try:
+                shutil.rmtree(place)
+            except OSError as error:
+                raise UserError(f"{place}: damaged, and cannot be removed ({error}); remove it") from None
+    return True
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, waiting for it: a store that another process has just made again is not damaged."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def converted(source: Source) -> Store | None:
-    """Return a source as the store that an earlier run made of it in the cache, or None."""
-    folders = (_cached(source.kind, to, source.fingerprint) for to in FORMATS)
-    return next((open_store(folder) for folder in folders if is_store(folder)), None)
+    """Return a source as the store that an earlier run made of it in the cache, or None.
+
+    One that is damaged is none: the next run makes it again.
+    """
+    for to in FORMATS:
+        folder = _cached(source.kind, to, source.fingerprint)
+        with suppress(UserError):
+            if is_store(folder):
+                return open_store(folder)
+    return None
 
 
 def _cached(name: str, to: str, key: str) -> Path:

@@ -327,6 +327,38 @@ def test_cache_is_used_the_second_time(synthetic_store, tmp_path, monkeypatch):
     assert store_as(first, "raw") is first
 
 
+@pytest.mark.parametrize(("name", "damage"), [d[1:3] for d in DAMAGE.values() if d[0] == "raw"])
+def test_a_damaged_store_in_the_cache_is_made_again(tmp_path, monkeypatch, capfd, name, damage):
+    monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path))
+    root = store_as(Source.synthetic(), "raw").root
+    damage(root / name)
+    assert stores.converted(Source.synthetic()) is None
+    assert verify(store_as(Source.synthetic(), "raw").root).root == root
+    said = capfd.readouterr().err
+    assert "; this store in the cache is removed and made again" in said
+    assert str(root) in said
+
+
+def test_a_store_of_an_older_version_in_the_cache_is_made_again(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path))
+    root = store_as(Source.synthetic(), "raw").root
+    table = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps({**table, "fastcifar_store": 1}))
+    verify(store_as(Source.synthetic(), "raw").root)
+    assert "store version 1, this fastcifar reads 2; this store in the cache is removed" in capfd.readouterr().err
+
+
+def test_a_damaged_store_that_was_named_stays_and_its_cure_works(tmp_path, synthetic_store):
+    root = convert(synthetic_store, "raw", tmp_path / "set")[0].root
+    _flip(root / "test_images.npy")
+    before = {path: path.read_bytes() for path in root.iterdir()}
+    with pytest.raises(UserError, match=r"test_images\.npy: damaged .*; remove the store and convert again$"):
+        convert(synthetic_store, "raw", root)
+    assert before == {path: path.read_bytes() for path in root.iterdir()}
+    shutil.rmtree(root)
+    verify(convert(synthetic_store, "raw", root)[0].root)
+
+
 # ------------------------------------------------------------------------------------------------------- command line
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from fastcifar.data.formats.raw import Split
 from fastcifar.data.formats.target import Target
+from fastcifar.data.manifest import CURE
 from fastcifar.data.pixels import Pieces, chunk_rows, let_go
 from fastcifar.errors import UserError
 
@@ -158,7 +159,7 @@ def views(folder: Path, name: str, count: int, image_shape: tuple[int, int, int]
         held = min(SHARD_SAMPLES, count - k * SHARD_SAMPLES)
         data = np.memmap(folder / shard, np.uint8, mode="c")  # copy-on-write, as in the raw format
         if len(data) != held * stride + 2 * BLOCK:
-            raise UserError(f"{folder / shard}: not a shard of {held} samples of {image_shape} pixels; convert again")
+            raise UserError(f"{folder / shard}: not a shard of {held} samples of {image_shape} pixels; {CURE}")
         shards.append(data[: held * stride].reshape(held, stride))
     return shards
 

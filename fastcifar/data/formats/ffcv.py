@@ -16,6 +16,7 @@ import numpy as np
 
 from fastcifar.data.formats.raw import Split
 from fastcifar.data.formats.target import Target
+from fastcifar.data.manifest import CURE
 from fastcifar.data.pixels import Pieces, let_go
 from fastcifar.errors import UserError
 
@@ -141,20 +142,20 @@ def _samples(path: Path, data: np.ndarray, count: int, image_shape: tuple[int, i
     """Return the metadata records after checking the header and the fields."""
     start = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
     if len(data) < start + count * SAMPLE.itemsize:
-        raise UserError(f"{path}: truncated; convert again")
+        raise UserError(f"{path}: truncated; {CURE}")
     header = data[: HEADER.itemsize].view(HEADER)[0]
     kinds = data[HEADER.itemsize : start].view(FIELD)["type"].tolist()
     if header["version"] != VERSION or header["samples"] != count or kinds != [kind for _, kind in FIELDS]:
-        raise UserError(f"{path}: not a .beton with {count} samples of image, label and index; convert again")
+        raise UserError(f"{path}: not a .beton with {count} samples of image, label and index; {CURE}")
     samples = data[start : start + count * SAMPLE.itemsize].view(SAMPLE)
     image = samples["image"]
     height, width, _ = image_shape
     if not ((image["mode"] == MODE_RAW) & (image["width"] == width) & (image["height"] == height)).all():
-        raise UserError(f"{path}: holds other images than raw ones of {height}x{width} pixels; convert again")
+        raise UserError(f"{path}: holds other images than raw ones of {height}x{width} pixels; {CURE}")
     # ffcv's compiled readers go wherever a pointer leads.
     image_bytes = int(np.prod(image_shape))
     if count and (len(data) < image_bytes or int(image["pointer"].max()) > len(data) - image_bytes):
-        raise UserError(f"{path}: an image lies beyond the end of the file; convert again")
+        raise UserError(f"{path}: an image lies beyond the end of the file; {CURE}")
     return samples
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastcifar.data.formats.target import HashedFile, Target
+from fastcifar.data.manifest import CURE
 from fastcifar.data.pixels import Images, chunks
 from fastcifar.errors import UserError
 
@@ -100,7 +101,7 @@ def _load(path: Path, mode: str | None, dtype: type, shape: tuple[int, ...]) -> 
     try:
         array = np.load(path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable array ({error}); convert again") from None
+        raise UserError(f"{path}: not a readable array ({error}); {CURE}") from None
     if array.dtype != dtype or array.shape != shape:
-        raise UserError(f"{path}: {array.dtype} {array.shape} instead of {np.dtype(dtype)} {shape}; convert again")
+        raise UserError(f"{path}: {array.dtype} {array.shape} instead of {np.dtype(dtype)} {shape}; {CURE}")
     return array
