@@ -33,9 +33,10 @@ def whole_or_nothing(out: Path, key: str = "") -> Iterator[Path]:
     Raises:
         UserError: a folder cannot be made, or the disk is full.
     """
+    place = Path(os.path.realpath(out))  # a folder cannot be renamed to what is a link
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder, lock = _left(out, key) or _locked_folder(out)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder, lock = _left(place, key) or _locked_folder(place)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
     try:
@@ -43,8 +44,8 @@ def whole_or_nothing(out: Path, key: str = "") -> Iterator[Path]:
         folder.chmod(0o755)
         for path in [*folder.rglob("*"), folder]:
             _sync(path)
-        _rename(folder, out)
-        _sync(out.parent)
+        _rename(folder, place)
+        _sync(place.parent)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     finally:

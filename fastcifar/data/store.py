@@ -313,15 +313,30 @@ def convert(source: Source | Store, to: str, out: Path, progress: Progress = no_
         same = _same_source(out, source, to)
         if same is not None:
             return same, False
+    else:
+        _check_place(out)
     data = _as_data_set(source, progress)
-    if out.exists():
-        there = open_store(out) if is_store(out) else None
-        if there and there.format == to and there.manifest.content == content_hash(data, progress):
+    if is_store(out):
+        there = open_store(out)
+        if there.format == to and there.manifest.content == content_hash(data, progress):
             return there, False
-        if not out.is_dir() or any(out.iterdir()):
-            raise _other_content(out)
+        raise _other_content(out)
     named = source.manifest.content if isinstance(source, Store) else source.fingerprint
     return _write(data, to, out, progress, f"{to} {manifest.VERSION} {__version__} {named}")
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a place that cannot become a store, before anything is read."""
+    try:
+        if not out.exists():
+            return
+        if not out.is_dir() or any(out.iterdir()):
+            raise _other_content(out)
+        what = "mount point" if os.path.ismount(out.resolve()) else "working directory"
+        if what == "mount point" or out.samefile(Path.cwd()):
+            raise UserError(f"{out}: a store cannot take the place of a {what}; name a new folder in it with --out")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder with --out") from None
 
 
 def _other_content(out: Path) -> UserError:

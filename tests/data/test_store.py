@@ -359,6 +359,50 @@ def test_a_damaged_store_that_was_named_stays_and_its_cure_works(tmp_path, synth
     verify(convert(synthetic_store, "raw", root)[0].root)
 
 
+# -------------------------------------------------------------------------------------------------- places for a store
+
+
+def test_a_link_to_an_empty_folder_is_a_place_for_a_store(tmp_path, synthetic_store):
+    (tmp_path / "disk/set").mkdir(parents=True)
+    (tmp_path / "set").symlink_to(tmp_path / "disk/set")
+    store, written = convert(synthetic_store, "raw", tmp_path / "set")
+    assert (store.root, written) == (tmp_path / "set", True)
+    verify(tmp_path / "disk/set")
+    assert convert(synthetic_store, "raw", tmp_path / "set")[1] is False
+    assert (tmp_path / "set").is_symlink()
+
+
+def test_a_link_to_nothing_yet_is_a_place_for_a_store(tmp_path, synthetic_store):
+    (tmp_path / "set").symlink_to("disk/set")
+    convert(synthetic_store, "raw", tmp_path / "set")
+    verify(tmp_path / "disk/set")
+
+
+def test_the_working_directory_is_refused_before_anything_is_read(tmp_path, synthetic_store, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stores, "_as_data_set", None)  # would fail if anything were read
+    for out in (Path("."), tmp_path):
+        with pytest.raises(UserError, match="a store cannot take the place of a working directory; name a new folder"):
+            convert(synthetic_store, "raw", out)
+
+
+def test_a_mount_point_is_refused_before_anything_is_read(tmp_path, synthetic_store, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    monkeypatch.setattr(stores, "_as_data_set", None)
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(UserError, match="disk: a store cannot take the place of a mount point; name a new folder"):
+        convert(synthetic_store, "raw", tmp_path / "disk")
+
+
+def test_a_place_that_is_full_is_refused_before_anything_is_read(tmp_path, synthetic_store, monkeypatch):
+    monkeypatch.setattr(stores, "_as_data_set", None)
+    (tmp_path / "mine").write_text("a line")
+    for out in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(UserError, match="already there, with other content"):
+            convert(synthetic_store, "raw", out)
+    assert (tmp_path / "mine").read_text() == "a line"
+
+
 # ------------------------------------------------------------------------------------------------------- command line
 
 
