@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from multiprocessing import resource_sharer
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -410,6 +412,40 @@ def test_worker_erasing():
     holes = [int((augment_one(white, erase, seed) == 0).all(-1).sum()) for seed in range(300)]
     assert 110 < sum(h == 0 for h in holes) < 190
     assert all(0.08 * 1024 < h < 0.22 * 1024 for h in holes if h)
+
+
+def loaded_by_workers(rng, store) -> Iterator:
+    """An epoch of torch's loader with one worker process, which has begun."""
+    settings = LoaderConfig(name="torchvision", workers=1)
+    rows = some_rows(rng, store, 400)
+    loader = build_loader(settings, store, rows, seed=1, batch_size=2, drop_last=False, device=CPU)
+    batches = iter(loader.epoch(0))
+    next(batches)
+    return batches
+
+
+def waits(batches: Iterator) -> None:
+    list(batches)
+
+
+def does_something_else(batches: Iterator) -> None:
+    time.sleep(20)
+
+
+@pytest.mark.parametrize("process", [waits, does_something_else])
+def test_a_worker_that_is_killed_is_one_message_whatever_the_main_process_does(rng, store, process):
+    """The signal of its death comes in the middle of a step, too, not only where a batch is waited for."""
+    batches = loaded_by_workers(rng, store)
+
+    def kill() -> None:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+        process(batches)
+
+    with pytest.raises(UserError, match=r"is gone, .*memory \(.+\): lower data\.loader\.workers, or"):
+        kill()
+    batches.close()
+    assert multiprocessing.active_children() == []
 
 
 # ---------------------------------------------------------------------------------------------------- stock readers

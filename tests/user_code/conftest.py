@@ -144,6 +144,12 @@ class TensorShadow:
         return image // 2
 
 
+def only_black(image):
+    if image.getbbox():
+        raise ValueError("too bright")
+    return image
+
+
 def grey(image):
     return image.convert("L")
 

@@ -96,3 +96,21 @@ def test_in_the_workers_of_the_loader(workplace, synthetic_store):
     batch = next(iter(loader.epoch(0)))
     loader.close()
     assert np.array_equal(batch.images.numpy(), synthetic_store.split("train").images[batch.indices.numpy()] // 4)
+
+
+def test_a_transform_that_fails_in_the_workers_is_one_message(workplace, synthetic_store):
+    """Not the traceback of torch's worker within that of the main process."""
+    from fastcifar.config.schema import LoaderConfig
+    from fastcifar.data.loaders import build_loader
+
+    config = AugmentConfig(ops=["theirs.ops:only_black"], where="loader")
+    loader = build_loader(
+        LoaderConfig(workers=1), synthetic_store, np.arange(64), seed=1, batch_size=64, drop_last=False,
+        device=torch.device("cpu"), augment=config,
+    )  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        next(iter(loader.epoch(0)))
+    loader.close()
+    assert str(caught.value).startswith('augment: "theirs.ops:only_black"')
+    assert "ValueError: too bright (ops.py, line " in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

@@ -3,10 +3,12 @@
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_all_start_methods
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,20 +21,29 @@ from fastcifar.data.loaders.base import EpochOrder
 from fastcifar.data.loaders.streaming import HostBatch, StreamingLoader
 from fastcifar.data.pixels import let_go
 from fastcifar.data.store import Store
+from fastcifar.errors import UserError
 from fastcifar.kernels.philox import Stream, philox
 from fastcifar.launch import place
 
 SEED_BLOCK = 1 << 20  # far from the draws that the device augmentation makes on the same stream
 
 
-class _Images(Dataset[HostBatch]):
-    """Gathers whole batches; with transforms, augments each image as a PIL image."""
+class _Images(Dataset[HostBatch | str]):
+    """Gathers whole batches; with transforms, augments each image as a PIL image.
+
+    What a user is to be told travels as a text: torch would raise it again as an error without its one message.
+    """
 
     def __init__(self, split: Split, transforms: Sequence[Callable[..., Any]] | None):
         self._split, self._transforms, self.lets_go = split, transforms, False
 
-    def __getitem__(self, item: tuple[np.ndarray, np.ndarray, np.ndarray, bool]) -> HostBatch:
-        rows, seeds, sides, odd = item
+    def __getitem__(self, item: tuple[np.ndarray, np.ndarray, np.ndarray, bool]) -> HostBatch | str:
+        try:
+            return self._gather(*item)
+        except UserError as error:
+            return str(error)
+
+    def _gather(self, rows: np.ndarray, seeds: np.ndarray, sides: np.ndarray, odd: bool) -> HostBatch:
         images = self._split.images[rows]
         if self.lets_go:
             let_go(self._split.images)
@@ -126,6 +137,7 @@ class TorchvisionLoader(StreamingLoader):
             # Workers are forked while other threads of ours only wait, and run nothing but numpy and PIL.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
             loaded = iter(loader)
+            _ExplainsLostWorkers.install()
         return _closing(loaded)
 
     def _seeds(self, rows: np.ndarray, epoch: int) -> np.ndarray:
@@ -134,10 +146,57 @@ class TorchvisionLoader(StreamingLoader):
         return ((words[0] >> 1 << 32) | words[1]).numpy()
 
 
-def _closing(batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
+@contextmanager
+def _lost_worker_explained() -> Iterator[None]:
+    """Say what to lower where a worker process is gone.
+
+    torch tells that in a `RuntimeError`; or it fails to fetch the memory of a batch from the worker that has made it.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if isinstance(error.__cause__, UserError):  # told by the signal's handler, with the cause of death
+            raise error.__cause__ from None
+        told = str(error).strip().rstrip(".")
+        torch_says_so = told.startswith("DataLoader worker (pid")
+        if not torch_says_so and (isinstance(error, RuntimeError) or told.startswith("Caught ")):
+            raise  # an error that a worker lived to tell
+        raise UserError(
+            "a worker process of the torchvision loader is gone, mostly for want of memory or shared memory "
+            f"({told if torch_says_so else type(error).__name__}): lower data.loader.workers, or free memory"
+        ) from None
+
+
+class _ExplainsLostWorkers:
+    """A handler of SIGCHLD around torch's, which raises in the main thread, wherever that is, when a worker dies."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]):
+        self._handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        with _lost_worker_explained():
+            self._handler(number, frame)
+
+    @classmethod
+    def install(cls) -> None:
+        """Put it around the present handler, once; torch sets its own from the main thread only."""
+        if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+            return
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and not isinstance(handler, cls):
+            signal.signal(signal.SIGCHLD, cls(handler))
+
+
+def _closing(batches: Iterator[HostBatch | str]) -> Iterator[HostBatch]:
     """Yield the batches of a DataLoader's iterator and end its workers, wherever the consumer stops."""
     try:
-        for batch in batches:
+        while True:
+            with _lost_worker_explained():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if isinstance(batch, str):
+                raise UserError(batch)
             yield HostBatch(*batch)
     finally:
         shutdown = getattr(batches, "_shutdown_workers", None)
