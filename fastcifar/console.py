@@ -57,4 +57,8 @@ def progress_bar(before: str = "") -> Iterator[Callable[[str, int, int], None]]:
 
 def out(obj: Any) -> None:
     """Print one JSON object to stdout; NaN and infinities, which JSON does not have, are a `ValueError`."""
-    sys.stdout.write(json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=False)
+    try:
+        sys.stdout.write(text + "\n")
+    except UnicodeEncodeError:  # the name of a file may be any bytes, and stdout may know few characters
+        sys.stdout.write(json.dumps(obj, indent=1) + "\n")

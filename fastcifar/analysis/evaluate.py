@@ -16,6 +16,7 @@ from fastcifar.analysis.predict import Trained, logits_of, read_image
 from fastcifar.analysis.statistics import accuracy, negative_log_likelihood, wilson_interval
 from fastcifar.data.images import SUFFIXES
 from fastcifar.data.pixels import Images, choose
+from fastcifar.data.sources import readable
 from fastcifar.data.split import subset_rows
 from fastcifar.data.store import Store, is_store, open_store, resolve_store
 from fastcifar.errors import UserError, nearest
@@ -57,7 +58,7 @@ def read_labelled(
     Raises:
         UserError: no images there, a class that the model does not have, or another size than the model's.
     """
-    if data is not None and data.is_dir() and not is_store(data) and _has_class_folders(data, trained.classes):
+    if data is not None and _is_of_classes(data, trained.classes):
         found = _from_class_folders(data, trained)
     else:
         found = _from_store(_store(run, data), trained, split)
@@ -76,8 +77,13 @@ def _store(run: RunDirectory, data: Path | None) -> Store:
     return resolve_store(config, data)
 
 
+def _is_of_classes(place: Path, classes: Sequence[str]) -> bool:
+    """Return whether a place holds folders of classes, not of splits; CIFAR-100 has a class named ``train``."""
+    with readable(place, "--data"):
+        return place.is_dir() and not is_store(place) and _has_class_folders(place, classes)
+
+
 def _has_class_folders(folder: Path, classes: Sequence[str]) -> bool:
-    """Return whether a folder holds folders of classes, not of splits; CIFAR-100 has a class named ``train``."""
     splits = all((folder / split).is_dir() for split in SPLITS)
     return not splits and bool(_class_folders(folder, classes))
 

@@ -74,16 +74,40 @@ def known_place(data: Path | None) -> tuple[Path, str]:
     """Return the place to look for data and what named it: ``--data``, ``FASTCIFAR_DATA`` or ``./data``.
 
     Raises:
-        UserError: a place was named that does not exist.
+        UserError: a place was named that does not exist or cannot be looked at.
     """
     variable = os.environ.get("FASTCIFAR_DATA")
-    named = [(data, "--data"), (Path(variable).expanduser() if variable else None, "FASTCIFAR_DATA")]
-    for place, why in named:
-        if place is not None:
-            if not place.exists():
-                raise UserError(f"{place} ({why}): no such file or folder")
-            return place, why
-    return Path("data"), "./data"
+    if data is not None:
+        place, why = data, "--data"
+    elif variable:
+        place, why = _without_tilde(Path(variable)), "FASTCIFAR_DATA"
+    else:
+        return Path("data"), "./data"
+    with readable(place, why):
+        if not place.exists():
+            raise UserError(f"{place} ({why}): no such file or folder")
+    return place, why
+
+
+def _without_tilde(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError(f"{path} (FASTCIFAR_DATA): cannot be read: there is no home of {path.parts[0]}") from None
+
+
+@contextmanager
+def readable(place: Path, why: str) -> Iterator[None]:
+    """Look for data at a place that somebody named, which the file system may refuse: it may be another user's.
+
+    Raises:
+        UserError: it refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        cure = "make it readable, or name another place"
+        raise UserError(f"{place} ({why}): cannot be read: {error.strerror}; {cure}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- finding
@@ -95,8 +119,9 @@ def find_source(place: Path, kind: str, why: str = "--data") -> Source:
     Raises:
         UserError: nothing of the kind there; the message says how to get it.
     """
-    for release, path in _candidates(place, kind):
-        return Source(kind, path, release, _fingerprint(path, release))
+    with readable(place, why):
+        for release, path in _candidates(place, kind):
+            return Source(kind, path, release, _fingerprint(path, release))
     missing = f"no {kind} there" if kind != "folder" else f"is not a folder with a {place / 'train'} in it"
     raise UserError(f"{place} ({why}): {missing}; {_cure(kind)}")
 

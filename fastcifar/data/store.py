@@ -29,7 +29,7 @@ from fastcifar.data.formats.target import Hashing, Target
 from fastcifar.data.manifest import CURE, FileEntry, Manifest, Origin, SplitEntry, read_manifest
 from fastcifar.data.part_folder import whole_or_nothing
 from fastcifar.data.pixels import Continued, Images, Passing, Pieces, chunks
-from fastcifar.data.sources import DataSet, Source, find_source, known_place, read_source
+from fastcifar.data.sources import DataSet, Source, find_source, known_place, read_source, readable
 from fastcifar.errors import UserError
 
 __all__ = ["FORMATS", "Split", "Store", "convert", "open_store", "resolve_store", "store_as", "verify"]
@@ -550,13 +550,13 @@ def locate(kind: str, data: Path | None = None) -> Source | Store:
         UserError: nothing there, or it is damaged.
     """
     place, why = known_place(data)
-    if is_store(place):
+    with readable(place, why):
+        stores = [place, *(place / f"{kind}-{to}" for to in FORMATS)]
+        found = next((folder for folder in stores if is_store(folder)), None)
+    if found == place:
         store = open_store(place)
         found_kind = store.manifest.source.kind
         if kind != found_kind:
             raise UserError(f'{place} ({why}): a store of "{found_kind}"; the recipe wants data.source = "{kind}"')
         return store
-    for to in FORMATS:
-        if is_store(place / f"{kind}-{to}"):
-            return open_store(place / f"{kind}-{to}")
-    return find_source(place, kind, why)
+    return find_source(place, kind, why) if found is None else open_store(found)

@@ -211,6 +211,33 @@ def test_no_data_says_how_to_get_it(tmp_path, monkeypatch):
         resolve_store(DataConfig(source="cifar100"))
 
 
+def test_a_place_that_the_file_system_refuses_is_one_message(tmp_path, monkeypatch):
+    """As another user's folder is; a name that is too long is refused to the super-user, too."""
+    long = tmp_path / ("x" * 300)
+    with pytest.raises(UserError, match=rf"^{long} \(--data\): cannot be read: File name too long; make it readable"):
+        locate("cifar10", long)
+    monkeypatch.setenv("FASTCIFAR_DATA", str(long))
+    with pytest.raises(UserError, match=rf"^{long} \(FASTCIFAR_DATA\): cannot be read: File name too long"):
+        locate("cifar10")
+
+
+@pytest.mark.parametrize("look", ["is_file", "is_dir"])
+@pytest.mark.parametrize("kind", ["cifar10", "folder"])
+def test_a_folder_that_may_not_be_looked_into_is_one_message(tmp_path, monkeypatch, look, kind):
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, look, refuse)
+    with pytest.raises(UserError, match=rf"^{tmp_path} \(--data\): cannot be read: Permission denied"):
+        locate(kind, tmp_path)
+
+
+def test_the_home_of_an_unknown_user_is_one_message(monkeypatch):
+    monkeypatch.setenv("FASTCIFAR_DATA", "~nosuchuser/x")
+    with pytest.raises(UserError, match=r"^~nosuchuser/x \(FASTCIFAR_DATA\): cannot be read: there is no home of ~no"):
+        locate("cifar10")
+
+
 def test_places_are_looked_at_in_order(tmp_path, monkeypatch, smalls):
     release = smalls["cifar10", "binary"]
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from fastcifar.cli.data import app
@@ -456,3 +457,16 @@ def test_dali_index_of_chosen_samples():
     assert stride == 6 * 512
     assert text.splitlines()[0] == "v1.2 2"
     assert text.splitlines()[1].split()[:4] == ["img", str(3 * stride + 512), "5", "000000009.img"]
+
+
+def test_a_class_whose_name_is_no_text_is_written_in_json(rng, tmp_path, monkeypatch):
+    """Bytes of a name that are not UTF-8 cannot be written as they are; JSON knows signs for them."""
+    monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path / "cache"))
+    name = os.fsdecode(b"caf\xe9")
+    for split in ("train", "test"):
+        (tmp_path / "images" / split / name).mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / "images" / split / name / "0.png")
+    store = resolve_store(DataConfig(source="folder"), tmp_path / "images")
+    answer = CliRunner().invoke(app, ["info", "folder", "--data", str(store.root), "--json"], catch_exceptions=False)
+    assert answer.exit_code == 0
+    assert json.loads(answer.stdout)["classes"] == [name]
