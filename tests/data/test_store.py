@@ -459,8 +459,8 @@ def test_dali_index_of_chosen_samples():
     assert text.splitlines()[1].split()[:4] == ["img", str(3 * stride + 512), "5", "000000009.img"]
 
 
-def test_a_class_whose_name_is_no_text_is_written_in_json(rng, tmp_path, monkeypatch):
-    """Bytes of a name that are not UTF-8 cannot be written as they are; JSON knows signs for them."""
+def test_a_class_whose_name_is_no_text_is_written_in_json_and_for_people(rng, tmp_path, monkeypatch):
+    """Bytes of a name that are not UTF-8 cannot be written as they are; both have signs for them."""
     monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path / "cache"))
     name = os.fsdecode(b"caf\xe9")
     for split in ("train", "test"):
@@ -470,3 +470,6 @@ def test_a_class_whose_name_is_no_text_is_written_in_json(rng, tmp_path, monkeyp
     answer = CliRunner().invoke(app, ["info", "folder", "--data", str(store.root), "--json"], catch_exceptions=False)
     assert answer.exit_code == 0
     assert json.loads(answer.stdout)["classes"] == [name]
+    answer = CliRunner().invoke(app, ["info", "folder", "--data", str(store.root)], catch_exceptions=False)
+    assert answer.exit_code == 0
+    assert r"caf\udce9" in answer.stdout
