@@ -49,6 +49,12 @@ class UserOptimizer:
         made = user_code.call(make, self._key, list(self._tensors.values()), **options)
         if not isinstance(made, torch.optim.Optimizer):
             raise UserError(f"{self._key} made a {type(made).__name__}, not a torch.optim.Optimizer")
+        if all(callable(getattr(made, mode, None)) for mode in ("train", "eval")):
+            # Schedule-free ones (Defazio et al., 2024): the weights between steps are not those to evaluate or save.
+            raise UserError(
+                f"{self._key} has modes for training and evaluation, train() and eval(), which are not called here: "
+                "choose one without, with [ema] for averaged weights"
+            )
         return made
 
     def _refuse_fused_with_padding(self) -> None:
@@ -107,7 +113,7 @@ class UserOptimizer:
                 elif value is not None:
                     found[f"number/{names[id(tensor)]}/{key}"] = self._encoded(value, key)
         for number, group in enumerate(self.inner.param_groups):
-            # Most of a group is settings, which the recipe has; what is a number may have moved (schedule-free's do).
+            # Most of a group is settings, which the recipe has; what is a number may have moved, such as a count.
             numbers = {k: v for k, v in group.items() if k not in ("params", "lr") and type(v) in KINDS}
             found |= {f"group/{number}/{key}": self._encoded(value, key) for key, value in numbers.items()}
         return found

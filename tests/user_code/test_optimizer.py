@@ -94,6 +94,11 @@ def test_a_fused_optimizer_is_refused_each_padded_weight():
         padded_net("each", fused=True)
 
 
+def test_an_optimizer_with_other_weights_for_evaluation_is_refused(workplace):
+    with pytest.raises(UserError, match=r"theirs.opt:ScheduleFree.* modes for training and evaluation"):
+        make_step(recipe(optimizer={"name": "theirs.opt:ScheduleFree", "lr": 1e-3}))
+
+
 def test_a_count_that_was_on_the_device_goes_back_there():
     """Capturable and fused optimizers keep theirs on the GPU, all others on the CPU."""
     step = make_step(recipe(optimizer={"name": "torch.optim:Adam", "lr": 1e-3}))
