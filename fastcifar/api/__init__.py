@@ -105,13 +105,11 @@ def train(
         read_steps(profile)
     loaded = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     place = None if data is None else Path(data)
+    folder, resumed = None if out is None else Path(out), None if resume is None else str(resume)
     if isinstance(loaded, Recipe):
         _check(loaded, place)
-    folder, resumed = None if out is None else Path(out), None if resume is None else str(resume)
-    if isinstance(loaded, CombineRecipe):
-        from fastcifar.analysis.combine import refuse_missing_members
-
-        refuse_missing_members(loaded, folder, resumed)
+    elif loaded is not None:
+        _check_members(loaded, folder, resumed)
     with open_run(loaded, folder, resumed) as run:
         try:
             with handled(f'stopped; fastcifar.train(resume="{run.folder}") goes on'):
@@ -130,6 +128,12 @@ def _check(recipe: Recipe, data: Path | None) -> None:
     device, store = pick_device(recipe.engine), check_before(recipe, data)
     facts = {"num_classes": len(store.classes), "image_px": store.image_shape[0]}
     refuse_what_cannot_fit(with_precision(recipe, device), device, **facts)
+
+
+def _check_members(recipe: CombineRecipe, out: Path | None, resume: str | None) -> None:
+    from fastcifar.analysis.combine import refuse_missing_members
+
+    refuse_missing_members(recipe, out, resume)
 
 
 def _execute(
